@@ -1,0 +1,199 @@
+"""The one table between Megatron-Core's parameter names and the published Hugging Face ones, used in both directions.
+
+Letters: `H` hidden size, `F` feed-forward width, `A` query heads, `G` key/value groups, `d` head width, `V` vocabulary,
+`R` latents.
+
+Both sides store linears as [out, in], so nothing is ever transposed. Both rotate the two halves of a head (not
+neighbouring pairs), so the rows of a head keep their order. What differs:
+
+- `linear_qkv` interleaves by group: the A/G query heads of a group, its key head, its value head; Hugging Face has
+  three matrices.
+- `linear_fc1` is gate and up in one matrix, and a tensor rank holds its chunk of gate followed by its chunk of up: the
+  ranks' shards put one after the other are *not* the global matrix.
+- the embedding has rows of zeros up to a multiple of 128 rows.
+
+Hugging Face names are NV-Embed's (`embedding_model.*`, `latent_attention_model.*`); other prefixes are the reader's
+affair (`hf_import`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from transformers import MistralConfig
+
+from nvembed_mcore.config import PoolingConfig
+from nvembed_mcore.model.mistral import head_dim, padded_vocabulary
+
+BACKBONE, HEAD = "embedding_model.", "latent_attention_model."
+
+Layout = Literal["replicated", "vocabulary", "qkv", "gate_up", "columns"]
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One parameter of the encoder and the Hugging Face tensors that hold the same numbers.
+
+    Attributes:
+        name: name in the encoder, with the global layer number.
+        shape: its global shape.
+        hf: Hugging Face name -> shape, in the order in which `layout` puts them together.
+        layout: how they are put together and split over tensor ranks. `replicated`: equal everywhere. `vocabulary`:
+            rows, padded with zeros. `qkv`, `gate_up`: as in the module's text. `columns`: split over dimension 1.
+        groups: G (`qkv` only).
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    hf: dict[str, tuple[int, ...]]
+    layout: Layout = "replicated"
+    groups: int = 1
+
+    @property
+    def is_head(self) -> bool:
+        """Whether it belongs to the pooling head."""
+        return self.name.startswith("pooling.")
+
+
+def name_table(hf_config: MistralConfig, pooling: PoolingConfig) -> list[Entry]:
+    """Every parameter of the encoder, in the order of the forward pass."""
+    hidden = hf_config.hidden_size
+    table = {f"{BACKBONE}embed_tokens.weight": (hf_config.vocab_size, hidden)}
+    entries = [Entry("embedding.word_embeddings.weight", (padded_vocabulary(hf_config), hidden), table, "vocabulary")]
+    for layer in range(hf_config.num_hidden_layers):
+        entries += _layer_entries(hf_config, layer)
+    entries.append(_same("decoder.final_layernorm.weight", f"{BACKBONE}norm.weight", (hidden,)))
+    return entries + _head_entries(hidden, pooling)
+
+
+def local_shard(entry: Entry, read: Callable[[str], Any], tp_rank: int, tp_size: int) -> torch.Tensor:
+    """This tensor rank's part of a parameter, made from Hugging Face tensors.
+
+    Args:
+        read: Hugging Face name -> something that slices to a tensor along dimensions 0 and 1 (a torch tensor, or a
+            safetensors slice, of which only the needed bytes are then read).
+
+    Returns:
+        A tensor of the dtype that `read` gives, with its own memory where parts had to be put together.
+    """
+    if entry.layout == "replicated":
+        return read(*entry.hf)[:]
+    if entry.layout == "columns":
+        begin, end = _part(entry.shape[1], tp_rank, tp_size)
+        return read(*entry.hf)[:, begin:end]
+    if entry.layout == "gate_up":
+        begin, end = _part(entry.shape[0] // 2, tp_rank, tp_size)
+        return torch.cat([read(name)[begin:end] for name in entry.hf])
+    if entry.layout == "qkv":
+        return _local_qkv(entry, read, tp_rank, tp_size)
+    (name, (vocabulary, hidden)), *_ = entry.hf.items()
+    begin, end = _part(entry.shape[0], tp_rank, tp_size)
+    rows = read(name)[min(begin, vocabulary) : min(end, vocabulary)]
+    return torch.cat([rows, rows.new_zeros(end - begin - len(rows), hidden)])
+
+
+def join_shards(entry: Entry, shards: Sequence[torch.Tensor]) -> torch.Tensor:
+    """The global tensor from the local ones of all tensor ranks, in rank order."""
+    if entry.layout == "replicated":
+        return shards[0]
+    if entry.layout == "gate_up":
+        gates, ups = zip(*(shard.chunk(2) for shard in shards), strict=True)
+        return torch.cat(gates + ups)
+    return torch.cat(list(shards), dim=1 if entry.layout == "columns" else 0)
+
+
+def to_hf(entry: Entry, tensor: torch.Tensor) -> dict[str, torch.Tensor]:
+    """Hugging Face tensors of a global tensor; contiguous, padding rows dropped."""
+    assert tuple(tensor.shape) == entry.shape, f"{entry.name}: got {tuple(tensor.shape)}, the table has {entry.shape}"
+    names = list(entry.hf)
+    if entry.layout == "gate_up":
+        parts = list(tensor.chunk(2))
+    elif entry.layout == "qkv":
+        grouped = tensor.unflatten(0, (entry.groups, -1))  # [G, (A/G + 2) * d, H]
+        rows = [shape[0] // entry.groups for shape in entry.hf.values()]
+        parts = [part.flatten(0, 1) for part in grouped.split(rows, dim=1)]
+    elif entry.layout == "vocabulary":
+        parts = [tensor[: entry.hf[names[0]][0]]]
+    else:
+        parts = [tensor]
+    return {name: part.contiguous() for name, part in zip(names, parts, strict=True)}
+
+
+def _local_qkv(entry: Entry, read: Callable[[str], Any], tp_rank: int, tp_size: int) -> torch.Tensor:
+    first, last = _part(entry.groups, tp_rank, tp_size)
+    parts = []
+    for name, shape in entry.hf.items():
+        rows = shape[0] // entry.groups  # of one group: (A/G) * d for queries, d for keys and values
+        parts.append(read(name)[first * rows : last * rows].unflatten(0, (last - first, rows)))
+    return torch.cat(parts, dim=1).flatten(0, 1)
+
+
+def _part(size: int, tp_rank: int, tp_size: int) -> tuple[int, int]:
+    assert size % tp_size == 0, f"{tp_size} tensor ranks do not divide {size}; the layout is checked before"
+    return tp_rank * size // tp_size, (tp_rank + 1) * size // tp_size
+
+
+def _same(name: str, hf_name: str, shape: tuple[int, ...], layout: Layout = "replicated") -> Entry:
+    return Entry(name, shape, {hf_name: shape}, layout)
+
+
+def _layer_entries(config: MistralConfig, layer: int) -> list[Entry]:
+    ours, theirs = f"decoder.layers.{layer}.", f"{BACKBONE}layers.{layer}."
+    hidden, ffn, groups = config.hidden_size, config.intermediate_size, config.num_key_value_heads
+    width = head_dim(config)
+    query = config.num_attention_heads * width
+    qkv = {"q": query, "k": groups * width, "v": groups * width}
+    return [
+        _same(f"{ours}input_layernorm.weight", f"{theirs}input_layernorm.weight", (hidden,)),
+        Entry(
+            f"{ours}self_attention.linear_qkv.weight",
+            (sum(qkv.values()), hidden),
+            {f"{theirs}self_attn.{part}_proj.weight": (rows, hidden) for part, rows in qkv.items()},
+            "qkv",
+            groups,
+        ),
+        _same(
+            f"{ours}self_attention.linear_proj.weight",
+            f"{theirs}self_attn.o_proj.weight",
+            (hidden, query),
+            "columns",
+        ),
+        _same(f"{ours}pre_mlp_layernorm.weight", f"{theirs}post_attention_layernorm.weight", (hidden,)),
+        Entry(
+            f"{ours}mlp.linear_fc1.weight",
+            (2 * ffn, hidden),
+            {f"{theirs}mlp.{part}_proj.weight": (ffn, hidden) for part in ("gate", "up")},
+            "gate_up",
+        ),
+        _same(f"{ours}mlp.linear_fc2.weight", f"{theirs}mlp.down_proj.weight", (hidden, ffn), "columns"),
+    ]
+
+
+def _head_entries(hidden: int, pooling: PoolingConfig) -> list[Entry]:
+    """The pooling head, replicated over tensor ranks. `to_kv` has the rows of K first on both sides, `mlp_in` those of
+    the value half before those of the gate half."""
+    if pooling.kind not in ("latent", "self_attention"):
+        return []
+    inner = pooling.num_heads * (pooling.head_width or hidden)
+    cross, feed_forward = f"{HEAD}cross_attend_blocks.0.", f"{HEAD}cross_attend_blocks.1."
+    latents = [_same("pooling.latents", f"{HEAD}latents", (pooling.num_latents, hidden))]
+    return (latents if pooling.kind == "latent" else []) + [
+        *_weight_and_bias("norm_query", f"{cross}norm", (hidden,)),
+        *_weight_and_bias("norm_context", f"{cross}norm_context", (hidden,)),
+        _same("pooling.to_q.weight", f"{cross}fn.to_q.weight", (inner, hidden)),
+        _same("pooling.to_kv.weight", f"{cross}fn.to_kv.weight", (2 * inner, hidden)),
+        _same("pooling.to_out.weight", f"{cross}fn.to_out.weight", (hidden, inner)),
+        *_weight_and_bias("norm_mlp", f"{feed_forward}norm", (hidden,)),
+        *_weight_and_bias("mlp_in", f"{feed_forward}fn.net.0", (8 * hidden, hidden)),
+        *_weight_and_bias("mlp_out", f"{feed_forward}fn.net.2", (hidden, 4 * hidden)),
+    ]
+
+
+def _weight_and_bias(ours: str, theirs: str, shape: tuple[int, ...]) -> list[Entry]:
+    return [
+        _same(f"pooling.{ours}.weight", f"{theirs}.weight", shape),
+        _same(f"pooling.{ours}.bias", f"{theirs}.bias", shape[:1]),
+    ]

@@ -1,0 +1,287 @@
+"""The typed tree of a run: everything that a YAML file or the command line may say.
+
+Classes are frozen and keyword-only. The docstring under a field is its help text. Checks that need no file, no
+process group and no device live in `__post_init__`, so a wrong value ends a run before anything starts.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+
+class ConfigError(ValueError):
+    """A value of the configuration cannot work; the message names the field and both values."""
+
+
+def _require(condition: bool, message: str) -> None:
+    if not condition:
+        raise ConfigError(message)
+
+
+@dataclass(frozen=True, kw_only=True)
+class PoolingConfig:
+    """How token states become one vector a text (NV-Embed section 3.2)."""
+
+    kind: Literal["latent", "mean", "last", "self_attention"] = "latent"
+    """`latent`: NV-Embed's latent attention. `self_attention`: the paper's ablation, tokens of the text as keys and
+    values. `mean`: mean over the pooled positions. `last`: the state of `</s>`."""
+    num_latents: int = 512
+    """Rows of the trained dictionary that tokens attend to (`latent`)."""
+    num_heads: int = 8
+    """Heads of the cross or self attention (`latent`, `self_attention`)."""
+    head_width: int | None = None
+    """Width of one head; null means the hidden size of the backbone, as in NV-Embed (8 heads of 4096)."""
+    initializer_range: float | None = None
+    """Standard deviation of the head's projections at the start; null means PyTorch's default for linear layers."""
+
+    def __post_init__(self) -> None:
+        for name in ("num_latents", "num_heads"):
+            _require(getattr(self, name) >= 1, f"model.pooling.{name} must be at least 1, got {getattr(self, name)}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelConfig:
+    """The encoder: Mistral layers and a pooling head."""
+
+    config: str | None = None
+    """A Hugging Face `config.json` of a Mistral model (or the folder that holds it), to train from random weights."""
+    init_from: str | None = None
+    """Where weights come from: a Hugging Face folder, or a checkpoint or run folder of an earlier stage (weights only;
+    the optimizer starts fresh)."""
+    attention_mask: Literal["bidirectional", "causal"] = "bidirectional"
+    """`causal` exists for the paper's ablation."""
+    precision: Literal["auto", "float32", "bfloat16"] = "auto"
+    """Data type of the weights in the forward pass: `auto` is bfloat16 on a CUDA device and float32 on a CPU.
+    Gradients are reduced and the optimizer works in float32 always."""
+    pooling: PoolingConfig = field(default_factory=PoolingConfig)
+    """The head that pools token states."""
+
+    def __post_init__(self) -> None:
+        _require(
+            (self.config is None) != (self.init_from is None),
+            f"give exactly one of model.config and model.init_from, got {self.config!r} and {self.init_from!r}",
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class ParallelConfig:
+    """How the processes share the work. Data parallelism takes what tensor and pipeline parallelism leave."""
+
+    tp: int = 1
+    """Tensor-parallel size."""
+    pp: int = 1
+    """Pipeline-parallel size."""
+    sequence_parallel: bool = True
+    """Split norms and the pooling head over the tokens of a pack; takes effect when `tp` is above 1."""
+    timeout_minutes: float = 10.0
+    """A collective that waits longer ends the run."""
+
+    def __post_init__(self) -> None:
+        for name in ("tp", "pp"):
+            _require(getattr(self, name) >= 1, f"parallel.{name} must be at least 1, got {getattr(self, name)}")
+        _require(self.timeout_minutes > 0, f"parallel.timeout_minutes must be above 0, got {self.timeout_minutes}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class DatasetConfig:
+    """One data set of the blend."""
+
+    path: str
+    """A JSONL or Parquet file of records (`query`, `pos`, `neg`)."""
+    instruction: str = ""
+    """The task in one sentence; a query becomes `Instruct: {instruction}\\nQuery: {text}`. Empty: no prompt."""
+    task: Literal["retrieval", "classification", "clustering", "sts"] = "retrieval"
+    """Sets what the two switches below mean when they are null."""
+    weight: float | None = None
+    """Share of the blend relative to the other data sets; null means the number of its records."""
+    in_batch_negatives: bool | None = None
+    """Whether the passages of other queries serve as negatives; null means: for retrieval only."""
+    instruct_documents: bool | None = None
+    """Whether documents carry the instruction too (symmetric tasks); null means: for sts only."""
+    num_negatives: int = 7
+    """Hard negatives a query uses at most; of more, a different choice is drawn in each epoch."""
+
+    @property
+    def uses_in_batch_negatives(self) -> bool:
+        return self.task == "retrieval" if self.in_batch_negatives is None else self.in_batch_negatives
+
+    @property
+    def instructs_documents(self) -> bool:
+        return self.task == "sts" if self.instruct_documents is None else self.instruct_documents
+
+    def __post_init__(self) -> None:
+        _require(self.num_negatives >= 0, f"data.datasets.num_negatives must not be negative, got {self.num_negatives}")
+        _require(
+            self.weight is None or self.weight > 0, f"data.datasets.weight of {self.path} must be above 0: {self.weight}"
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataConfig:
+    """What a run trains on."""
+
+    tokenizer: str
+    """A folder with a Hugging Face fast tokenizer (`nvembed data tokenizer DIR` writes Mistral's)."""
+    datasets: list[DatasetConfig]
+    """The blend. Samples of all data sets are mixed in each batch (paper section 2.2)."""
+    max_query_tokens: int = 512
+    """Longest query in tokens, prompt and special tokens included; longer ones are cut and keep `</s>`."""
+    max_document_tokens: int = 512
+    """Longest document in tokens, likewise."""
+    cache_dir: str = "cache/tokens"
+    """Where the tokenised stores live, one folder a fingerprint."""
+
+    def __post_init__(self) -> None:
+        _require(len(self.datasets) > 0, "data.datasets must name at least one data set, got none")
+        for name in ("max_query_tokens", "max_document_tokens"):
+            _require(getattr(self, name) >= 3, f"data.{name} must be at least 3, got {getattr(self, name)}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class StepConfig:
+    """How one optimizer step walks through its packs (DESIGN: the step contract)."""
+
+    way: Literal["auto", "single", "cached"] = "auto"
+    """`single`: one pack a rank, its graph kept. `cached`: any number of packs and pipeline stages, embeddings first
+    without a graph, then forward again with the gradient of the loss over all of them. `auto`: `single` where it can."""
+    tokens_per_microbatch: int = 16384
+    """Token budget of one pack; a longer text gets a pack of its own."""
+
+    def __post_init__(self) -> None:
+        _require(
+            self.tokens_per_microbatch >= 1,
+            f"step.tokens_per_microbatch must be at least 1, got {self.tokens_per_microbatch}",
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class LossConfig:
+    """InfoNCE on gathered embeddings."""
+
+    temperature: float = 0.02
+    """Scores are cosines divided by this. The paper does not state one; 0.02 is that of E5-Mistral."""
+    mask_same_document: bool = True
+    """Passages with the positive's document id never act as negatives."""
+
+    def __post_init__(self) -> None:
+        _require(self.temperature > 0, f"loss.temperature must be above 0, got {self.temperature}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class OptimConfig:
+    """Adam with decoupled weight decay, warm-up and linear decay."""
+
+    lr: float = 2e-5
+    """Peak learning rate."""
+    min_lr: float = 0.0
+    """Learning rate at the last step."""
+    warmup_steps: int = 50
+    """Steps of linear warm-up from zero."""
+    weight_decay: float = 0.03
+    """Decoupled weight decay; norms and biases have none."""
+    betas: tuple[float, float] = (0.9, 0.999)
+    """Decay rates of Adam's first and second moments."""
+    eps: float = 1e-8
+    """Adam's epsilon."""
+    clip_norm: float = 1.0
+    """Largest norm of the whole gradient; 0 turns clipping off."""
+    distributed: bool = True
+    """Shard the optimizer's state over data-parallel ranks (Megatron's distributed optimizer)."""
+
+    def __post_init__(self) -> None:
+        _require(self.lr > 0, f"optim.lr must be above 0, got {self.lr}")
+        _require(0 <= self.min_lr <= self.lr, f"optim.min_lr must be between 0 and lr {self.lr}, got {self.min_lr}")
+        for name in ("warmup_steps", "weight_decay", "clip_norm"):
+            _require(getattr(self, name) >= 0, f"optim.{name} must not be negative, got {getattr(self, name)}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class CheckpointConfig:
+    """Resume checkpoints, in the run folder's `checkpoints/`."""
+
+    every_steps: int = 500
+    """Steps between checkpoints; the last step is always saved."""
+    keep: int = 2
+    """Complete checkpoints kept; older ones are removed after a new one is complete."""
+    resume: Literal["auto", "must", "never"] = "auto"
+    """`auto`: go on from the newest complete checkpoint, or start. `must`: end with an error when there is none.
+    `never`: end with an error when there is one."""
+
+    def __post_init__(self) -> None:
+        _require(self.every_steps >= 1, f"checkpoint.every_steps must be at least 1, got {self.every_steps}")
+        _require(self.keep >= 2, f"checkpoint.keep must be at least 2 (the newest may be damaged), got {self.keep}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvalConfig:
+    """Retrieval evaluation while training, by all ranks."""
+
+    path: str | None = None
+    """Folder of a BEIR-format test set (`corpus.jsonl`, `queries.jsonl`, `qrels/test.tsv`); null means no evaluation."""
+    instruction: str = ""
+    """Instruction of its queries."""
+    every_steps: int = 0
+    """Steps between evaluations; 0 means before the first and after the last step only."""
+
+    def __post_init__(self) -> None:
+        _require(self.every_steps >= 0, f"eval.every_steps must not be negative, got {self.every_steps}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class LogConfig:
+    """What is printed and written."""
+
+    every_steps: int = 1
+    """Steps between lines of `metrics.jsonl` and TensorBoard."""
+    tensorboard: bool = True
+    """Write TensorBoard events when the package is installed."""
+    progress: bool = True
+    """Show a progress bar on rank 0."""
+
+    def __post_init__(self) -> None:
+        _require(self.every_steps >= 1, f"log.every_steps must be at least 1, got {self.every_steps}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunConfig:
+    """One stage of training."""
+
+    run_dir: str
+    """Everything that this run writes."""
+    stage: int = 1
+    """Number of the stage; it enters the order of the samples."""
+    seed: int = 1234
+    """Random weights, sample order and dropout follow from it."""
+    steps: int
+    """Optimizer steps of the whole run."""
+    stop_at: int | None = None
+    """Save and end after this step although `steps` is larger: the schedule stays that of the whole run."""
+    batch_size: int = 128
+    """Queries in a global batch, over all ranks and microbatches."""
+    data: DataConfig
+    """Data sets and limits."""
+    model: ModelConfig
+    """Architecture and initial weights."""
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    """Layout of the processes."""
+    step: StepConfig = field(default_factory=StepConfig)
+    """How a step is computed."""
+    loss: LossConfig = field(default_factory=LossConfig)
+    """The contrastive loss."""
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    """Optimizer and schedule."""
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    """Saving and resuming."""
+    eval: EvalConfig = field(default_factory=EvalConfig)
+    """Evaluation while training."""
+    log: LogConfig = field(default_factory=LogConfig)
+    """Logging."""
+
+    def __post_init__(self) -> None:
+        _require(self.steps >= 1, f"steps must be at least 1, got {self.steps}")
+        _require(self.batch_size >= 1, f"batch_size must be at least 1, got {self.batch_size}")
+        _require(
+            self.stop_at is None or 1 <= self.stop_at <= self.steps,
+            f"stop_at must be between 1 and steps ({self.steps}), got {self.stop_at}",
+        )

@@ -1,0 +1,71 @@
+"""The global batch of one step, the same on every rank.
+
+Letters: `Q` queries, `M` passages, `N = Q + M` texts, `P` positives listed for a query at most.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from nvembed_mcore.data.packing import Text
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One query with the passages that this step pairs it with.
+
+    `passages[0]` is its positive, the rest are its hard negatives; `passage_ids` int64 name their documents.
+    `positive_ids` int64 lists all positives of the record, also those that this step did not choose.
+    """
+
+    query: Text
+    passages: list[Text]
+    passage_ids: np.ndarray
+    positive_ids: np.ndarray
+    in_batch: bool
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Texts in global order, queries first, and who belongs to whom.
+
+    Attributes:
+        texts: N texts; text `i < Q` is query `i`, text `Q + j` is passage `j`.
+        num_queries: Q.
+        positive: int64 [Q], passage of each query's positive.
+        in_batch: bool [Q].
+        positive_ids: int64 [Q, P], repeated to fill.
+        passage_query: int64 [M], query that each passage belongs to.
+        passage_ids: int64 [M].
+    """
+
+    texts: list[Text]
+    num_queries: int
+    positive: np.ndarray
+    in_batch: np.ndarray
+    positive_ids: np.ndarray
+    passage_query: np.ndarray
+    passage_ids: np.ndarray
+
+    @property
+    def lengths(self) -> np.ndarray:
+        """Tokens of each text, int64 [N]."""
+        return np.array([len(text) for text in self.texts], dtype=np.int64)
+
+
+def make_batch(samples: Sequence[Sample]) -> Batch:
+    """Flatten samples into a batch."""
+    counts = np.array([len(sample.passages) for sample in samples], dtype=np.int64)
+    widest = max(len(sample.positive_ids) for sample in samples)
+    return Batch(
+        texts=[sample.query for sample in samples] + [text for sample in samples for text in sample.passages],
+        num_queries=len(samples),
+        positive=np.cumsum(counts) - counts,
+        in_batch=np.array([sample.in_batch for sample in samples]),
+        positive_ids=np.stack([np.resize(sample.positive_ids, widest) for sample in samples]).astype(np.int64),
+        passage_query=np.repeat(np.arange(len(samples)), counts),
+        passage_ids=np.concatenate([sample.passage_ids for sample in samples]).astype(np.int64),
+    )

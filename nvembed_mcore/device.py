@@ -1,0 +1,113 @@
+"""CUDA or CPU: the one room that knows Megatron-Core expects a CUDA device.
+
+On a host without CUDA, `prepare()` lets the CPU stand in for "the current CUDA device": Megatron-Core 0.16 asks for
+its number, moves tensors to it, compares tensor type names with `torch.cuda.FloatTensor` and keeps its random states.
+Nothing of the mathematics is touched; on a host with CUDA nothing is replaced at all.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+
+import torch
+
+_FACTORIES = ("tensor", "zeros", "empty", "ones", "full", "empty_like", "zeros_like", "ones_like")
+_prepared = False
+
+
+def has_cuda() -> bool:
+    """Whether this process computes on a CUDA device."""
+    return torch.cuda.is_available()
+
+
+def current() -> torch.device:
+    """The device that this process computes on."""
+    return torch.device("cuda", torch.cuda.current_device()) if has_cuda() else torch.device("cpu")
+
+
+def name() -> str:
+    """The device's name as the driver reports it, or `cpu`."""
+    return torch.cuda.get_device_name() if has_cuda() else "cpu"
+
+
+def backend() -> str:
+    """Back ends for `init_process_group`; objects and checkpoints travel over gloo in both cases."""
+    return "cpu:gloo,cuda:nccl" if has_cuda() else "gloo"
+
+
+def synchronize() -> None:
+    """Wait for the device's queued work, so that a clock read afterwards includes it."""
+    if has_cuda():
+        torch.cuda.synchronize()
+
+
+def peak_memory_bytes() -> int:
+    """Largest memory of this process so far: the allocator's on CUDA, the resident set on a CPU."""
+    if has_cuda():
+        return torch.cuda.max_memory_allocated()
+    import resource
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def default_dtype(precision: str) -> torch.dtype:
+    """Data type of the weights for `model.precision`; bfloat16 products are slow on CPUs, so `auto` avoids them."""
+    if precision == "auto":
+        return torch.bfloat16 if has_cuda() else torch.float32
+    return {"float32": torch.float32, "bfloat16": torch.bfloat16}[precision]
+
+
+def prepare() -> None:
+    """Choose this process's device and, without CUDA, host Megatron-Core on the CPU. Safe to call again."""
+    global _prepared
+    if _prepared:
+        return
+    _prepared = True
+    if has_cuda():
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count())
+    else:
+        _host_megatron_on_cpu()
+
+
+def _host_megatron_on_cpu() -> None:
+    cpu = torch.device("cpu")
+    torch.cuda.current_device = lambda: cpu
+    torch.cuda.synchronize = lambda *args, **kwargs: None
+    torch.cuda.set_device = lambda *args, **kwargs: None
+    torch.cuda.manual_seed = torch.manual_seed
+    torch.cuda.get_rng_state = lambda *args, **kwargs: torch.get_rng_state()
+    torch.cuda.set_rng_state = lambda state, *args, **kwargs: torch.set_rng_state(state)
+    torch.Tensor.cuda = lambda self, *args, **kwargs: self
+    for factory in _FACTORIES:
+        setattr(torch, factory, _redirected(getattr(torch, factory), cpu))
+    torch.Tensor.type = _named_as_cuda(torch.Tensor.type)
+
+    from megatron.core.tensor_parallel import random
+
+    random._get_cuda_rng_state = lambda *args, **kwargs: torch.get_rng_state()
+    random._set_cuda_rng_state = lambda state, *args, **kwargs: torch.set_rng_state(state)
+
+
+def _redirected(factory, cpu: torch.device):
+    """A torch factory whose `device="cuda"` means the CPU: Megatron has the literal in many places."""
+
+    @functools.wraps(factory)
+    def create(*args, **kwargs):
+        if "device" in kwargs and str(kwargs["device"]).startswith("cuda"):
+            kwargs["device"] = cpu
+        return factory(*args, **kwargs)
+
+    return create
+
+
+def _named_as_cuda(plain_type):
+    """`Tensor.type` with the names of CUDA tensors, which Megatron's optimizer and clipper compare with."""
+
+    @functools.wraps(plain_type)
+    def tensor_type(self, dtype=None, *args, **kwargs):
+        if dtype is not None:
+            return plain_type(self, dtype, *args, **kwargs)
+        return plain_type(self).replace("torch.", "torch.cuda.", 1)
+
+    return tensor_type

@@ -1,0 +1,136 @@
+"""The encoder: embedding, this stage's Mistral layers, and on the last stage the pooling head.
+
+Letters: `T` tokens in a pack, `H` hidden size, `B` texts of the pack.
+"""
+
+from __future__ import annotations
+
+import torch
+from megatron.core import tensor_parallel
+from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
+from megatron.core.enums import ModelType
+from megatron.core.models.common.embeddings.language_model_embedding import LanguageModelEmbedding
+from megatron.core.transformer.module import MegatronModule
+from megatron.core.transformer.transformer_block import TransformerBlock
+from torch import Tensor
+from torch.nn.functional import normalize
+from transformers import MistralConfig
+
+from nvembed_mcore import device
+from nvembed_mcore.config import ModelConfig, ParallelConfig
+from nvembed_mcore.data.packing import Pack
+from nvembed_mcore.model.attention import Packing, RotaryTable, packing_of
+from nvembed_mcore.model.mistral import check_layout, head_dim, layer_specs, padded_vocabulary, transformer_config
+from nvembed_mcore.model.pooling import build_head, segment_sum, weights_of
+from nvembed_mcore.parallel.groups import Groups
+
+
+class Encoder(MegatronModule):
+    """One pipeline stage of a bidirectional Mistral encoder with a pooling head.
+
+    Hidden states inside are Megatron's [T, 1, H] (a pack is one long sequence of batch size 1); under sequence
+    parallelism each tensor rank holds T / TP of the rows.
+    """
+
+    def __init__(self, hf_config: MistralConfig, model: ModelConfig, parallel: ParallelConfig, groups: Groups) -> None:
+        """Build with uninitialised weights; `checkpoint.hf_import` fills them by name.
+
+        Raises:
+            ConfigError: the layout does not divide the model's heads, groups, feed-forward width or layers.
+        """
+        check_layout(hf_config, parallel)
+        config = transformer_config(hf_config, model, parallel)
+        super().__init__(config)
+        # Asked for by Megatron's schedule and by its gradient finalisation.
+        self.model_type = ModelType.encoder_or_decoder
+        self.share_embeddings_and_output_weights = False
+        self.pre_process, self.post_process = groups.is_first_stage, groups.is_last_stage
+        self.pooling_kind = model.pooling.kind
+        self.tp_rank = groups.tp_rank
+        if self.pre_process:
+            self.embedding = LanguageModelEmbedding(
+                config,
+                vocab_size=padded_vocabulary(hf_config),
+                max_sequence_length=hf_config.max_position_embeddings,
+                position_embedding_type="rope",
+                tp_group=groups.tp,
+            )
+        self.rotary = RotaryTable(head_dim(hf_config), hf_config.rope_parameters["rope_theta"])
+        self.decoder = TransformerBlock(
+            config,
+            layer_specs(config, model.attention_mask),
+            pre_process=self.pre_process,
+            post_process=self.post_process,
+            pg_collection=groups.collection,
+        )
+        self.pooling = build_head(hf_config.hidden_size, model.pooling) if self.post_process else None
+        self._mark_sharded_weights()
+        if self.pooling is not None:
+            self.pooling.to(device=device.current(), dtype=config.params_dtype)
+            for parameter in self.pooling.parameters():
+                # Where a rank sees only its shard of the tokens, the head's gradients are summed over tensor ranks.
+                parameter.sequence_parallel = config.sequence_parallel and not self.pooling.needs_whole_texts
+
+    def _mark_sharded_weights(self) -> None:
+        """Tell the clip norm which weights are parts: Megatron does so only when it draws them itself."""
+        sharded_dim = {
+            tensor_parallel.VocabParallelEmbedding: 0,
+            tensor_parallel.ColumnParallelLinear: 0,
+            tensor_parallel.RowParallelLinear: 1,
+        }
+        for module in self.modules():
+            if type(module) in sharded_dim:
+                tensor_parallel.set_tensor_model_parallel_attributes(module.weight, True, sharded_dim[type(module)], 1)
+
+    def set_input_tensor(self, tensor: Tensor | list[Tensor]) -> None:
+        """Called by Megatron's schedule with the previous stage's output."""
+        self.decoder.set_input_tensor(tensor[0] if isinstance(tensor, list) else tensor)
+
+    def parameters_by_global_name(self) -> dict[str, torch.nn.Parameter]:
+        """This rank's parameters, with layers numbered over all pipeline stages from 0."""
+        numbers = {f"decoder.layers.{i}.": layer.layer_number - 1 for i, layer in enumerate(self.decoder.layers)}
+        named = {}
+        for name, parameter in self.named_parameters():
+            for local, number in numbers.items():
+                if name.startswith(local):
+                    name = f"decoder.layers.{number}." + name.removeprefix(local)
+                    break
+            named[name] = parameter
+        return named
+
+    def forward(self, pack: Pack) -> Tensor:
+        """Hidden states [T or T / TP, 1, H] for the next stage; on the last stage unit vectors, float32 [B, H]."""
+        packing = packing_of(pack.lengths, device.current())
+        packing.rotary = self.rotary(packing.position_ids)
+        hidden = None
+        if self.pre_process:
+            hidden = self.embedding(torch.as_tensor(pack.token_ids).to(device.current())[None], None)
+        hidden = self.decoder(hidden, None, rotary_pos_emb=None, packed_seq_params=packing)
+        return self._pool(hidden[:, 0], pack, packing) if self.post_process else hidden
+
+    def _pool(self, states: Tensor, pack: Pack, packing: Packing) -> Tensor:
+        """Token states [T or T / TP, H] -> unit vectors, float32 [B, H]."""
+        weights = weights_of(pack.lengths, pack.pooled_from, len(pack.token_ids), self.pooling_kind)
+        weights, segments = torch.as_tensor(weights).to(states.device), packing.segment_ids
+        is_sharded = self.config.sequence_parallel
+        if is_sharded and self.pooling is not None and self.pooling.needs_whole_texts:
+            # Every tensor rank then computes the same, so its backward must not sum their gradients.
+            states = tensor_parallel.gather_from_sequence_parallel_region(states, tensor_parallel_output_grad=False)
+            is_sharded = False
+        if self.pooling is not None:
+            states = self.pooling(states, packing)
+        if is_sharded:
+            mine = slice(self.tp_rank * states.size(0), (self.tp_rank + 1) * states.size(0))
+            weights, segments = weights[mine], segments[mine]
+        pooled = segment_sum(states, weights, segments, len(pack.lengths))
+        if is_sharded:
+            # Forward sums the shards; backward is the identity, since every tensor rank goes on with the same vector.
+            pooled = tensor_parallel.reduce_from_tensor_model_parallel_region(pooled)
+        return normalize(pooled[: pack.num_texts], dim=-1)
+
+
+def wrap_data_parallel(encoder: Encoder, *, distributed_optimizer: bool) -> DistributedDataParallel:
+    """Megatron's data parallelism: one float32 gradient buffer, reduced once at the end of a step's backward."""
+    encoder.config.finalize_model_grads_func = finalize_model_grads
+    config = DistributedDataParallelConfig(grad_reduce_in_fp32=True, use_distributed_optimizer=distributed_optimizer)
+    return DistributedDataParallel(encoder.config, config, encoder)

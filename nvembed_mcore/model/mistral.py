@@ -1,0 +1,145 @@
+"""From a Hugging Face `MistralConfig` to Megatron-Core's `TransformerConfig` and layer specification."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
+from megatron.core.transformer.enums import AttnMaskType
+from megatron.core.transformer.spec_utils import ModuleSpec
+from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
+from megatron.core.transformer.transformer_config import TransformerConfig
+from transformers import MistralConfig
+
+from nvembed_mcore import device
+from nvembed_mcore.config import ConfigError, ModelConfig, ParallelConfig
+from nvembed_mcore.model.attention import PackedCoreAttention
+
+VOCABULARY_MULTIPLE = 128
+"""The embedding table is padded to a multiple of this in every layout, so that checkpoints fit any tensor-parallel size."""
+
+
+def read_mistral_config(path: str | os.PathLike) -> MistralConfig:
+    """Read a Mistral architecture from a `config.json` or the folder that holds it.
+
+    The `text_config` of an NV-Embed folder counts too.
+
+    Raises:
+        ConfigError: there is no such file, or it describes another architecture or a rotary variant.
+    """
+    path = Path(path)
+    file = path / "config.json" if path.is_dir() else path
+    if not file.is_file():
+        raise ConfigError(f"no Hugging Face config.json at {file}")
+    raw, _ = MistralConfig.get_config_dict(str(file))
+    raw = raw.get("text_config", raw)
+    if raw.get("model_type") not in ("mistral", "bidir_mistral"):
+        raise ConfigError(f"{file}: model_type is {raw.get('model_type')!r}, this trainer builds 'mistral'")
+    config = MistralConfig.from_dict({key: value for key, value in raw.items() if key != "model_type"})
+    rope_type = (config.rope_parameters or {}).get("rope_type", "default")
+    if rope_type != "default":
+        raise ConfigError(f"{file}: rope_type is {rope_type!r}, this trainer computes 'default'")
+    if config.hidden_act != "silu":
+        raise ConfigError(f"{file}: hidden_act is {config.hidden_act!r}, this trainer computes 'silu'")
+    return config
+
+
+def check_layout(hf_config: MistralConfig, parallel: ParallelConfig) -> None:
+    """Raise a `ConfigError` when a dimension of the model cannot be split as the layout asks."""
+    for field, size in (
+        ("num_attention_heads", hf_config.num_attention_heads),
+        ("num_key_value_heads", hf_config.num_key_value_heads),
+        ("intermediate_size", hf_config.intermediate_size),
+    ):
+        if size % parallel.tp:
+            raise ConfigError(f"parallel.tp = {parallel.tp} does not divide the model's {field} = {size}")
+    if VOCABULARY_MULTIPLE % parallel.tp:
+        raise ConfigError(f"parallel.tp = {parallel.tp} does not divide {VOCABULARY_MULTIPLE}")
+    if hf_config.num_hidden_layers % parallel.pp:
+        raise ConfigError(
+            f"parallel.pp = {parallel.pp} does not divide the model's num_hidden_layers = "
+            f"{hf_config.num_hidden_layers}"
+        )
+
+
+def head_dim(hf_config: MistralConfig) -> int:
+    """Width of one attention head."""
+    return hf_config.head_dim or hf_config.hidden_size // hf_config.num_attention_heads
+
+
+def padded_vocabulary(hf_config: MistralConfig) -> int:
+    """Rows of the embedding table with its padding."""
+    return -(-hf_config.vocab_size // VOCABULARY_MULTIPLE) * VOCABULARY_MULTIPLE
+
+
+def transformer_config(hf_config: MistralConfig, model: ModelConfig, parallel: ParallelConfig) -> TransformerConfig:
+    """The Megatron configuration of these layers in this layout."""
+    dtype = device.default_dtype(model.precision)
+    return TransformerConfig(
+        num_layers=hf_config.num_hidden_layers,
+        hidden_size=hf_config.hidden_size,
+        num_attention_heads=hf_config.num_attention_heads,
+        num_query_groups=hf_config.num_key_value_heads,
+        ffn_hidden_size=hf_config.intermediate_size,
+        kv_channels=head_dim(hf_config),
+        normalization="RMSNorm",
+        layernorm_epsilon=hf_config.rms_norm_eps,
+        gated_linear_unit=True,
+        activation_func=F.silu,
+        add_bias_linear=False,
+        attention_dropout=hf_config.attention_dropout,
+        hidden_dropout=0.0,
+        params_dtype=dtype,
+        pipeline_dtype=dtype,
+        bf16=dtype == torch.bfloat16,
+        tensor_model_parallel_size=parallel.tp,
+        pipeline_model_parallel_size=parallel.pp,
+        sequence_parallel=parallel.sequence_parallel and parallel.tp > 1,
+        # Packs differ in length, so pipeline stages tell each other the shape first.
+        variable_seq_lengths=parallel.pp > 1,
+        # 0.16 refuses variable lengths with any other dispatcher, even where there are no experts.
+        moe_token_dispatcher_type="alltoall",
+        # Weights are drawn or read by name after construction, equal in every layout.
+        perform_initialization=False,
+        use_cpu_initialization=not device.has_cuda(),
+        # Fused kernels that need Apex or TransformerEngine.
+        bias_activation_fusion=False,
+        masked_softmax_fusion=False,
+        persist_layer_norm=False,
+        gradient_accumulation_fusion=False,
+        apply_rope_fusion=False,
+    )
+
+
+class RMSNorm(torch.nn.Module):
+    """Root mean square norm over the last dimension.
+
+    Megatron's wrapper of the torch norm refuses sequence parallelism; here the weight is marked so that its gradient
+    is summed over the tensor ranks, which each see a part of the tokens.
+    """
+
+    def __init__(self, config: TransformerConfig, hidden_size: int, eps: float = 1e-5, **_: object) -> None:
+        super().__init__()
+        self.eps = eps
+        self.weight = torch.nn.Parameter(
+            torch.ones(hidden_size, dtype=config.params_dtype, device=device.current()), requires_grad=True
+        )
+        self.weight.sequence_parallel = config.sequence_parallel
+
+    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
+        return F.rms_norm(hidden, (hidden.size(-1),), self.weight, self.eps)
+
+
+def layer_specs(config: TransformerConfig, attention_mask: str) -> TransformerBlockSubmodules:
+    """Layers of this pipeline stage: Megatron's local layers with our norm and packed core attention."""
+    layer: ModuleSpec = get_gpt_layer_local_spec(normalization="RMSNorm")
+    attention = layer.submodules.self_attention
+    attention.params["attn_mask_type"] = (
+        AttnMaskType.padding if attention_mask == "bidirectional" else AttnMaskType.padding_causal
+    )
+    attention.submodules.core_attention = PackedCoreAttention
+    layer.submodules.input_layernorm = layer.submodules.pre_mlp_layernorm = RMSNorm
+    return TransformerBlockSubmodules([layer] * get_num_layers_to_build(config), layer_norm=RMSNorm)

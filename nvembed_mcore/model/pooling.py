@@ -1,0 +1,145 @@
+"""Pooling heads: from token states to one vector a text (NV-Embed section 3.2; DESIGN section 7).
+
+Letters: `T` tokens, `B` texts, `H` hidden size, `R` latents, `A` heads of the head, `w` their width.
+
+A head transforms token states; the pooled mean (or the choice of the last token) is a weighted sum over each text's
+tokens that is the same for all heads and is done by `weights_of` and `segment_sum`.
+"""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from nvembed_mcore.config import PoolingConfig
+from nvembed_mcore.model.attention import Packing, packed_attention
+
+
+def weights_of(lengths: np.ndarray, pooled_from: np.ndarray, num_tokens: int, kind: str) -> np.ndarray:
+    """Weight of each token in its text's pooled vector: float32 [T].
+
+    Args:
+        lengths: int64 [B'], tokens of each sequence; sequences beyond `len(pooled_from)` are dummies of weight 0.
+        pooled_from: int64 [B], first pooled position of each text.
+        num_tokens: T.
+        kind: `last` puts everything on the last token; the other kinds take the mean over pooled positions.
+    """
+    weights = np.zeros(num_tokens, dtype=np.float32)
+    start = 0
+    for length, first in zip(lengths.tolist(), pooled_from.tolist(), strict=False):
+        assert 0 <= first < length, "a text without a pooled position must never reach a pack"
+        begin = length - 1 if kind == "last" else first
+        weights[start + begin : start + length] = 1.0 / (length - begin)
+        start += length
+    return weights
+
+
+def segment_sum(
+    states: torch.Tensor, weights: torch.Tensor, segment_ids: torch.Tensor, num_segments: int
+) -> torch.Tensor:
+    """Weighted sum of token states [T, H] over each sequence, in float32: [num_segments, H]."""
+    total = states.new_zeros(num_segments, states.size(-1), dtype=torch.float32)
+    return total.index_add(0, segment_ids, states.float() * weights[:, None])
+
+
+class Mlp(nn.Module):
+    """GEGLU of width 4H, as the public NV-Embed has it: `x * gelu(g)` with `x, g` the halves of one projection."""
+
+    def __init__(self, hidden: int) -> None:
+        super().__init__()
+        self.mlp_in = nn.Linear(hidden, 8 * hidden)
+        self.mlp_out = nn.Linear(4 * hidden, hidden)
+
+    def forward(self, states: torch.Tensor) -> torch.Tensor:
+        value, gate = self.mlp_in(states).chunk(2, dim=-1)
+        return self.mlp_out(value * F.gelu(gate))
+
+
+class LatentAttention(Mlp):
+    """NV-Embed's latent attention: token states are queries, trained latents are keys and values.
+
+    The latents do not depend on the text, so `to_q`, `to_kv` and `to_out` fold into two matrices around a softmax
+    over each head's R columns: exact, and several times fewer operations a token.
+    """
+
+    needs_whole_texts = False
+
+    def __init__(self, hidden: int, config: PoolingConfig) -> None:
+        super().__init__(hidden)
+        self.num_heads, self.head_width = config.num_heads, config.head_width or hidden
+        inner = self.num_heads * self.head_width
+        self.latents = nn.Parameter(torch.empty(config.num_latents, hidden))
+        self.norm_query = nn.LayerNorm(hidden)
+        self.norm_context = nn.LayerNorm(hidden)
+        self.to_q = nn.Linear(hidden, inner, bias=False)
+        self.to_kv = nn.Linear(hidden, 2 * inner, bias=False)
+        self.to_out = nn.Linear(inner, hidden, bias=False)
+        self.norm_mlp = nn.LayerNorm(hidden)
+
+    def fold(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """The cross attention as two float32 matrices, [H, A * R] and [A * R, H].
+
+        logits of head a: `(Wq_a x) . (Wk_a c) / sqrt(w)` = `x . (Wq_a^T Wk_a c) / sqrt(w)`;
+        output: `sum_a Wo_a (V_a^T p_a)` = `sum_a (V_a Wo_a^T)^T p_a`.
+        """
+        heads, width = self.num_heads, self.head_width
+        context = F.layer_norm(
+            self.latents.float(),
+            self.latents.shape[-1:],
+            self.norm_context.weight.float(),
+            self.norm_context.bias.float(),
+            self.norm_context.eps,
+        )
+        keys, values = (context @ self.to_kv.weight.float().T).chunk(2, dim=-1)
+        keys, values = (x.unflatten(1, (heads, width)).transpose(0, 1) for x in (keys, values))  # [A, R, w]
+        to_q = self.to_q.weight.float().unflatten(0, (heads, width))  # [A, w, H]
+        to_out = self.to_out.weight.float().unflatten(1, (heads, width)).permute(1, 2, 0)  # [A, w, H]
+        into = torch.bmm(keys / math.sqrt(width), to_q).flatten(0, 1).T  # [H, A * R]
+        out_of = torch.bmm(values, to_out).flatten(0, 1)  # [A * R, H]
+        return into, out_of
+
+    def forward(self, states: torch.Tensor, packing: Packing) -> torch.Tensor:
+        """Token states [T, H] -> token states [T, H]; each token on its own, so any part of a text will do."""
+        into, out_of = (matrix.to(states.dtype) for matrix in self.fold())
+        logits = (self.norm_query(states) @ into).unflatten(-1, (self.num_heads, -1))
+        attention = logits.float().softmax(dim=-1).to(states.dtype).flatten(-2)
+        states = states + attention @ out_of
+        return states + super().forward(self.norm_mlp(states))
+
+
+class SelfAttentionPooling(Mlp):
+    """The paper's ablation (section 5.2.3): as the latent head, with the text's own tokens as keys and values."""
+
+    needs_whole_texts = True
+
+    def __init__(self, hidden: int, config: PoolingConfig) -> None:
+        super().__init__(hidden)
+        self.num_heads, self.head_width = config.num_heads, config.head_width or hidden
+        inner = self.num_heads * self.head_width
+        self.norm_query = nn.LayerNorm(hidden)
+        self.norm_context = nn.LayerNorm(hidden)
+        self.to_q = nn.Linear(hidden, inner, bias=False)
+        self.to_kv = nn.Linear(hidden, 2 * inner, bias=False)
+        self.to_out = nn.Linear(inner, hidden, bias=False)
+        self.norm_mlp = nn.LayerNorm(hidden)
+
+    def forward(self, states: torch.Tensor, packing: Packing) -> torch.Tensor:
+        """Token states [T, H] of whole texts -> token states [T, H]."""
+        query = self.to_q(self.norm_query(states))
+        key, value = self.to_kv(self.norm_context(states)).chunk(2, dim=-1)
+        query, key, value = (x.unflatten(-1, (self.num_heads, self.head_width)) for x in (query, key, value))
+        states = states + self.to_out(packed_attention(query, key, value, packing).flatten(1))
+        return states + super().forward(self.norm_mlp(states))
+
+
+def build_head(hidden: int, config: PoolingConfig) -> nn.Module | None:
+    """The head's module, or None for `mean` and `last`, which have no parameters."""
+    if config.kind == "latent":
+        return LatentAttention(hidden, config)
+    if config.kind == "self_attention":
+        return SelfAttentionPooling(hidden, config)
+    return None

@@ -1,0 +1,113 @@
+"""Megatron's optimizer, and the learning rate as a pure function of the step."""
+
+from __future__ import annotations
+
+import torch
+from megatron.core.distributed import DistributedDataParallel
+from megatron.core.optimizer import MegatronOptimizer, OptimizerConfig, get_megatron_optimizer
+from torch.optim.adamw import adamw
+
+from nvembed_mcore.config import OptimConfig
+
+
+class FusedAdam(torch.optim.Optimizer):
+    """torch's fused AdamW in the shape of Apex's: moments in the state, the step in the group.
+
+    Megatron treats torch's own Adam as a special case whose `step` tensor its fully reshardable checkpoint format
+    saves but cannot load.
+    """
+
+    def __init__(
+        self,
+        params,
+        lr: float = 1e-3,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 0.0,
+        **_: object,
+    ) -> None:
+        super().__init__(params, dict(lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, step=0))
+
+    @torch.no_grad()
+    def step(self, closure: None = None) -> None:
+        """One update of every parameter that has a gradient."""
+        for group in self.param_groups:
+            parameters = [p for p in group["params"] if p.grad is not None]
+            for parameter in parameters:
+                if not self.state[parameter]:
+                    self.state[parameter]["exp_avg"] = torch.zeros_like(parameter)
+                    self.state[parameter]["exp_avg_sq"] = torch.zeros_like(parameter)
+            if parameters:
+                self._update(group, parameters)
+            group["step"] += 1
+
+    def _update(self, group: dict, parameters: list[torch.Tensor]) -> None:
+        steps = [torch.tensor(float(group["step"]), device=p.device) for p in parameters]
+        adamw(
+            parameters,
+            [p.grad for p in parameters],
+            [self.state[p]["exp_avg"] for p in parameters],
+            [self.state[p]["exp_avg_sq"] for p in parameters],
+            [],
+            steps,
+            fused=True,
+            foreach=False,
+            amsgrad=False,
+            maximize=False,
+            beta1=group["betas"][0],
+            beta2=group["betas"][1],
+            lr=group["lr"],
+            weight_decay=group["weight_decay"],
+            eps=group["eps"],
+        )
+
+
+def _use_fused_adam() -> None:
+    """Give Megatron the optimizer above where neither TransformerEngine nor Apex brings one."""
+    from megatron.core import optimizer
+    from megatron.core.optimizer import distrib_optimizer
+
+    if optimizer.USING_PYTORCH_OPTIMIZER:
+        optimizer.Adam, optimizer.USING_PYTORCH_OPTIMIZER = FusedAdam, False
+        distrib_optimizer.Adam, distrib_optimizer.HAVE_APEX_OR_TE = FusedAdam, True
+        distrib_optimizer.USING_APEX_OPTIMIZER = True
+
+
+def build_optimizer(config: OptimConfig, model: DistributedDataParallel) -> MegatronOptimizer:
+    """Adam with decoupled weight decay on everything but vectors (norms, biases), and clipping by the global norm."""
+    _use_fused_adam()
+    dtype = model.module.config.params_dtype
+    optimizer = get_megatron_optimizer(
+        OptimizerConfig(
+            optimizer="adam",
+            lr=config.lr,
+            min_lr=config.min_lr,
+            weight_decay=config.weight_decay,
+            adam_beta1=config.betas[0],
+            adam_beta2=config.betas[1],
+            adam_eps=config.eps,
+            clip_grad=config.clip_norm,
+            use_distributed_optimizer=config.distributed,
+            params_dtype=dtype,
+            bf16=dtype == torch.bfloat16,
+        ),
+        [model],
+    )
+    for group in optimizer.param_groups:
+        # Megatron leaves this to its scheduler, which we do not use.
+        group["weight_decay"] = config.weight_decay * group["wd_mult"]
+    return optimizer
+
+
+def learning_rate(config: OptimConfig, step: int, num_steps: int) -> float:
+    """Learning rate of optimizer step `step` (counted from 1) of `num_steps`: linear warm-up, then linear decay."""
+    if step <= config.warmup_steps:
+        return config.lr * step / config.warmup_steps
+    rest = (num_steps - step) / max(1, num_steps - config.warmup_steps)
+    return config.min_lr + (config.lr - config.min_lr) * rest
+
+
+def set_learning_rate(optimizer: MegatronOptimizer, value: float) -> None:
+    """Set the rate of every parameter group."""
+    for group in optimizer.param_groups:
+        group["lr"] = value

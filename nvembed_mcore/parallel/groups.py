@@ -1,0 +1,109 @@
+"""Process groups, made once and handed on. The only room that reads Megatron's `parallel_state`."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state
+from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
+
+from nvembed_mcore import device
+from nvembed_mcore.config import ConfigError, ParallelConfig
+
+
+@dataclass(frozen=True)
+class Groups:
+    """The layout of the processes as this rank sees it.
+
+    `collection` is what Megatron's modules take. Sizes and ranks are those of the tensor (`tp`), pipeline (`pp`) and
+    data (`dp`) dimension.
+    """
+
+    collection: ProcessGroupCollection
+    rank: int
+    world_size: int
+    tp_rank: int
+    tp_size: int
+    pp_rank: int
+    pp_size: int
+    dp_rank: int
+    dp_size: int
+
+    @property
+    def is_first_stage(self) -> bool:
+        return self.pp_rank == 0
+
+    @property
+    def is_last_stage(self) -> bool:
+        return self.pp_rank == self.pp_size - 1
+
+    @property
+    def dp(self) -> dist.ProcessGroup:
+        return self.collection.dp
+
+    @property
+    def tp(self) -> dist.ProcessGroup:
+        return self.collection.tp
+
+    @property
+    def pp(self) -> dist.ProcessGroup:
+        return self.collection.pp
+
+
+def initialize(config: ParallelConfig) -> Groups:
+    """Join the other processes (those of `torchrun`, or none) and lay out the groups.
+
+    Raises:
+        ConfigError: TP x PP does not divide the number of processes.
+    """
+    device.prepare()
+    world_size = int(os.environ.get("WORLD_SIZE", "1"))
+    if world_size % (config.tp * config.pp):
+        raise ConfigError(
+            f"parallel.tp x parallel.pp = {config.tp} x {config.pp} = {config.tp * config.pp} does not divide the "
+            f"{world_size} process(es) of this run; start a multiple of it with torchrun --nproc-per-node"
+        )
+    timeout = timedelta(minutes=config.timeout_minutes)
+    if not dist.is_initialized():
+        if "RANK" in os.environ:
+            dist.init_process_group(device.backend(), timeout=timeout)
+        else:
+            dist.init_process_group(device.backend(), store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
+    if parallel_state.is_initialized():
+        parallel_state.destroy_model_parallel()
+    parallel_state.initialize_model_parallel(
+        config.tp, config.pp, distributed_timeout_minutes=config.timeout_minutes, create_gloo_process_groups=True
+    )
+    groups = Groups(
+        collection=ProcessGroupCollection.use_mpu_process_groups(),
+        rank=dist.get_rank(),
+        world_size=dist.get_world_size(),
+        tp_rank=parallel_state.get_tensor_model_parallel_rank(),
+        tp_size=config.tp,
+        pp_rank=parallel_state.get_pipeline_model_parallel_rank(),
+        pp_size=config.pp,
+        dp_rank=parallel_state.get_data_parallel_rank(),
+        dp_size=parallel_state.get_data_parallel_world_size(),
+    )
+    # Megatron's layers fork its random tracker even where nothing is drawn, so it must know its states.
+    seed_everything(0)
+    return groups
+
+
+def seed_everything(seed: int) -> None:
+    """Seed the default generator (equal on all tensor ranks) and Megatron's tracker (different on each)."""
+    model_parallel_cuda_manual_seed(seed, force_reset_rng=True)
+    torch.manual_seed(seed)
+
+
+def shutdown() -> None:
+    """Leave the process groups; collectives still queued elsewhere are not waited for."""
+    if parallel_state.is_initialized():
+        parallel_state.destroy_model_parallel()
+    if dist.is_initialized():
+        dist.destroy_process_group()

@@ -1,0 +1,28 @@
+"""Worlds of processes, shared by all tests of a session."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator
+
+import pytest
+
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+from tests.helpers.world import World
+
+
+@pytest.fixture(scope="session")
+def world() -> Iterator[Callable[[int], World]]:
+    """`world(4).run(function, ...)` calls a function on four processes."""
+    worlds: dict[int, World] = {}
+
+    def get(size: int) -> World:
+        if size not in worlds or not worlds[size].is_alive:
+            worlds[size] = World(size)
+        return worlds[size]
+
+    yield get
+    for one in worlds.values():
+        one.stop()

@@ -1,0 +1,174 @@
+"""FLOPs against FLOPs counted on the real modules, the table of peaks, rates on real tokens, phases."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch.utils.flop_counter import FlopCounterMode
+from transformers import MistralConfig, MistralModel
+
+from nvembed_mcore.config import PoolingConfig
+from nvembed_mcore.metrics import PhaseTimer, StepMetrics, device_peak_flops, flops_per_token, pack_flops
+
+TINY = MistralConfig(
+    vocab_size=32,
+    hidden_size=24,
+    intermediate_size=40,
+    num_hidden_layers=3,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    head_dim=10,
+    attn_implementation="eager",
+)
+MEAN = PoolingConfig(kind="mean")
+
+
+def counted(forward) -> int:
+    """FLOPs of forward and backward as torch counts the matrix products that run."""
+    with FlopCounterMode(display=False) as counter:
+        forward().sum().backward()
+    return counter.get_total_flops()
+
+
+def test_backbone_flops_are_those_that_run():
+    model = MistralModel(TINY)
+    lengths = [7, 13]
+    texts = [torch.randint(0, 32, (1, length)) for length in lengths]
+    flops = sum(counted(lambda text=text: model(text, use_cache=False).last_hidden_state) for text in texts)
+    assert pack_flops(TINY, MEAN, lengths) == flops
+
+
+def test_latent_head_flops_are_those_that_run():
+    hidden, heads, latents, width, tokens = 24, 3, 5, 7, 11
+    leaf = {
+        name: torch.randn(shape, requires_grad=True)
+        for name, shape in {
+            "states": (tokens, hidden),
+            "latents": (latents, hidden),
+            "to_q": (heads, hidden, width),
+            "to_k": (heads, hidden, width),
+            "to_v": (heads, hidden, width),
+            "to_out": (heads, width, hidden),
+            "mlp_in": (hidden, 8 * hidden),
+            "mlp_out": (4 * hidden, hidden),
+        }.items()
+    }
+
+    def forward() -> torch.Tensor:
+        keys = leaf["latents"] @ leaf["to_k"]
+        values = leaf["latents"] @ leaf["to_v"]
+        into = (leaf["to_q"] @ keys.transpose(1, 2)).permute(1, 0, 2).flatten(1)
+        out_of = (values @ leaf["to_out"]).flatten(0, 1)
+        states = (leaf["states"] @ into).unflatten(1, (heads, latents)).softmax(-1).flatten(1) @ out_of
+        value, gate = (states @ leaf["mlp_in"]).chunk(2, dim=-1)
+        return (value * F.gelu(gate)) @ leaf["mlp_out"]
+
+    pooling = PoolingConfig(kind="latent", num_latents=latents, num_heads=heads, head_width=width)
+    lengths = [4, 7]
+    assert pack_flops(TINY, pooling, lengths) - pack_flops(TINY, MEAN, lengths) == counted(forward)
+
+
+def test_self_attention_head_flops_by_hand():
+    pooling = PoolingConfig(kind="self_attention", num_heads=2, head_width=5)
+    head = pack_flops(TINY, pooling, [3, 4]) - pack_flops(TINY, MEAN, [3, 4])
+    projections, attention, mlp = 6 * 7 * 4 * 24 * 10, 12 * 10 * (9 + 16), 6 * 7 * 12 * 24 * 24
+    assert head == projections + attention + mlp
+
+
+def test_causal_attention_has_the_pairs_below_the_diagonal():
+    both = pack_flops(TINY, MEAN, [9, 2])
+    causal = pack_flops(TINY, MEAN, [9, 2], causal=True)
+    assert both - causal == 12 * 3 * 4 * 10 * (81 + 4 - 45 - 3)
+
+
+def test_nv_embed_costs_what_is_published():
+    """Mistral-7B without its embeddings has 6.98e9 weights in linears; the folded head adds some percent."""
+    config = MistralConfig(max_position_embeddings=32768)
+    assert flops_per_token(config, MEAN, [512] * 32) == pytest.approx(6 * 6.979e9 + 12 * 32 * 4096 * 512, rel=1e-3)
+    head = flops_per_token(config, PoolingConfig(), [512] * 32) / flops_per_token(config, MEAN, [512] * 32)
+    assert 1.02 < head < 1.06
+
+
+def test_flops_per_token_needs_tokens():
+    with pytest.raises(ValueError, match="without tokens"):
+        flops_per_token(TINY, MEAN, [])
+
+
+@pytest.mark.parametrize(
+    ("name", "dtype", "peak"),
+    [
+        ("NVIDIA A100-SXM4-80GB", torch.bfloat16, 312e12),
+        ("NVIDIA H100 80GB HBM3", torch.bfloat16, 989e12),
+        ("NVIDIA H100 80GB HBM3", torch.float16, 989e12),
+        ("NVIDIA H100 PCIe", torch.bfloat16, 756e12),
+        ("NVIDIA H200", torch.bfloat16, 989e12),
+        ("NVIDIA B200", torch.bfloat16, 2250e12),
+        ("NVIDIA H100 80GB HBM3", torch.float32, None),
+        ("NVIDIA H100 80GB HBM3 MIG 1g.10gb", torch.bfloat16, None),
+        ("NVIDIA GB200", torch.bfloat16, None),
+        ("NVIDIA RTX A1000", torch.bfloat16, None),
+        ("cpu", torch.bfloat16, None),
+    ],
+)
+def test_device_peak(name, dtype, peak):
+    assert device_peak_flops(name, dtype) == peak
+
+
+def step_metrics(**values) -> StepMetrics:
+    plain = {
+        "step": 3,
+        "loss": 1.5,
+        "grad_norm": 0.25,
+        "lr": 1e-3,
+        "real_tokens": 900,
+        "padded_tokens": 1000,
+        "seconds": {"embed": 0.5, "total": 2.0},
+    }
+    return StepMetrics(**(plain | values))
+
+
+def test_rates_count_real_tokens_only():
+    metrics = step_metrics(flops=4e12, peak_flops=8e12)
+    assert metrics.tokens_per_second == 450.0
+    assert metrics.pad_fraction == pytest.approx(0.1)
+    assert metrics.mfu == 0.25
+    line = metrics.as_dict()
+    assert next(iter(line)) == "step"
+    assert line["seconds"] == 2.0 and line["seconds_embed"] == 0.5 and line["mfu"] == 0.25
+    assert all(isinstance(value, (int, float)) for value in line.values())
+
+
+def test_no_mfu_without_a_peak():
+    assert "mfu" not in step_metrics(flops=4e12).as_dict()
+
+
+def test_phases_add_up_and_wait_for_the_device(monkeypatch):
+    now = [100.0]
+    monkeypatch.setattr("time.perf_counter", lambda: now[0])
+
+    def queue_ends():
+        now[0] += 0.25
+
+    def work(seconds: float) -> None:
+        now[0] += seconds
+
+    timer = PhaseTimer(queue_ends)
+    for _ in range(2):
+        with timer("embed"):
+            work(1.0)
+    with timer("loss"):
+        work(8.0)
+    work(16.0)
+    # What was queued before a phase is not its own; what it queued is. Two waits a phase enter the total.
+    assert timer.lap() == {"embed": 2.5, "loss": 8.25, "total": 2.0 + 8.0 + 16.0 + 6 * 0.25}
+    assert timer.lap() == {"total": 0.0}
+
+
+def test_a_phase_that_raises_leaves_the_timer_usable():
+    timer = PhaseTimer()
+    with pytest.raises(KeyError), timer("embed"):
+        raise KeyError
+    with timer("loss"):
+        pass
+    assert set(timer.lap()) == {"embed", "loss", "total"}
