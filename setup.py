@@ -12,7 +12,7 @@ setup(
     package_dir={"nvembed_mcore.kernels": "kernels"},
     package_data={"nvembed_mcore.checkpoint": ["hf_files/*"]},
     install_requires=[
-        "torch>=2.10,<2.15",
+        "torch>=2.11,<2.15",
         "megatron-core>=0.16.1,<0.17",
         "transformers>=5.0,<6",
         "tokenizers>=0.22",
@@ -22,6 +22,7 @@ setup(
         "psutil>=5.9",
         "jsonargparse>=4.40,<5",
         "rich>=13.7",
+        "pyyaml>=6",
         "mistral-common>=1.8,<2",
         "matplotlib>=3.8",
         "bm25s>=0.2.6",
@@ -31,7 +32,7 @@ setup(
         "gpu": ["triton"],
         "eval": ["sentence-transformers>=5.1,<7"],
         "track": ["tensorboard>=2.16"],
-        "test": ["pytest>=8", "ruff>=0.8", "sentencepiece>=0.2", "sentence-transformers>=5.1,<7"],
+        "test": ["pytest>=8", "ruff>=0.15,<0.18", "sentencepiece>=0.2", "sentence-transformers>=5.1,<7"],
     },
     entry_points={"console_scripts": ["nvembed=nvembed_mcore.cli:main"]},
 )

@@ -111,9 +111,12 @@ class DatasetConfig:
         return self.task == "sts" if self.instruct_documents is None else self.instruct_documents
 
     def __post_init__(self) -> None:
-        _require(self.num_negatives >= 0, f"data.datasets.num_negatives must not be negative, got {self.num_negatives}")
         _require(
-            self.weight is None or self.weight > 0, f"data.datasets.weight of {self.path} must be above 0: {self.weight}"
+            self.num_negatives >= 0, f"data.datasets.num_negatives must not be negative, got {self.num_negatives}"
+        )
+        _require(
+            self.weight is None or self.weight > 0,
+            f"data.datasets.weight of {self.path} must be above 0: {self.weight}",
         )
 
 
@@ -144,7 +147,7 @@ class StepConfig:
 
     way: Literal["auto", "single", "cached"] = "auto"
     """`single`: one pack a rank, its graph kept. `cached`: any number of packs and pipeline stages, embeddings first
-    without a graph, then forward again with the gradient of the loss over all of them. `auto`: `single` where it can."""
+    without a graph, then forward again with the gradient of the loss over all. `auto`: `single` where it can."""
     tokens_per_microbatch: int = 16384
     """Token budget of one pack; a longer text gets a pack of its own."""
 
@@ -218,7 +221,7 @@ class EvalConfig:
     """Retrieval evaluation while training, by all ranks."""
 
     path: str | None = None
-    """Folder of a BEIR-format test set (`corpus.jsonl`, `queries.jsonl`, `qrels/test.tsv`); null means no evaluation."""
+    """Folder of a BEIR-format test set (`corpus.jsonl`, `queries.jsonl`, `qrels/test.tsv`); null: no evaluation."""
     instruction: str = ""
     """Instruction of its queries."""
     every_steps: int = 0

@@ -7,6 +7,7 @@ Nothing of the mathematics is touched; on a host with CUDA nothing is replaced a
 
 from __future__ import annotations
 
+import ctypes
 import functools
 import os
 
@@ -68,6 +69,7 @@ def prepare() -> None:
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count())
     else:
         _host_megatron_on_cpu()
+        _keep_freed_memory()
 
 
 def _host_megatron_on_cpu() -> None:
@@ -79,6 +81,10 @@ def _host_megatron_on_cpu() -> None:
     torch.cuda.get_rng_state = lambda *args, **kwargs: torch.get_rng_state()
     torch.cuda.set_rng_state = lambda state, *args, **kwargs: torch.set_rng_state(state)
     torch.Tensor.cuda = lambda self, *args, **kwargs: self
+    with cpu:
+        # torch's device contexts remember the factories at first use. They must remember the real ones, or models
+        # that transformers builds on the meta device later would keep buffers that nobody fills.
+        torch.empty(0)
     for factory in _FACTORIES:
         setattr(torch, factory, _redirected(getattr(torch, factory), cpu))
     torch.Tensor.type = _named_as_cuda(torch.Tensor.type)
@@ -111,3 +117,15 @@ def _named_as_cuda(plain_type):
         return plain_type(self).replace("torch.", "torch.cuda.", 1)
 
     return tensor_type
+
+
+def _keep_freed_memory() -> None:
+    """Let glibc reuse large blocks instead of returning them to the kernel: fresh pages cost up to a quarter."""
+    trim_threshold, top_pad, mmap_threshold = -1, -2, -3  # malloc.h
+    try:
+        mallopt = ctypes.CDLL("libc.so.6").mallopt
+    except (OSError, AttributeError):
+        return  # another C library; only speed is lost
+    mallopt(mmap_threshold, 1 << 30)
+    mallopt(trim_threshold, (1 << 31) - 1)
+    mallopt(top_pad, 1 << 26)

@@ -75,9 +75,7 @@ def pack_flops(
     weights = 2 * heads * width * hidden + 2 * groups * width * hidden + 3 * hf_config.intermediate_size * hidden
     linears = 6 * tokens * weights
     attention = 12 * heads * width * _attended_pairs(lengths, causal)
-    return float(
-        hf_config.num_hidden_layers * (linears + attention) + _head_flops(hidden, pooling, lengths, causal)
-    )
+    return float(hf_config.num_hidden_layers * (linears + attention) + _head_flops(hidden, pooling, lengths, causal))
 
 
 def flops_per_token(

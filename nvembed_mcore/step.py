@@ -117,9 +117,7 @@ def embed_packs(
 
 
 @torch.no_grad()
-def embed_texts(
-    model: DistributedDataParallel, groups: Groups, texts: list[Text], token_budget: int
-) -> Tensor | None:
+def embed_texts(model: DistributedDataParallel, groups: Groups, texts: list[Text], token_budget: int) -> Tensor | None:
     """Embeddings of many texts by all ranks together, for evaluation.
 
     Returns:

@@ -1,7 +1,6 @@
 """The one table between Megatron-Core's parameter names and the published Hugging Face ones, used in both directions.
 
-Letters: `H` hidden size, `F` feed-forward width, `A` query heads, `G` key/value groups, `d` head width, `V` vocabulary,
-`R` latents.
+Letters: `H` hidden size, `F` feed-forward width, `A` query heads, `G` key/value groups, `d` head width.
 
 Both sides store linears as [out, in], so nothing is ever transposed. Both rotate the two halves of a head (not
 neighbouring pairs), so the rows of a head keep their order. What differs:

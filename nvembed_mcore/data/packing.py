@@ -88,7 +88,7 @@ def make_plan(lengths: Sequence[int] | np.ndarray, num_ranks: int, token_budget:
 def _split(numbers: list[int], lengths: np.ndarray, token_budget: int) -> list[np.ndarray]:
     """One rank's texts (longest first) into as few even packs as the budget allows."""
     total = int(lengths[numbers].sum())
-    num_packs = max(1, -(-total // token_budget))
+    num_packs = max(1, min(len(numbers), -(-total // token_budget)))
     while True:
         loads = [(0, pack) for pack in range(num_packs)]
         packs: list[list[int]] = [[] for _ in range(num_packs)]

@@ -46,7 +46,7 @@ class Packing(PackedSeqParams):
         position_ids: int64 [T], position inside its own sequence.
         segment_ids: int64 [T], number of its sequence.
         buckets: the padded form; `restore` int64 [T] finds token t in the concatenated real places of all buckets.
-        rotary: cosine and sine, float32 [T, 1, d] each.
+        rotary: cosine and sine, float32 [T, 1, d / 2] each.
     """
 
     position_ids: torch.Tensor | None = None
@@ -103,10 +103,9 @@ class RotaryTable(torch.nn.Module):
 
     @torch.no_grad()
     def forward(self, position_ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Cosine and sine, float32 [T, 1, d], for int64 [T] positions: angle = position * theta ** (-2 i / d)."""
+        """Cosine and sine, float32 [T, 1, d / 2], for int64 [T] positions: angle = position * theta ** (-2 i / d)."""
         exponent = torch.arange(0, self.width, 2, dtype=torch.float32, device=position_ids.device) / self.width
-        angles = position_ids[:, None].float() * (1.0 / self.theta**exponent)[None]
-        angles = torch.cat([angles, angles], dim=-1)[:, None]
+        angles = (position_ids[:, None].float() * (1.0 / self.theta**exponent)[None])[:, None]
         return angles.cos(), angles.sin()
 
 
@@ -114,7 +113,7 @@ def rotate(states: torch.Tensor, rotary: tuple[torch.Tensor, torch.Tensor]) -> t
     """Turn `states` [T, heads, d] by their positions, in the half-split order of Hugging Face's Mistral."""
     cos, sin = (table.to(states.dtype) for table in rotary)
     first, second = states.chunk(2, dim=-1)
-    return states * cos + torch.cat([-second, first], dim=-1) * sin
+    return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1)
 
 
 def packed_attention(

@@ -19,7 +19,7 @@ from nvembed_mcore.config import ConfigError, ModelConfig, ParallelConfig
 from nvembed_mcore.model.attention import PackedCoreAttention
 
 VOCABULARY_MULTIPLE = 128
-"""The embedding table is padded to a multiple of this in every layout, so that checkpoints fit any tensor-parallel size."""
+"""The embedding table is padded to this multiple in every layout, so that checkpoints fit any tensor-parallel size."""
 
 
 def read_mistral_config(path: str | os.PathLike) -> MistralConfig:
@@ -101,7 +101,7 @@ def transformer_config(hf_config: MistralConfig, model: ModelConfig, parallel: P
         # Packs differ in length, so pipeline stages tell each other the shape first.
         variable_seq_lengths=parallel.pp > 1,
         # 0.16 refuses variable lengths with any other dispatcher, even where there are no experts.
-        moe_token_dispatcher_type="alltoall",
+        moe_token_dispatcher_type="alltoall",  # noqa: S106
         # Weights are drawn or read by name after construction, equal in every layout.
         perform_initialization=False,
         use_cpu_initialization=not device.has_cuda(),

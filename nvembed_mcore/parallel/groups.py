@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -93,6 +95,23 @@ def initialize(config: ParallelConfig) -> Groups:
     # Megatron's layers fork its random tracker even where nothing is drawn, so it must know its states.
     seed_everything(0)
     return groups
+
+
+def first_rank_does(work: Callable[[], Any]) -> Any:
+    """Run `work` on rank 0 while the others wait; all get its (small) result.
+
+    What it raises is raised on every rank, so that none hangs.
+    """
+    outcome: list[Any] = [None, None]
+    if dist.get_rank() == 0:
+        try:
+            outcome[0] = work()
+        except Exception as caught:
+            outcome[1] = caught
+    dist.broadcast_object_list(outcome, src=0)
+    if outcome[1] is not None:
+        raise outcome[1]
+    return outcome[0]
 
 
 def seed_everything(seed: int) -> None:

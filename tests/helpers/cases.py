@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import numpy as np
 import torch
-import torch.distributed as dist
 
 from nvembed_mcore.config import LossConfig, ModelConfig, OptimConfig, ParallelConfig, PoolingConfig, StepConfig
 from nvembed_mcore.data.batch import Batch, Sample, make_batch
-from nvembed_mcore.data.packing import Text, make_pack
+from nvembed_mcore.data.packing import make_pack
 from tests.helpers import models
 
 HEADS, LATENTS = 4, 6
@@ -171,9 +170,7 @@ def contrastive_step(
     head = {name: value.requires_grad_() for name, value in random_head(hf_config.hidden_size, kind).items()}
     batch = contrastive_batch(num_queries, hf_config.vocab_size)
     detached = {name: value.detach() for name, value in head.items()}
-    model, table, parameters = build(
-        hf_config, reference, detached, kind, parallel, groups, distributed=distributed
-    )
+    model, table, parameters = build(hf_config, reference, detached, kind, parallel, groups, distributed=distributed)
     optim = OptimConfig(lr=1e-2, clip_norm=clip, weight_decay=0.1, distributed=distributed, eps=1e-3)
     optimizer = build_optimizer(optim, model)
     set_learning_rate(optimizer, optim.lr)
@@ -187,9 +184,7 @@ def contrastive_step(
     )
     output = step(batch, 1, PhaseTimer())
 
-    expected = torch.stack(
-        [models.reference_embedding(reference, head, text, kind, HEADS) for text in batch.texts]
-    )
+    expected = torch.stack([models.reference_embedding(reference, head, text, kind, HEADS) for text in batch.texts])
     loss = brute_force_loss(expected, batch, 0.1)
     loss.backward()
     norm = torch.sqrt(
@@ -248,5 +243,3 @@ def gathered_rows(num_rows: list[int]):
     weight = sum(range(1, groups.dp_size + 1))
     expected = torch.as_tensor(owned[groups.dp_rank])[:, None].float() * weight
     return torch.equal(gathered, everything), (local.grad - expected).abs().max().item() if len(local) else 0.0
-
-

@@ -60,7 +60,9 @@ class World:
         results, failures = [], []
         for rank, pipe in enumerate(self.pipes):
             # A failed rank leaves the others inside a collective: do not wait for them as long.
-            if not pipe.poll(max(0.0, (min(deadline, time.monotonic() + 5) if failures else deadline) - time.monotonic())):
+            if not pipe.poll(
+                max(0.0, (min(deadline, time.monotonic() + 5) if failures else deadline) - time.monotonic())
+            ):
                 failures.append(f"rank {rank} did not answer")
                 continue
             try:

@@ -1,0 +1,226 @@
+"""What an export holds besides weights and code: configuration, tokenizer, sentence-transformers metadata, model card.
+
+Every function returns the content of files; nothing is written here.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from transformers import MistralConfig
+
+from nvembed_mcore.config import PoolingConfig
+from nvembed_mcore.data.prompts import query_prompt
+from nvembed_mcore.model.mistral import head_dim
+
+PROMPT_END_PATTERN = r"(?<=\nQuery:) \z"
+"""The space at the end of a prompt that stands alone. See `tokenizer_files`."""
+
+
+def model_config(
+    hf_config: MistralConfig, pooling: PoolingConfig, *, is_causal: bool, dtype: str, instruction: str
+) -> dict[str, Any]:
+    """`config.json`, with the published NV-Embed's keys; read by transformers 4.42 to 5.x.
+
+    The rotary base stands there in the form of version 4 (`rope_theta`) and of version 5 (`rope_parameters`).
+    """
+    hidden = hf_config.hidden_size
+    copied = (
+        "vocab_size hidden_size intermediate_size num_hidden_layers num_attention_heads num_key_value_heads "
+        "hidden_act max_position_embeddings initializer_range rms_norm_eps attention_dropout bos_token_id eos_token_id"
+    ).split()
+    theta = hf_config.rope_parameters["rope_theta"]
+    text_config = {
+        "architectures": ["MistralModel"],
+        "model_type": "mistral",
+        **{name: getattr(hf_config, name) for name in copied},
+        "head_dim": head_dim(hf_config),
+        "rope_theta": theta,
+        "rope_parameters": {"rope_type": "default", "rope_theta": theta},
+        "pad_token_id": None,
+        "sliding_window": None,  # published too, and not applied: a bidirectional model attends to the whole text
+        "tie_word_embeddings": False,
+        "use_cache": False,
+    }
+    latent_attention_config = {
+        "model_type": "latent_attention",
+        "num_latents_value": pooling.num_latents,
+        "num_cross_heads": pooling.num_heads,
+        "hidden_dim": hidden,
+        "latent_dim": hidden,
+        "cross_dim_head": pooling.head_width or hidden,
+        "output_normalize": True,
+    }
+    return {
+        "architectures": ["NVEmbedModel"],
+        "auto_map": {"AutoConfig": "modeling_nvembed.NVEmbedConfig", "AutoModel": "modeling_nvembed.NVEmbedModel"},
+        "model_type": "nvembed",
+        "pooling": pooling.kind,
+        "is_causal": is_causal,
+        "query_prompt": query_prompt(instruction),
+        "hidden_size": hidden,
+        "text_config": text_config,
+        "latent_attention_config": latent_attention_config,
+        "padding_side": "right",
+        "add_eos": True,
+        "is_mask_instruction": True,
+        "torch_dtype": dtype,
+    }
+
+
+def tokenizer_files(tokenizer_dir: Path, max_tokens: int) -> dict[str, dict[str, Any]]:
+    """The tokenizer's files, changed so that every library that loads them feeds the model what it was trained on.
+
+    - `<s>` in front and `</s>` behind come from the tokenizer itself, so `</s>` survives truncation.
+    - A query's prompt that is tokenised alone loses its last space: in front of a text the space is part of the
+      text's first piece, alone it would be a piece of its own. sentence-transformers counts a prompt's tokens by
+      tokenising it alone (and versions before 6 strip it): so the count is exact everywhere. No text is changed but
+      one that ends in the words of the prompt.
+
+    Raises:
+        OSError, KeyError, ValueError: a file is missing, unreadable or lacks a special token.
+    """
+    backend = json.loads((tokenizer_dir / "tokenizer.json").read_text(encoding="utf-8"))
+    settings = json.loads((tokenizer_dir / "tokenizer_config.json").read_text(encoding="utf-8"))
+    begin, end = (_content(settings[name]) for name in ("bos_token", "eos_token"))
+    ids = {token["content"]: token["id"] for token in backend["added_tokens"]}
+
+    drop_space = {"type": "Replace", "pattern": {"Regex": PROMPT_END_PATTERN}, "content": ""}
+    before = [backend["normalizer"]] if backend.get("normalizer") else []
+    backend["normalizer"] = {"type": "Sequence", "normalizers": [drop_space, *before]}
+    sides = [
+        [_special(begin, i), {"Sequence": {"id": name, "type_id": i}}, _special(end, i)] for i, name in enumerate("AB")
+    ]
+    backend["post_processor"] = {
+        "type": "TemplateProcessing",
+        "single": sides[0],
+        "pair": sides[0] + sides[1],
+        "special_tokens": {token: {"id": token, "ids": [ids[token]], "tokens": [token]} for token in (begin, end)},
+    }
+    backend["truncation"] = backend["padding"] = None
+    settings |= {
+        # Takes tokenizer.json as it is, in every version; Llama's class of version 5 builds its own.
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "add_bos_token": True,
+        "add_eos_token": True,
+        "pad_token": _content(settings.get("pad_token") or end),
+        "padding_side": "right",
+        "model_max_length": max_tokens,
+        "model_input_names": ["input_ids", "attention_mask"],
+    }
+    settings.pop("auto_map", None)
+    special = {
+        name: settings[name] for name in ("bos_token", "eos_token", "pad_token", "unk_token") if name in settings
+    }
+    return {"tokenizer.json": backend, "tokenizer_config.json": settings, "special_tokens_map.json": special}
+
+
+def _content(token: str | dict[str, Any]) -> str:
+    """A special token's text; configurations hold it bare or with its flags."""
+    text = token["content"] if isinstance(token, dict) else token
+    if not isinstance(text, str):
+        raise ValueError(f"tokenizer_config.json: a special token is {token!r}")
+    return text
+
+
+def _special(token: str, type_id: int) -> dict[str, Any]:
+    return {"SpecialToken": {"id": token, "type_id": type_id}}
+
+
+def sentence_transformers_files(
+    hidden: int, pooling: PoolingConfig, max_tokens: int, instruction: str
+) -> dict[str, Any]:
+    """Metadata in the form that versions 3 to 6 read, naming only modules of that library."""
+    modes = ("cls_token", "mean_tokens", "max_tokens", "mean_sqrt_len_tokens", "weightedmean_tokens", "lasttoken")
+    chosen = "lasttoken" if pooling.kind == "last" else "mean_tokens"
+    classes = (("", "Transformer"), ("1_Pooling", "Pooling"), ("2_Normalize", "Normalize"))
+    return {
+        "modules.json": [
+            {"idx": i, "name": str(i), "path": path, "type": f"sentence_transformers.models.{name}"}
+            for i, (path, name) in enumerate(classes)
+        ],
+        "sentence_bert_config.json": {"max_seq_length": max_tokens, "do_lower_case": False},
+        "1_Pooling/config.json": {
+            "word_embedding_dimension": hidden,
+            **{f"pooling_mode_{mode}": mode == chosen for mode in modes},
+            "include_prompt": False,
+        },
+        "config_sentence_transformers.json": {
+            "prompts": {"query": query_prompt(instruction), "document": ""},
+            "default_prompt_name": None,
+            "similarity_fn_name": "cosine",
+        },
+    }
+
+
+def model_card(name: str, pooling: PoolingConfig, instruction: str, facts: Mapping[str, Any]) -> str:
+    """`README.md`: what the model is, how to use it, and one section for each of `facts`."""
+    sections = [
+        _FRONT_MATTER,
+        f"# {name}",
+        f"A text embedding model: Mistral layers and `{pooling.kind}` pooling, trained with nvembed_mcore.",
+        "## Use",
+        f"```python\n{_usage(name, instruction)}\n```",
+        "Queries carry an instruction, which is attended to and not pooled; documents carry none. "
+        "A prompt of your own should keep the form `Instruct: ...\\nQuery: `, the space at the end included.",
+        "With sentence-transformers:",
+        f"```python\n{_sentence_transformers_usage(name)}\n```",
+    ]
+    for title, fact in facts.items():
+        sections += [f"## {str(title).replace('_', ' ').capitalize()}", _table(fact)]
+    return "\n\n".join(sections) + "\n"
+
+
+_FRONT_MATTER = """---
+library_name: sentence-transformers
+pipeline_tag: sentence-similarity
+tags:
+- sentence-transformers
+- feature-extraction
+- sentence-similarity
+- nvembed_mcore
+---"""
+
+
+def _usage(name: str, instruction: str) -> str:
+    prompt = json.dumps(query_prompt(instruction), ensure_ascii=False)
+    return "\n".join(
+        (
+            "from transformers import AutoModel",
+            f'model = AutoModel.from_pretrained("{name}", trust_remote_code=True).eval()',
+            f'scores = model.encode(["a query"], instruction={prompt}) @ model.encode(["a document"]).T',
+        )
+    )
+
+
+def _sentence_transformers_usage(name: str) -> str:
+    return "\n".join(
+        (
+            "from sentence_transformers import SentenceTransformer",
+            f'model = SentenceTransformer("{name}", trust_remote_code=True)',
+            'scores = model.encode(["a query"], prompt_name="query") @ model.encode(["a document"]).T',
+        )
+    )
+
+
+def _table(fact: Any) -> str:
+    if not isinstance(fact, Mapping):
+        return _cell(fact)
+    return "\n".join(["| | |", "|---|---|", *(f"| {_cell(key)} | {_cell(value)} |" for key, value in _flat(fact))])
+
+
+def _flat(facts: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """(dotted key, value) of nested mappings."""
+    for key, value in facts.items():
+        if isinstance(value, Mapping):
+            yield from _flat(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value
+
+
+def _cell(value: Any) -> str:
+    """One line that cannot break out of a table."""
+    return " ".join(str(value).split()).replace("|", "\\|")

@@ -1,0 +1,67 @@
+"""From a resume checkpoint to a Hugging Face folder, on one CPU process and without building the model."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from transformers import MistralConfig
+
+from nvembed_mcore.checkpoint import store
+from nvembed_mcore.checkpoint.hf_export import export
+from nvembed_mcore.config import ParallelConfig, PoolingConfig
+from nvembed_mcore.log import read_metrics
+from nvembed_mcore.parallel.groups import initialize
+
+
+def export_run(source: str, output: str, *, dtype: str, instruction: str | None) -> None:
+    """Export the newest checkpoint of a run folder, or one checkpoint folder, whatever layout wrote it.
+
+    Args:
+        source: run folder or checkpoint folder.
+        output: folder to write.
+        dtype: `float32`, `bfloat16` or `float16`.
+        instruction: query instruction; None takes that of the run's first data set.
+
+    Raises:
+        CheckpointError: there is no complete checkpoint.
+        ExportError: `output` exists.
+    """
+    found = store.find_checkpoint(source)
+    if found is None:
+        raise store.CheckpointError(f"no complete checkpoint in {source}")
+    initialize(ParallelConfig())
+    config = found.facts["config"]
+    export(
+        store.open_weights(found),
+        MistralConfig.from_dict(found.facts["hf_config"]),
+        PoolingConfig(**config["model"]["pooling"]),
+        output,
+        tokenizer_dir=config["data"]["tokenizer"],
+        attention_mask=config["model"]["attention_mask"],
+        dtype=dtype,
+        max_tokens=max(config["data"]["max_query_tokens"], config["data"]["max_document_tokens"]),
+        instruction=config["data"]["datasets"][0]["instruction"] if instruction is None else instruction,
+        card_facts=_card_facts(found),
+    )
+
+
+def _card_facts(found: store.Checkpoint) -> dict[str, Any]:
+    """What the model card says of the run."""
+    config = found.facts["config"]
+    facts: dict[str, Any] = {
+        "Training": {
+            "step": found.step,
+            **{key: config[key] for key in ("stage", "seed", "steps", "batch_size", "loss", "optim")},
+        },
+        "Data": {
+            **{f"set {number}": one for number, one in enumerate(config["data"]["datasets"], 1)},
+            "fingerprint": found.facts["data"],
+            "tokenizer": found.facts["tokenizer"],
+        },
+    }
+    metrics = found.path.parent.parent / "metrics.jsonl"
+    lines = read_metrics(metrics) if metrics.is_file() else []
+    evaluations = [line for line in lines if "loss" not in line and line["step"] == found.step]
+    if evaluations:
+        facts["Evaluation"] = evaluations[-1]
+    return facts

@@ -1,0 +1,174 @@
+"""Resume checkpoints: Megatron's distributed format inside a folder that becomes visible only when complete.
+
+    RUN/checkpoints/step-00000500/state/    weights and optimizer, loadable into any layout
+                                  run.json  step, configuration, architecture, fingerprints
+    RUN/checkpoints/latest                  name of the newest complete folder; written last
+
+Random states are not stored: they follow from seed and step (DESIGN section 5).
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from megatron.core import dist_checkpointing
+from megatron.core.distributed import DistributedDataParallel
+from megatron.core.optimizer import MegatronOptimizer
+
+from nvembed_mcore.config import CheckpointConfig
+
+POINTER = "latest"
+# Megatron stores the norms of its local layers by the names that TransformerEngine's fused layers have, so that a
+# checkpoint fits both.
+_STORED_AS = {
+    ".input_layernorm.weight": ".self_attention.linear_qkv.layer_norm_weight",
+    ".pre_mlp_layernorm.weight": ".mlp.linear_fc1.layer_norm_weight",
+}
+_METADATA = {"distrib_optim_sharding_type": "fully_reshardable", "non_homogeneous_layers": True}
+
+
+class CheckpointError(ValueError):
+    """A checkpoint is missing, incomplete or of another run; the message names the folder."""
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A complete checkpoint folder and what its `run.json` says."""
+
+    path: Path
+    step: int
+    facts: dict[str, Any]
+
+    @property
+    def state_dir(self) -> str:
+        return str(self.path / "state")
+
+
+def folder_of(run_dir: str | Path) -> Path:
+    """Where a run's checkpoints live."""
+    return Path(run_dir) / "checkpoints"
+
+
+def read_checkpoint(path: str | Path) -> Checkpoint:
+    """Read the facts of a checkpoint folder.
+
+    Raises:
+        CheckpointError: the folder or its `run.json` is missing or unreadable.
+    """
+    path = Path(path)
+    try:
+        facts = json.loads((path / "run.json").read_text(encoding="utf-8"))
+        return Checkpoint(path, int(facts["step"]), facts)
+    except (OSError, ValueError, KeyError) as error:
+        raise CheckpointError(f"{path} is not a complete checkpoint: {error}") from error
+
+
+def find_checkpoint(path: str | Path) -> Checkpoint | None:
+    """The checkpoint that `path` means: itself, or the newest complete one of a run folder; None when there is none.
+
+    Raises:
+        CheckpointError: the pointer names a folder that is not a complete checkpoint.
+    """
+    path = Path(path)
+    if (path / "run.json").is_file():
+        return read_checkpoint(path)
+    pointer = folder_of(path) / POINTER
+    if not pointer.is_file():
+        return None
+    return read_checkpoint(folder_of(path) / pointer.read_text(encoding="utf-8").strip())
+
+
+def differences(saved: Any, now: Any, prefix: str = "") -> list[str]:
+    """Fields in which two nested dictionaries differ, as `field: saved -> now`."""
+    if isinstance(saved, dict) and isinstance(now, dict):
+        lines = []
+        for key in sorted({*saved, *now}, key=str):
+            lines += differences(saved.get(key), now.get(key), f"{prefix}.{key}" if prefix else str(key))
+        return lines
+    return [] if saved == now else [f"{prefix}: {saved!r} -> {now!r}"]
+
+
+def save_checkpoint(
+    config: CheckpointConfig,
+    run_dir: str | Path,
+    step: int,
+    model: DistributedDataParallel,
+    optimizer: MegatronOptimizer,
+    facts: dict[str, Any],
+) -> Path:
+    """Write a checkpoint; every rank calls this. Returns its folder.
+
+    Args:
+        facts: JSON values stored beside the tensors; `step` is added.
+    """
+    root = folder_of(run_dir)
+    final = root / f"step-{step:08d}"
+    aside = root / f".writing-{final.name}"
+    is_first = dist.get_rank() == 0
+    if is_first:
+        for leftover in root.glob(".writing-*"):
+            shutil.rmtree(leftover)
+        (aside / "state").mkdir(parents=True)
+    dist.barrier()
+    dist_checkpointing.save(_sharded_state(model, optimizer, is_loading=False), str(aside / "state"))
+    if is_first:
+        _write_synced(aside / "run.json", json.dumps({"step": step, **facts}, indent=1, sort_keys=True))
+        if final.exists():
+            shutil.rmtree(final)
+        os.replace(aside, final)
+        _write_synced(root / f"{POINTER}.new", final.name + "\n")
+        os.replace(root / f"{POINTER}.new", root / POINTER)
+        complete = sorted(path for path in root.glob("step-*") if path.is_dir())
+        for old in complete[: -config.keep]:
+            shutil.rmtree(old)
+    dist.barrier()
+    return final
+
+
+def load_checkpoint(checkpoint: Checkpoint, model: DistributedDataParallel, optimizer: MegatronOptimizer) -> None:
+    """Fill weights and optimizer state from a checkpoint written in any layout; every rank calls this."""
+    state = dist_checkpointing.load(_sharded_state(model, optimizer, is_loading=True), checkpoint.state_dir)
+    model.module.load_state_dict(state["model"])
+    optimizer.load_state_dict(state["optimizer"])
+
+
+def load_weights(checkpoint: Checkpoint, model: torch.nn.Module) -> None:
+    """Fill an encoder's weights only, as the next stage of a recipe does; every rank calls this."""
+    sharded = {"model": model.sharded_state_dict(metadata=dict(_METADATA))}
+    model.load_state_dict(dist_checkpointing.load(sharded, checkpoint.state_dir)["model"])
+
+
+def open_weights(checkpoint: Checkpoint) -> Callable[[str], torch.Tensor]:
+    """A function that reads one global tensor by name, for one process and without building the model."""
+    tensors = dist_checkpointing.load_tensors_metadata(checkpoint.state_dir)
+
+    def read(name: str) -> torch.Tensor:
+        for ours, stored in _STORED_AS.items():
+            name = name.replace(ours, stored)
+        if name not in tensors:
+            raise CheckpointError(f"{checkpoint.path} has no tensor {name!r}")
+        wanted = {name: tensors[name]}
+        return dist_checkpointing.load(wanted, checkpoint.state_dir, validate_access_integrity=False)[name]
+
+    return read
+
+
+def _sharded_state(model: DistributedDataParallel, optimizer: MegatronOptimizer, *, is_loading: bool) -> dict:
+    weights = model.module.sharded_state_dict(metadata=dict(_METADATA))
+    state = optimizer.sharded_state_dict(weights, is_loading=is_loading, metadata=dict(_METADATA))
+    return {"model": weights, "optimizer": state}
+
+
+def _write_synced(path: Path, text: str) -> None:
+    with open(path, "w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())

@@ -1,0 +1,64 @@
+"""Which texts make the global batch of a step."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+
+import numpy as np
+
+from nvembed_mcore.config import DataConfig
+from nvembed_mcore.data import blend
+from nvembed_mcore.data.batch import Batch, Sample, make_batch
+from nvembed_mcore.data.blend import Blend, choose_negatives, choose_positive
+from nvembed_mcore.data.packing import Text
+from nvembed_mcore.data.tokens import TokenStore
+
+
+class BatchSource:
+    """Global batches by step number: a pure function of the stores, the blend's seed and the step."""
+
+    def __init__(self, config: DataConfig, stores: Sequence[TokenStore], *, batch_size: int, seed: int, stage: int):
+        """
+        Args:
+            config: the run's data sets, in the order of `stores`.
+            batch_size: queries in a global batch.
+            seed, stage: enter the order of the samples.
+
+        Raises:
+            ValueError: a batch would hold a record twice.
+        """
+        self.datasets, self.stores = config.datasets, list(stores)
+        self.seed, self.stage = seed, stage
+        self.fingerprint = fingerprint_of(stores)
+        self.blend = Blend(
+            [len(store) for store in stores],
+            [dataset.weight for dataset in config.datasets],
+            batch_size,
+            seed,
+            stage,
+            self.fingerprint,
+        )
+
+    def batch(self, step: int) -> Batch:
+        """The batch of optimizer step `step`, counted from 0."""
+        return make_batch([self._sample(drawn) for drawn in self.blend.samples(step)])
+
+    def _sample(self, drawn: blend.Sample) -> Sample:
+        dataset, example = self.datasets[drawn.dataset], self.stores[drawn.dataset].example(drawn.index)
+        chance = dict(seed=self.seed, stage=self.stage, sample=drawn)
+        positive = choose_positive(len(example.positives), **chance)
+        negatives = choose_negatives(len(example.negatives), dataset.num_negatives, **chance)
+        passages = [example.positives[positive]] + [example.negatives[number] for number in negatives]
+        return Sample(
+            query=Text(example.query, example.query_pooled_from),
+            passages=[Text(tokens, example.document_pooled_from) for tokens in passages],
+            passage_ids=np.concatenate([example.positive_ids[[positive]], example.negative_ids[negatives]]),
+            positive_ids=example.positive_ids,
+            in_batch=dataset.uses_in_batch_negatives,
+        )
+
+
+def fingerprint_of(stores: Sequence[TokenStore]) -> str:
+    """One name for all data of a run: the stores' fingerprints in order."""
+    return hashlib.sha256("\n".join(store.fingerprint for store in stores).encode()).hexdigest()[:32]

@@ -1,0 +1,71 @@
+"""Embeddings and metrics of an exported folder, in one process and without remote code."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from nvembed_mcore.checkpoint.hf_load import load_exported
+from nvembed_mcore.data.prompts import query_prompt
+from nvembed_mcore.data.records import DataError, read_beir
+from nvembed_mcore.evaluation.retrieval import relevance_of, score_run, search
+
+
+class ExportedEncoder:
+    """An exported model as a function from texts to unit vectors.
+
+    Args:
+        directory: exported folder.
+        instruction: task of the queries in one sentence; None takes the one the model was exported with.
+        max_length: longest text in tokens, prompt and special tokens included.
+        device: torch device.
+    """
+
+    def __init__(self, directory: str, *, instruction: str | None, max_length: int, device: str) -> None:
+        self.model = load_exported(directory, device)
+        self.prompt = _exported_prompt(directory) if instruction is None else query_prompt(instruction)
+        self.max_length = max_length
+
+    def __call__(self, texts: Sequence[str], is_query: bool) -> torch.Tensor:
+        """float32 [len(texts), D]; queries get the instruction in front."""
+        return self.model.encode(list(texts), self.prompt if is_query else "", max_length=self.max_length)
+
+
+def _exported_prompt(directory: str) -> str:
+    """What the model was exported to put in front of queries."""
+    metadata = Path(directory) / "config_sentence_transformers.json"
+    return json.loads(metadata.read_text(encoding="utf-8"))["prompts"]["query"]
+
+
+def evaluate_beir(encoder: ExportedEncoder, folder: str | Path) -> dict[str, float]:
+    """Retrieval metrics on a BEIR-format test set, by exact search."""
+    beir = read_beir(Path(folder))
+    queries = encoder(list(beir.queries.values()), True)
+    documents = encoder(list(beir.corpus.values()), False)
+    _, ranked = search(queries, documents, 100)
+    return dict(score_run(ranked, relevance_of(beir)))
+
+
+def encode_file(encoder: ExportedEncoder, source: str, output: str, *, are_queries: bool) -> tuple[int, int]:
+    """Embed each line of a UTF-8 file; writes float32 [lines, D] and returns its shape.
+
+    Raises:
+        DataError: the file is missing, empty, not UTF-8, or has an empty line; the message names the line.
+    """
+    try:
+        lines = Path(source).read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(f"cannot read {source}: {error}") from error
+    if not lines:
+        raise DataError(f"{source} has no lines")
+    for number, line in enumerate(lines, 1):
+        if not line.strip():
+            raise DataError(f"{source}:{number}: empty text")
+    embeddings = encoder(lines, are_queries).cpu().numpy()
+    with open(output, "wb") as file:
+        np.save(file, embeddings)
+    return embeddings.shape

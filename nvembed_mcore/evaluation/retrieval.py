@@ -1,0 +1,184 @@
+"""Exact search and the metrics of a ranking: pure numerics.
+
+Letters: `Q` queries, `N` documents, `D` embedding size, `k` ranks that are kept.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, TypedDict
+
+import numpy as np
+import torch
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from nvembed_mcore.data.records import BeirSet
+
+# Scores held at once: 1024 x 8192 float32 are 32 MiB.
+_QUERY_BLOCK = 1024
+_DOCUMENT_BLOCK = 8192
+
+
+def search(queries: Tensor, documents: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """The `k` documents with the largest inner product for each query, exactly.
+
+    Equal scores are ordered by document index, the smaller one first. Memory beyond the inputs and the result is
+    that of one block of scores.
+
+    Args:
+        queries: [Q, D], floating point.
+        documents: [N, D], same dtype and device.
+        k: at least 1; of fewer than `k` documents, all are ranked.
+
+    Returns:
+        scores [Q, min(k, N)] in float32 (float64 for float64 inputs), falling; document indices int64, same shape.
+
+    Raises:
+        ValueError: shapes do not fit, there is no document, `k` is below 1, or an embedding is not finite.
+    """
+    _check(queries, documents, k)
+    working = torch.float64 if queries.dtype == torch.float64 else torch.float32
+    scores, indices = [], []
+    for query_block in queries.split(_QUERY_BLOCK):
+        block_scores, block_indices = _search_block(query_block.to(working), documents, min(k, len(documents)))
+        scores.append(block_scores)
+        indices.append(block_indices)
+    return torch.cat(scores), torch.cat(indices)
+
+
+def _check(queries: Tensor, documents: Tensor, k: int) -> None:
+    if queries.dim() != 2 or documents.dim() != 2 or queries.size(1) != documents.size(1):
+        raise ValueError(
+            f"queries and documents must be [Q, D] and [N, D], got {list(queries.shape)} and {list(documents.shape)}"
+        )
+    if k < 1:
+        raise ValueError(f"k must be at least 1, got {k}")
+    if len(documents) == 0:
+        raise ValueError("there are no documents to search")
+    for name, embeddings in (("query", queries), ("document", documents)):
+        bad = ~torch.isfinite(embeddings).all(dim=1)
+        if bad.any():
+            raise ValueError(
+                f"{int(bad.sum())} {name} embeddings are not finite, the first is {int(bad.int().argmax())}"
+            )
+
+
+def _search_block(queries: Tensor, documents: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """`search` for one block of queries: best of each block of documents, merged into the best so far."""
+    best_scores = queries.new_empty(len(queries), 0)
+    best_indices = torch.empty(len(queries), 0, dtype=torch.int64, device=queries.device)
+    for start in range(0, len(documents), _DOCUMENT_BLOCK):
+        block = documents[start : start + _DOCUMENT_BLOCK].to(queries.dtype)
+        scores, columns = _top(queries @ block.T, min(k, len(block)))
+        # Earlier blocks hold smaller indices and stand in front, so a stable sort keeps the order of ties.
+        merged_scores = torch.cat([best_scores, scores], dim=1)
+        merged_indices = torch.cat([best_indices, columns + start], dim=1)
+        best_scores, order = merged_scores.sort(dim=1, descending=True, stable=True)
+        best_scores = best_scores[:, :k]
+        best_indices = merged_indices.gather(1, order[:, :k])
+    return best_scores, best_indices
+
+
+def _top(scores: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """The `k` largest of each row, ties by column: values and columns.
+
+    `topk` chooses freely among equal values. Rows where the k-th value occurs again beyond the chosen ones are
+    sorted in full; in all others only the order within the chosen ones has to be put right.
+    """
+    values, columns = scores.topk(k, dim=1)
+    ambiguous = ((scores >= values[:, -1:]).sum(dim=1) > k).nonzero().squeeze(1)
+    if len(ambiguous):
+        columns[ambiguous] = scores[ambiguous].sort(dim=1, descending=True, stable=True).indices[:, :k]
+    columns = columns.sort(dim=1).values
+    values, order = scores.gather(1, columns).sort(dim=1, descending=True, stable=True)
+    return values, columns.gather(1, order)
+
+
+class RetrievalMetrics(TypedDict):
+    """Means over the judged queries, each between 0 and 1."""
+
+    ndcg_at_10: float
+    """Discounted cumulative gain of the first 10 over that of the best possible order."""
+    recall_at_10: float
+    """Share of the relevant documents among the first 10."""
+    recall_at_100: float
+    """Share of the relevant documents among the first 100."""
+    mrr_at_10: float
+    """1 / rank of the first relevant document, 0 when it is not among the first 10."""
+
+
+def score_run(
+    ranked: Sequence[Sequence[int]] | np.ndarray | Tensor, relevant: Sequence[Mapping[int, int]]
+) -> RetrievalMetrics:
+    """Metrics of a run as trec_eval and BEIR compute them: linear gains, discount `1 / log2(1 + rank)`.
+
+    A document is relevant when its judgement is above 0; that judgement is its gain. A query without any judgement
+    is left out of the means; one whose judgements are all 0 counts with zeros.
+
+    Args:
+        ranked: document indices of each query, best first; [Q, k] or one list a query. Lists may differ in length
+            (a lexical search finds fewer); k below 100 means that recall at 100 sees only k.
+        relevant: judgements of each query, document index -> judgement.
+
+    Raises:
+        ValueError: the numbers of queries differ, no query is judged, or a document is ranked twice for a query.
+    """
+    if len(ranked) != len(relevant):
+        raise ValueError(f"{len(ranked)} rankings but judgements for {len(relevant)} queries")
+    discounts = 1 / np.log2(np.arange(2, 12))
+    rows = []
+    for query, (documents, judgements) in enumerate(zip(ranked, relevant, strict=True)):
+        documents = [int(document) for document in documents[:100]]
+        if len(set(documents)) < len(documents):
+            raise ValueError(f"query {query}: a document is ranked twice within the first 100")
+        if judgements:
+            rows.append(_score_query(documents, judgements, discounts))
+    if not rows:
+        raise ValueError(f"none of the {len(relevant)} queries has a judged document")
+    ndcg, recall_10, recall_100, reciprocal = np.mean(rows, axis=0).tolist()
+    return RetrievalMetrics(ndcg_at_10=ndcg, recall_at_10=recall_10, recall_at_100=recall_100, mrr_at_10=reciprocal)
+
+
+def _score_query(
+    documents: list[int], judgements: Mapping[int, int], discounts: np.ndarray
+) -> tuple[float, float, float, float]:
+    """nDCG@10, recall@10, recall@100 and reciprocal rank of one query; `discounts` are those of ranks 1 to 10."""
+    gains = np.maximum([judgements.get(document, 0) for document in documents], 0)
+    ideal = np.sort([gain for gain in judgements.values() if gain > 0])[::-1]
+    if len(ideal) == 0:
+        return 0.0, 0.0, 0.0, 0.0
+    top = gains[:10]
+    dcg = float(top @ discounts[: len(top)])
+    best = float(ideal[:10] @ discounts[: len(ideal)])
+    hits = np.flatnonzero(top)
+    return (
+        dcg / best,
+        len(hits) / len(ideal),
+        int((gains > 0).sum()) / len(ideal),
+        1 / (int(hits[0]) + 1) if len(hits) else 0.0,
+    )
+
+
+def relevance_of(beir: BeirSet) -> list[dict[int, int]]:
+    """Judgements by position: one dict a query, in the order of `beir.queries`, document index -> judgement.
+
+    Document indices are positions in `beir.corpus`. A query without judgements has an empty dict.
+
+    Raises:
+        ValueError: a judgement names a query or a document that the set does not have.
+    """
+    positions = {document: index for index, document in enumerate(beir.corpus)}
+    for query, judgements in beir.qrels.items():
+        if query not in beir.queries:
+            raise ValueError(f"the judgements name query {query!r}, which is not among {len(beir.queries)} queries")
+        for document in judgements:
+            if document not in positions:
+                raise ValueError(
+                    f"the judgements of query {query!r} name document {document!r}, "
+                    f"which is not in the corpus of {len(positions)}"
+                )
+    return [
+        {positions[document]: judgement for document, judgement in beir.qrels.get(query, {}).items()}
+        for query in beir.queries
+    ]

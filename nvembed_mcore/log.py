@@ -1,0 +1,286 @@
+"""What a run says and keeps: log messages by rank, `metrics.jsonl`, TensorBoard, progress."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import sys
+import time
+from collections.abc import Callable, Mapping
+from datetime import timedelta
+from pathlib import Path
+from types import TracebackType
+from typing import TextIO
+
+from rich.console import Console
+from rich.logging import RichHandler
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+
+from nvembed_mcore.config import LogConfig
+
+try:
+    from torch.utils.tensorboard import SummaryWriter
+except ImportError:  # the extra `track` is not installed
+    SummaryWriter = None
+
+logger = logging.getLogger(__name__)
+
+METRICS_FILE = "metrics.jsonl"
+_PLAIN_INTERVAL_SECONDS = 10.0
+# One console for messages and the progress bar: rich then prints messages above the bar instead of through it.
+_console = Console(stderr=True)
+
+
+def setup_logging(rank: int, log_dir: str | Path | None = None) -> logging.Logger:
+    """Send the messages of `nvembed_mcore` where this rank's messages go; calling it again replaces the handlers.
+
+    Rank 0 writes from INFO on to stderr (through rich on a terminal, plain lines elsewhere). Every rank writes from
+    INFO on to `log_dir/rank-{rank}.log`, appending.
+
+    Args:
+        rank: of this process in the whole job.
+        log_dir: made when it is missing; None writes no file.
+
+    Returns:
+        The root logger of the package.
+    """
+    root = logging.getLogger("nvembed_mcore")
+    close_logging()
+    root.setLevel(logging.INFO)
+    # Libraries that configure the interpreter's root logger would print each message a second time.
+    root.propagate = False
+    if rank == 0:
+        root.addHandler(_stderr_handler())
+    if log_dir is not None:
+        Path(log_dir).mkdir(parents=True, exist_ok=True)
+        handler = logging.FileHandler(Path(log_dir) / f"rank-{rank}.log", encoding="utf-8")
+        handler.setFormatter(logging.Formatter(f"%(asctime)s %(levelname)s rank {rank} %(name)s: %(message)s"))
+        root.addHandler(handler)
+    return root
+
+
+def close_logging() -> None:
+    """Undo `setup_logging`: close the handlers and hand messages to the interpreter's root logger again."""
+    root = logging.getLogger("nvembed_mcore")
+    for handler in list(root.handlers):
+        root.removeHandler(handler)
+        handler.close()
+    root.propagate = True
+
+
+def _stderr_handler() -> logging.Handler:
+    """Rich breaks lines at the width of the terminal; where there is none, a message stays one line."""
+    if _console.is_terminal:
+        return RichHandler(console=_console, show_path=False, log_time_format="%H:%M:%S", rich_tracebacks=False)
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s", datefmt="%H:%M:%S"))
+    return handler
+
+
+def read_metrics(path: str | Path) -> list[dict[str, float]]:
+    """The lines of a `metrics.jsonl`, in order.
+
+    A last line without its newline is what a killed run leaves; it is not returned.
+
+    Raises:
+        ValueError: a line is not a JSON object with a `step`; the message names file and line.
+    """
+    lines = []
+    for number, text in enumerate(Path(path).read_text(encoding="utf-8").split("\n")[:-1], 1):
+        try:
+            line = json.loads(text)
+        except json.JSONDecodeError as error:
+            raise ValueError(f"{path}, line {number}: not JSON ({error}): {text[:80]!r}") from error
+        if not isinstance(line, dict) or "step" not in line:
+            raise ValueError(f"{path}, line {number}: not an object with a `step`: {text[:80]!r}")
+        lines.append(line)
+    return lines
+
+
+def _is_evaluation(line: Mapping[str, float]) -> bool:
+    """Training lines have a loss; the lines of `log_eval` do not."""
+    return "loss" not in line
+
+
+class MetricLog:
+    """The numbers of one run: `metrics.jsonl`, TensorBoard, and progress on the screen.
+
+        with MetricLog(run_dir, config.log, is_writer=rank == 0, total_steps=500, start_step=0,
+                       description="stage 1") as metrics:
+            metrics.log_eval(0, {"ndcg_at_10": 0.006})
+            metrics.log(1, {"loss": 3.2, "tokens_per_second": 17000.0})
+
+    `metrics.jsonl` has one JSON object a line, `step` first, floats with every digit, each line flushed. A run that
+    starts over (`start_step` 0) replaces the file; one that resumes drops the lines after `start_step`, so there is
+    one training line a step however often a run was cut off.
+    """
+
+    def __init__(
+        self,
+        run_dir: str | Path,
+        config: LogConfig,
+        *,
+        is_writer: bool,
+        total_steps: int,
+        start_step: int,
+        description: str,
+    ) -> None:
+        """Nothing is opened or shown before the `with` block is entered.
+
+        Args:
+            run_dir: where `metrics.jsonl` and `tensorboard/` live.
+            config: whether to write TensorBoard events and to show a bar.
+            is_writer: whether this rank writes; all others do nothing.
+            total_steps: steps of the whole run, the length of the bar.
+            start_step: steps already done, 0 for a fresh run.
+            description: what the progress calls this run.
+        """
+        self._path = Path(run_dir) / METRICS_FILE
+        self._config = config
+        self._is_writer = is_writer
+        self._total_steps, self._start_step = total_steps, start_step
+        self._description = description
+        self._file: TextIO | None = None
+        self._tensorboard: SummaryWriter | None = None
+        self._progress: _Bar | _PlainLines | None = None
+        self._evaluated: set[int] = set()
+        self._shown: dict[str, float] = {}
+
+    def __enter__(self) -> MetricLog:
+        if not self._is_writer:
+            return self
+        self._path.parent.mkdir(parents=True, exist_ok=True)
+        self._rewrite(lambda line: 0 < self._start_step and line["step"] <= self._start_step)
+        if self._config.tensorboard and SummaryWriter is None:
+            logger.info("TensorBoard is not installed; metrics go to %s alone", self._path)
+        elif self._config.tensorboard:
+            # Purging hides what an earlier, cut-off attempt wrote after the step that this one resumes from.
+            purge_from = self._start_step + 1 if self._start_step else 0
+            self._tensorboard = SummaryWriter(str(self._path.parent / "tensorboard"), purge_step=purge_from)
+        kind = _Bar if self._config.progress and _console.is_terminal else _PlainLines
+        self._progress = kind(self._description, self._total_steps, self._start_step)
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        for part in (self._file, self._tensorboard, self._progress):
+            if part is not None:
+                part.close()
+        self._file = self._tensorboard = self._progress = None
+
+    def log(self, step: int, values: Mapping[str, float]) -> None:
+        """A training step's numbers, `loss` among them: one line of the file, and the progress."""
+        assert "loss" in values, f"a training line needs a loss, got {sorted(values)}"
+        if not self._is_writer:
+            return
+        self._write(step, values, "train")
+        self._show(step, values)
+
+    def log_eval(self, step: int, values: Mapping[str, float]) -> None:
+        """The numbers of an evaluation after `step` steps (0: before the first); a second one replaces the first."""
+        assert "loss" not in values, "a line with a loss is a training line"
+        if not self._is_writer:
+            return
+        if step in self._evaluated:
+            self._rewrite(lambda line: not (_is_evaluation(line) and line["step"] == step))
+        self._evaluated.add(step)
+        self._write(step, values, "eval")
+        self._show(step, values)
+
+    def _write(self, step: int, values: Mapping[str, float], group: str) -> None:
+        assert self._file is not None, "MetricLog is used inside its `with` block"
+        line = {"step": step} | {name: _plain_number(value) for name, value in values.items() if name != "step"}
+        self._file.write(json.dumps(line) + "\n")
+        self._file.flush()
+        if self._tensorboard is not None:
+            for name, value in line.items():
+                if name != "step":
+                    self._tensorboard.add_scalar(f"{group}/{name}", value, step)
+
+    def _show(self, step: int, values: Mapping[str, float]) -> None:
+        self._shown.update({name: float(values[name]) for name in _SHOWN if name in values})
+        if self._progress is not None:
+            self._progress.update(step, _status(self._shown))
+
+    def _rewrite(self, keep: Callable[[dict[str, float]], bool]) -> None:
+        """Open the file with only the lines to keep. The old file stays until the new one is complete."""
+        if self._file is not None:
+            self._file.close()
+        lines = [line for line in read_metrics(self._path) if keep(line)] if self._path.exists() else []
+        self._evaluated = {int(line["step"]) for line in lines if _is_evaluation(line)}
+        new = self._path.with_name(self._path.name + ".new")
+        new.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
+        os.replace(new, self._path)
+        self._file = self._path.open("a", encoding="utf-8")
+
+
+def _plain_number(value: float) -> float:
+    """Numbers of numpy and torch become Python's, which JSON writes with every digit."""
+    return value if isinstance(value, int) else float(value)
+
+
+# What the screen shows, in this order: name of the value -> how it looks.
+_SHOWN: dict[str, Callable[[float], str]] = {
+    "loss": lambda value: f"loss {value:.4f}",
+    "ndcg_at_10": lambda value: f"nDCG@10 {value:.3f}",
+    "tokens_per_second": lambda value: f"{value:,.0f} tokens/s",
+}
+
+
+def _status(shown: Mapping[str, float]) -> str:
+    return "  ".join(text(shown[name]) for name, text in _SHOWN.items() if name in shown)
+
+
+class _Bar:
+    """A progress bar on a terminal."""
+
+    def __init__(self, description: str, total: int, start: int) -> None:
+        self._progress = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[status]}"),
+            TimeRemainingColumn(),
+            console=_console,
+        )
+        self._task: TaskID = self._progress.add_task(description, total=total, completed=start, status="")
+        self._progress.start()
+
+    def update(self, step: int, status: str) -> None:
+        self._progress.update(self._task, completed=step, status=status)
+
+    def close(self) -> None:
+        self._progress.stop()
+
+
+class _PlainLines:
+    """A log line every few seconds and at the end, for files and the output of batch jobs."""
+
+    def __init__(self, description: str, total: int, start: int) -> None:
+        self._description, self._total, self._start = description, total, start
+        self._started_at = time.monotonic()
+        self._printed_at = -float("inf")
+        self._waiting: str | None = None
+
+    def update(self, step: int, status: str) -> None:
+        self._waiting = f"{self._description}: step {step}/{self._total}  {status}{self._time_left(step)}"
+        if time.monotonic() - self._printed_at >= _PLAIN_INTERVAL_SECONDS:
+            self._print()
+
+    def _time_left(self, step: int) -> str:
+        """At the pace since the start, evaluations and checkpoints included; nothing where no pace is known."""
+        if not self._start < step < self._total:
+            return ""
+        seconds = (time.monotonic() - self._started_at) / (step - self._start) * (self._total - step)
+        return f"  ETA {timedelta(seconds=round(seconds))}"
+
+    def close(self) -> None:
+        if self._waiting is not None:
+            self._print()
+
+    def _print(self) -> None:
+        logger.info("%s", self._waiting)
+        self._waiting = None
+        self._printed_at = time.monotonic()

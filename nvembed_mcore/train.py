@@ -1,0 +1,244 @@
+"""The loop of a run: build, restore, step, log, evaluate, save."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import logging
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from megatron.core.distributed import DistributedDataParallel
+from megatron.core.optimizer import MegatronOptimizer
+from transformers import MistralConfig
+
+from nvembed_mcore import device
+from nvembed_mcore.checkpoint import hf_import, store
+from nvembed_mcore.checkpoint.names import name_table
+from nvembed_mcore.config import ConfigError, ModelConfig, RunConfig
+from nvembed_mcore.data.batch import Batch
+from nvembed_mcore.data.source import BatchSource
+from nvembed_mcore.data.tokenizer import load_tokenizer, tokenizer_fingerprint
+from nvembed_mcore.data.tokens import TokenStore
+from nvembed_mcore.evaluation.encode import RetrievalEvaluation
+from nvembed_mcore.log import MetricLog, setup_logging
+from nvembed_mcore.metrics import PhaseTimer, StepMetrics, device_peak_flops, pack_flops
+from nvembed_mcore.model.encoder import Encoder, wrap_data_parallel
+from nvembed_mcore.model.mistral import read_mistral_config
+from nvembed_mcore.optim import build_optimizer, learning_rate, set_learning_rate
+from nvembed_mcore.parallel.groups import Groups, first_rank_does, initialize
+from nvembed_mcore.step import ContrastiveStep, StepOutput
+
+log = logging.getLogger(__name__)
+
+
+def train(config: RunConfig) -> None:
+    """Train one stage; every rank calls this.
+
+    Raises:
+        ConfigError, DataError, CheckpointError: something that the user gave cannot work; raised on every rank
+            before any step is taken.
+        NonFiniteLossError: the loss of a step is not a number.
+    """
+    groups = initialize(config.parallel)
+    first_rank_does(lambda: _prepare_run_dir(config))
+    setup_logging(groups.rank, Path(config.run_dir) / "logs")
+    hf_config = read_architecture(config.model)
+    data = open_data(config)
+    model = build_model(config, hf_config, groups)
+    optimizer = build_optimizer(config.optim, model)
+    facts = _facts(config, hf_config, data)
+    done = _resume(config, model, optimizer, facts)
+    step = ContrastiveStep(model, optimizer, groups, step=config.step, loss=config.loss, seed=config.seed)
+    timer = PhaseTimer(device.synchronize)
+    last = config.stop_at or config.steps
+    with MetricLog(
+        config.run_dir,
+        config.log,
+        is_writer=groups.rank == 0,
+        total_steps=config.steps,
+        start_step=done,
+        description=f"stage {config.stage}",
+    ) as metric_log:
+        if data.evaluation and done == 0:
+            metric_log.log_eval(0, data.evaluation(model, groups, config.step.tokens_per_microbatch))
+        while done < last:
+            timer.lap()
+            with timer("data"):
+                batch = data.source.batch(done)
+            done += 1
+            rate = learning_rate(config.optim, done, config.steps)
+            set_learning_rate(optimizer, rate)
+            output = step(batch, done, timer)
+            metric_log.log(done, _metrics(config, hf_config, groups, batch, output, done, rate, timer.lap()))
+            # Before saving, so that a kill between the two loses neither: a repeated line replaces the first.
+            if data.evaluation and _is_due(done, config.eval.every_steps, last):
+                metric_log.log_eval(done, data.evaluation(model, groups, config.step.tokens_per_microbatch))
+            if _is_due(done, config.checkpoint.every_steps, last):
+                store.save_checkpoint(config.checkpoint, config.run_dir, done, model, optimizer, facts)
+    log.info("step %d of %d is done and saved in %s", done, config.steps, store.folder_of(config.run_dir))
+
+
+def _is_due(step: int, every: int, last: int) -> bool:
+    return step == last or (every > 0 and step % every == 0)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Data:
+    """What a run reads: batches by step, the test set if any, and the tokenizer's fingerprint."""
+
+    source: BatchSource
+    evaluation: RetrievalEvaluation | None
+    tokenizer: str
+
+
+def _prepare_run_dir(config: RunConfig) -> None:
+    """Make the run folder and write the resolved configuration; refuse what must not be mixed with an older run."""
+    found = store.find_checkpoint(config.run_dir)
+    if config.checkpoint.resume == "never" and found:
+        raise ConfigError(f"checkpoint.resume is 'never', but {config.run_dir} has a checkpoint of step {found.step}")
+    if config.checkpoint.resume == "must" and not found:
+        raise ConfigError(f"checkpoint.resume is 'must', but {config.run_dir} has no complete checkpoint")
+    os.makedirs(config.run_dir, exist_ok=True)
+    text = yaml.safe_dump(_plain(config), sort_keys=False)
+    (Path(config.run_dir) / "config.yaml").write_text(text, encoding="utf-8")
+
+
+def _plain(config: RunConfig) -> dict[str, Any]:
+    """The configuration as JSON values."""
+    tree = dataclasses.asdict(config)
+    tree["optim"]["betas"] = list(config.optim.betas)
+    return tree
+
+
+def read_architecture(model: ModelConfig) -> MistralConfig:
+    """The backbone's configuration, from wherever the weights or the architecture come."""
+    if model.config is not None:
+        return read_mistral_config(model.config)
+    start = store.find_checkpoint(model.init_from)
+    return MistralConfig.from_dict(start.facts["hf_config"]) if start else read_mistral_config(model.init_from)
+
+
+def open_data(config: RunConfig) -> _Data:
+    """Tokenise what is not yet tokenised (rank 0), then open it on every rank."""
+    tokenizer = load_tokenizer(config.data.tokenizer)
+    limits = dict(max_query_tokens=config.data.max_query_tokens, max_document_tokens=config.data.max_document_tokens)
+
+    def build() -> list[str]:
+        stores = [
+            TokenStore.build(dataset, tokenizer, **limits, cache_dir=config.data.cache_dir)
+            for dataset in config.data.datasets
+        ]
+        return [str(one.folder) for one in stores]
+
+    stores = [TokenStore.open(folder) for folder in first_rank_does(build)]
+    source = BatchSource(config.data, stores, batch_size=config.batch_size, seed=config.seed, stage=config.stage)
+    evaluation = RetrievalEvaluation(config.eval, config.data, tokenizer) if config.eval.path else None
+    return _Data(source, evaluation, tokenizer_fingerprint(tokenizer))
+
+
+def build_model(config: RunConfig, hf_config: MistralConfig, groups: Groups) -> DistributedDataParallel:
+    """The encoder with its initial weights, under data parallelism."""
+    encoder = Encoder(hf_config, config.model, config.parallel, groups)
+    start = store.find_checkpoint(config.model.init_from) if config.model.init_from else None
+    if start:
+        store.load_weights(start, encoder)
+        log.info("weights from step %d of %s", start.step, start.path)
+    else:
+        _fill(encoder, config, hf_config, groups)
+    return wrap_data_parallel(encoder, distributed_optimizer=config.optim.distributed)
+
+
+def _fill(encoder: Encoder, config: RunConfig, hf_config: MistralConfig, groups: Groups) -> None:
+    """Weights by name, from a Hugging Face folder or drawn at random; the same in every layout."""
+    parameters = encoder.parameters_by_global_name()
+    entries = [entry for entry in name_table(hf_config, config.model.pooling) if entry.name in parameters]
+
+    def assign(name: str, tensor: torch.Tensor) -> None:
+        with torch.no_grad():
+            parameters[name].copy_(tensor)
+
+    shard = (groups.tp_rank, groups.tp_size)
+    if config.model.init_from:
+        missing = hf_import.load_hf_weights(config.model.init_from, entries, assign, *shard)
+        entries = [entry for entry in entries if entry.name in missing]
+    if entries:
+        random = hf_import.RandomWeights(entries, config.seed, hf_config.initializer_range, config.model.pooling)
+        hf_import.load_weights(random, entries, assign, *shard)
+
+
+def _facts(config: RunConfig, hf_config: MistralConfig, data: _Data) -> dict[str, Any]:
+    """What a checkpoint says of its run, as JSON values."""
+    return {
+        "config": _plain(config),
+        "hf_config": hf_config.to_dict(),
+        "data": data.source.fingerprint,
+        "tokenizer": data.tokenizer,
+    }
+
+
+def _identity(facts: dict[str, Any]) -> dict[str, Any]:
+    """The part of a run's facts that a resumed run may not change: what fixes its samples and its arithmetic."""
+    config = facts["config"]
+    return {
+        **{key: config[key] for key in ("stage", "seed", "steps", "batch_size", "loss", "optim")},
+        "model.attention_mask": config["model"]["attention_mask"],
+        "model.pooling": config["model"]["pooling"],
+        "hf_config": facts["hf_config"],
+        "data": facts["data"],
+        "tokenizer": facts["tokenizer"],
+    }
+
+
+def _resume(
+    config: RunConfig, model: DistributedDataParallel, optimizer: MegatronOptimizer, facts: dict[str, Any]
+) -> int:
+    """Restore the run's newest checkpoint, if there is one; the number of steps that are done.
+
+    Raises:
+        CheckpointError: the checkpoint is of a run that would go on differently.
+    """
+    found = store.find_checkpoint(config.run_dir)
+    if not found:
+        return 0
+    # Through JSON, so that what was stored and what is now have the same types.
+    changed = store.differences(_identity(found.facts), _identity(json.loads(json.dumps(facts))))
+    if changed:
+        lines = "\n  ".join(changed)
+        raise store.CheckpointError(
+            f"{found.path} belongs to another run; changed (saved -> now):\n  {lines}\n"
+            f"Set these back, or give a new run_dir"
+        )
+    store.load_checkpoint(found, model, optimizer)
+    log.info("going on after step %d from %s", found.step, found.path)
+    return found.step
+
+
+def _metrics(
+    config: RunConfig,
+    hf_config: MistralConfig,
+    groups: Groups,
+    batch: Batch,
+    output: StepOutput,
+    step: int,
+    rate: float,
+    seconds: dict[str, float],
+) -> dict[str, float]:
+    """The line of `metrics.jsonl` for a step."""
+    peak = device_peak_flops(device.name(), device.default_dtype(config.model.precision))
+    causal = config.model.attention_mask == "causal"
+    line = StepMetrics(
+        step=step,
+        loss=output.loss,
+        grad_norm=output.grad_norm,
+        lr=rate,
+        real_tokens=output.real_tokens,
+        padded_tokens=output.padded_tokens,
+        seconds=seconds,
+        flops=pack_flops(hf_config, config.model.pooling, batch.lengths.tolist(), causal=causal),
+        peak_flops=None if peak is None else peak * groups.world_size,
+    ).as_dict()
+    return {**line, "accuracy": output.accuracy, "microbatches": output.num_microbatches}

@@ -1,0 +1,162 @@
+"""Whole runs on real processes: resuming, other layouts, the second stage, and the export of what they wrote."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+
+import numpy as np
+import pytest
+import torch
+
+from nvembed_mcore.checkpoint.store import find_checkpoint
+from nvembed_mcore.config import ModelConfig, ParallelConfig
+from nvembed_mcore.log import read_metrics
+from nvembed_mcore.train import train
+from tests.helpers import runs
+
+
+@pytest.fixture(scope="module")
+def inputs(tmp_path_factory):
+    return runs.write_inputs(tmp_path_factory.mktemp("inputs"))
+
+
+def losses(run_dir) -> list[float]:
+    return [line["loss"] for line in read_metrics(run_dir / "metrics.jsonl") if "loss" in line]
+
+
+def evaluations(run_dir) -> list[dict]:
+    return [line for line in read_metrics(run_dir / "metrics.jsonl") if "loss" not in line]
+
+
+def layout(tp: int = 1, pp: int = 1) -> ParallelConfig:
+    return ParallelConfig(tp=tp, pp=pp, timeout_minutes=2)
+
+
+@pytest.fixture(scope="module")
+def straight(world, inputs, tmp_path_factory):
+    """Eight steps on two data-parallel ranks, which nobody interrupted."""
+    run_dir = tmp_path_factory.mktemp("straight")
+    world(2).run(train, runs.run_config(inputs, run_dir, parallel=layout()))
+    return run_dir
+
+
+def test_learns_logs_and_evaluates(straight):
+    lines = read_metrics(straight / "metrics.jsonl")
+    steps = [line for line in lines if "loss" in line]
+    assert [line["step"] for line in steps] == list(range(1, 9))
+    assert steps[-1]["loss"] < steps[0]["loss"]
+    assert [line["step"] for line in evaluations(straight)] == [0, 4, 8]
+    for name in ("grad_norm", "lr", "real_tokens", "tokens_per_second", "pad_fraction", "seconds_forward_backward"):
+        assert steps[0][name] >= 0
+    assert (straight / "config.yaml").is_file()
+    assert (straight / "logs" / "rank-1.log").is_file()
+
+
+def test_a_resumed_run_has_the_same_losses(world, inputs, straight, tmp_path):
+    config = runs.run_config(inputs, tmp_path, parallel=layout())
+    # Stopped after step 5, but the checkpoint to go on from is that of step 5: steps 6 to 8 are computed again.
+    world(2).run(train, dataclasses.replace(config, stop_at=5))
+    assert losses(tmp_path) == losses(straight)[:5]
+    world(2).run(train, config)
+    assert losses(tmp_path) == losses(straight)
+    assert evaluations(tmp_path)[-1] == evaluations(straight)[-1]
+
+
+@pytest.mark.parametrize(("tp", "pp"), [(2, 1), (1, 2)])
+def test_other_layouts_have_the_same_curve(world, inputs, straight, tmp_path, tp, pp):
+    config = runs.run_config(inputs, tmp_path, parallel=layout(tp, pp))
+    world(2).run(train, dataclasses.replace(config, stop_at=5))
+    np.testing.assert_allclose(losses(tmp_path), losses(straight)[:5], rtol=1e-4)
+    # In the layout that wrote it a checkpoint goes on by bits, in another one within rounding.
+    world(2).run(train, dataclasses.replace(config, parallel=layout()))
+    np.testing.assert_allclose(losses(tmp_path), losses(straight), rtol=1e-4)
+
+
+def weights_of(run_dir) -> dict[str, torch.Tensor]:
+    from nvembed_mcore.checkpoint.names import name_table
+    from nvembed_mcore.checkpoint.store import open_weights
+    from nvembed_mcore.config import PoolingConfig
+    from nvembed_mcore.model.mistral import read_mistral_config
+    from nvembed_mcore.parallel.groups import initialize
+
+    initialize(layout())
+    found = find_checkpoint(run_dir)
+    read = open_weights(found)
+    config = found.facts["config"]["model"]
+    path = run_dir / "architecture.json"
+    path.write_text(json.dumps(found.facts["hf_config"]))
+    return {
+        entry.name: read(entry.name)
+        for entry in name_table(read_mistral_config(path), PoolingConfig(**config["pooling"]))
+    }
+
+
+def test_second_stage_begins_with_the_first_ones_weights(world, inputs, straight, tmp_path):
+    first = runs.run_config(inputs, tmp_path)
+    model = ModelConfig(init_from=str(straight), pooling=first.model.pooling)
+    second = dataclasses.replace(first, model=model, stage=2, parallel=layout(2), steps=1)
+    second = dataclasses.replace(second, optim=dataclasses.replace(second.optim, lr=1e-12, warmup_steps=0))
+    world(2).run(train, second)
+    (before,) = world(1).run(weights_of, straight)
+    (after,) = world(1).run(weights_of, tmp_path)
+    assert before.keys() == after.keys()
+    for name in before:
+        assert torch.allclose(before[name], after[name], atol=1e-9, rtol=1e-6), name
+
+
+def exported_difference(run_dir, output, inputs) -> float:
+    """Smallest cosine between the trainer's embeddings of the run's checkpoint and those of its export."""
+    import json
+
+    from nvembed_mcore.checkpoint.export_run import export_run
+    from nvembed_mcore.checkpoint.hf_load import load_exported
+    from nvembed_mcore.checkpoint.store import load_weights
+    from nvembed_mcore.data.prompts import query_prompt
+    from nvembed_mcore.data.tokenizer import load_tokenizer
+    from nvembed_mcore.evaluation.encode import tokenize
+    from nvembed_mcore.model.encoder import Encoder, wrap_data_parallel
+    from nvembed_mcore.model.mistral import read_mistral_config
+    from nvembed_mcore.parallel.groups import initialize
+    from nvembed_mcore.step import embed_texts
+
+    export_run(str(run_dir), str(output), dtype="float32", instruction=None)
+    groups = initialize(layout())
+    config = runs.run_config(inputs, run_dir)
+    encoder = Encoder(read_mistral_config(config.model.config), config.model, config.parallel, groups)
+    load_weights(find_checkpoint(run_dir), encoder)
+    model = wrap_data_parallel(encoder, distributed_optimizer=False)
+    texts = [json.dumps(runs.record(i)) for i in range(12)]
+    tokenizer = load_tokenizer(inputs / "tokenizer")
+    exported = load_exported(output)
+    worst = 1.0
+    for instruction in ("", "Find it"):
+        ours = embed_texts(model, groups, tokenize(tokenizer, texts, instruction, 32), 100)
+        theirs = exported.encode(texts, query_prompt(instruction), max_length=32)
+        worst = min(worst, (ours * theirs).sum(1).min().item())
+    return worst
+
+
+def test_export_embeds_as_the_trainer_does(world, inputs, straight, tmp_path):
+    (cosine,) = world(1).run(exported_difference, straight, tmp_path / "export", inputs)
+    assert cosine >= 0.99999
+
+
+def run_command(arguments: list[str]) -> int:
+    from nvembed_mcore.cli import main
+
+    return main(arguments)
+
+
+def test_bad_data_ends_every_rank(world, inputs, tmp_path):
+    """What only rank 0 reads must not leave the others waiting."""
+    import yaml
+
+    (tmp_path / "bad.jsonl").write_text('{"query": "a", "pos": ["b"]}\n{"query": \n', encoding="utf-8")
+    config = runs.run_config(inputs, tmp_path / "run")
+    tree = dataclasses.asdict(config)
+    tree["data"]["datasets"][0]["path"] = str(tmp_path / "bad.jsonl")
+    tree["optim"]["betas"] = list(tree["optim"]["betas"])
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(tree), encoding="utf-8")
+    assert world(2).run(run_command, ["train", str(tmp_path / "config.yaml")]) == [2, 2]
+    assert world(2).run(run_command, ["train", str(tmp_path / "config.yaml"), "--parallel.tp", "4"]) == [2, 2]

@@ -1,0 +1,257 @@
+"""The rules of the house, read from the syntax trees of its files: who may import what, and what nobody may do.
+
+A check takes a file's place in the repository and its syntax tree, and yields (line, what is wrong).
+"""
+
+from __future__ import annotations
+
+import ast
+import dataclasses
+import re
+from collections.abc import Callable, Iterator
+from functools import lru_cache
+from pathlib import Path
+
+import pytest
+
+from nvembed_mcore import config
+
+ROOT = Path(__file__).parents[2]
+LIBRARY = ("nvembed_mcore", "kernels")
+PROGRAMS = ("tools", "examples")
+LONGEST_FUNCTION, LONGEST_FILE = 60, 400
+
+Breaches = Iterator[tuple[int, str]]
+Check = Callable[[str, ast.AST], Breaches]
+
+
+@lru_cache
+def tree_of(path: str) -> ast.AST:
+    return ast.parse((ROOT / path).read_text(encoding="utf-8"), path)
+
+
+def files_in(*folders: str) -> list[str]:
+    """Python files below folders of the repository, as paths from its root."""
+    return sorted(str(path.relative_to(ROOT)) for folder in folders for path in (ROOT / folder).rglob("*.py"))
+
+
+def dotted(node: ast.AST) -> str:
+    """`a.b.c` of an attribute chain that begins with a name, otherwise nothing."""
+    if isinstance(node, ast.Name):
+        return node.id
+    if isinstance(node, ast.Attribute):
+        begin = dotted(node.value)
+        return f"{begin}.{node.attr}" if begin else ""
+    return ""
+
+
+def uses(tree: ast.AST) -> Iterator[tuple[int, str]]:
+    """Full names of everything imported, and attribute chains with imported names written out."""
+    origin: dict[str, str] = {}
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            for alias in node.names:
+                origin[alias.asname or alias.name.partition(".")[0]] = (
+                    alias.name if alias.asname else alias.name.partition(".")[0]
+                )
+                yield node.lineno, alias.name
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"line {node.lineno}: imports are absolute"
+            for alias in node.names:
+                origin[alias.asname or alias.name] = f"{node.module}.{alias.name}"
+                yield node.lineno, f"{node.module}.{alias.name}"
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Attribute) and dotted(node):
+            first, _, rest = dotted(node).partition(".")
+            yield node.lineno, f"{origin.get(first, first)}.{rest}"
+
+
+def is_within(name: str, *modules: str) -> bool:
+    return any(name == module or name.startswith(module + ".") for module in modules)
+
+
+def no_collectives_in_pure_rooms(path: str, tree: ast.AST) -> Breaches:
+    pure = path in ("nvembed_mcore/loss.py", "nvembed_mcore/model/pooling.py") or path.startswith("kernels/")
+    collectives = (
+        "torch.distributed",
+        "nvembed_mcore.parallel",
+        "megatron.core.parallel_state",
+        "megatron.core.tensor_parallel",
+    )
+    for line, name in uses(tree) if pure else ():
+        if is_within(name, *collectives):
+            yield line, f"{name} in a room without collectives"
+
+
+def parallel_state_only_in_parallel(path: str, tree: ast.AST) -> Breaches:
+    for line, name in uses(tree):
+        if "parallel_state" in name.split(".") and not path.startswith("nvembed_mcore/parallel/"):
+            yield line, f"{name} outside parallel/"
+
+
+WEIGHT_NAME = re.compile(
+    r"\b(embed_tokens|[qkvo]_proj|gate_proj|up_proj|down_proj|post_attention_layernorm|self_attn"
+    r"|latent_attention_model|cross_attend_blocks)\b"
+)
+
+
+def weight_names_only_in_checkpoint(path: str, tree: ast.AST) -> Breaches:
+    if path.startswith("nvembed_mcore/checkpoint/"):
+        return
+    for node in ast.walk(tree):
+        words = [getattr(node, "attr", None), getattr(node, "id", None), getattr(node, "value", None)]
+        for word in words:
+            if isinstance(word, str) and (found := WEIGHT_NAME.search(word)):
+                yield node.lineno, f"{found[0]!r} outside checkpoint/"
+
+
+def arguments_only_in_cli(path: str, tree: ast.AST) -> Breaches:
+    # Benchmarks of kernels are programs, like those in tools/.
+    if path in ("nvembed_mcore/cli.py", "kernels/benchmark.py") or not path.startswith(LIBRARY):
+        return
+    for line, name in uses(tree):
+        if is_within(name, "argparse", "jsonargparse", "optparse", "getopt", "click", "sys.argv"):
+            yield line, f"{name} outside cli.py"
+
+
+def prints_only_in_cli(path: str, tree: ast.AST) -> Breaches:
+    if path in ("nvembed_mcore/cli.py", "kernels/benchmark.py") or not path.startswith(LIBRARY):
+        return
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Call) and dotted(node.func) == "print":
+            yield node.lineno, "print outside cli.py"
+
+
+def cuda_only_in_device(path: str, tree: ast.AST) -> Breaches:
+    if path == "nvembed_mcore/device.py" or not path.startswith(LIBRARY):
+        return
+    for line, name in uses(tree):
+        if is_within(name, "torch.cuda"):
+            yield line, f"{name} outside device.py"
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Attribute) and node.attr == "cuda" and dotted(node) != "torch.cuda":
+            yield node.lineno, ".cuda outside device.py"
+
+
+def nothing_unsafe(path: str, tree: ast.AST) -> Breaches:
+    modules = ("pickle", "cPickle", "_pickle", "dill", "cloudpickle", "joblib", "marshal", "shelve", "os.system")
+    for line, name in uses(tree):
+        if is_within(name, *modules) or name in ("yaml.load", "yaml.unsafe_load", "yaml.full_load"):
+            yield line, f"{name} runs what it reads"
+    forbidden = {"weights_only": False, "shell": True, "allow_pickle": True}
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id in ("eval", "exec"):
+            yield node.lineno, f"{node.func.id}()"
+        if isinstance(node, ast.keyword) and isinstance(node.value, ast.Constant):
+            if node.arg in forbidden and node.value.value is forbidden[node.arg]:
+                yield node.lineno, f"{node.arg}={node.value.value}"
+
+
+def functions_fit_a_screen(path: str, tree: ast.AST) -> Breaches:
+    for node in ast.walk(tree):
+        if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
+            lines = node.end_lineno - node.lineno + 1
+            if lines > LONGEST_FUNCTION:
+                yield node.lineno, f"{node.name} has {lines} lines"
+
+
+CHECKS: list[Check] = [
+    no_collectives_in_pure_rooms,
+    parallel_state_only_in_parallel,
+    weight_names_only_in_checkpoint,
+    arguments_only_in_cli,
+    prints_only_in_cli,
+    cuda_only_in_device,
+    nothing_unsafe,
+    functions_fit_a_screen,
+]
+
+
+@pytest.mark.parametrize("check", CHECKS, ids=lambda check: check.__name__)
+def test_the_house_keeps_its_rules(check):
+    paths = files_in(*LIBRARY, *PROGRAMS)
+    assert len(paths) > 30
+    breaches = [f"{path}:{line}: {what}" for path in paths for line, what in check(path, tree_of(path))]
+    assert not breaches, "\n".join(breaches)
+
+
+@pytest.mark.parametrize(
+    ("check", "path", "source"),
+    [
+        (no_collectives_in_pure_rooms, "nvembed_mcore/loss.py", "import torch.distributed as dist"),
+        (no_collectives_in_pure_rooms, "nvembed_mcore/loss.py", "import torch\ntorch.distributed.barrier()"),
+        (no_collectives_in_pure_rooms, "kernels/a.py", "from torch import distributed"),
+        (no_collectives_in_pure_rooms, "nvembed_mcore/model/pooling.py", "from nvembed_mcore.parallel import gather"),
+        (parallel_state_only_in_parallel, "nvembed_mcore/step.py", "from megatron.core import parallel_state as mpu"),
+        (
+            parallel_state_only_in_parallel,
+            "nvembed_mcore/step.py",
+            "from megatron import core\ncore.parallel_state.x()",
+        ),
+        (weight_names_only_in_checkpoint, "nvembed_mcore/train.py", "name = 'layers.0.mlp.up_proj.weight'"),
+        (weight_names_only_in_checkpoint, "nvembed_mcore/train.py", "model.embed_tokens"),
+        (arguments_only_in_cli, "nvembed_mcore/data/a.py", "from argparse import ArgumentParser"),
+        (arguments_only_in_cli, "nvembed_mcore/data/a.py", "import sys\nsys.argv[1]"),
+        (prints_only_in_cli, "nvembed_mcore/train.py", "print(1)"),
+        (cuda_only_in_device, "nvembed_mcore/train.py", "import torch\ntorch.cuda.synchronize()"),
+        (cuda_only_in_device, "nvembed_mcore/train.py", "from torch.cuda import synchronize"),
+        (cuda_only_in_device, "nvembed_mcore/train.py", "model().cuda()"),
+        (nothing_unsafe, "tools/a.py", "import pickle"),
+        (nothing_unsafe, "tools/a.py", "from yaml import load"),
+        (nothing_unsafe, "tools/a.py", "torch.load(path, weights_only=False)"),
+        (nothing_unsafe, "tools/a.py", "subprocess.run(x, shell=True)"),
+        (nothing_unsafe, "tools/a.py", "eval(x)"),
+        (functions_fit_a_screen, "tools/a.py", "def f():\n" + "    x = 1\n" * 60),
+    ],
+)
+def test_a_breach_is_seen(check, path, source):
+    assert len(list(check(path, ast.parse(source)))) >= 1
+
+
+@pytest.mark.parametrize(
+    ("check", "path", "source"),
+    [
+        (
+            nothing_unsafe,
+            "tools/a.py",
+            "import yaml\nmodel.eval()\nyaml.safe_load(x)\ntorch.load(x, weights_only=True)",
+        ),
+        (cuda_only_in_device, "nvembed_mcore/train.py", "if tensor.is_cuda: x = torch.device('cuda')"),
+        (functions_fit_a_screen, "tools/a.py", "def f():\n" + "    x = 1\n" * 59),
+    ],
+)
+def test_what_is_allowed_is_no_breach(check, path, source):
+    assert list(check(path, ast.parse(source))) == []
+
+
+def test_files_are_short():
+    lengths = {path: (ROOT / path).read_text(encoding="utf-8").count("\n") for path in files_in(*LIBRARY, *PROGRAMS)}
+    lengths |= {path: (ROOT / path).read_text(encoding="utf-8").count("\n") for path in files_in("tests")}
+    assert not {path: lines for path, lines in lengths.items() if lines > LONGEST_FILE}
+
+
+def test_every_field_of_the_configuration_is_read():
+    """As an attribute, in any module but the configuration itself, where only its properties count."""
+    read = set()
+    for path in files_in("nvembed_mcore"):
+        bodies = [tree_of(path)]
+        if path == "nvembed_mcore/config.py":
+            bodies = [node for node in ast.walk(tree_of(path)) if _is_property(node)]
+        for body in bodies:
+            read |= {node.attr for node in ast.walk(body) if _is_read(node)}
+    classes = [one for one in vars(config).values() if isinstance(one, type) and dataclasses.is_dataclass(one)]
+    assert len(classes) >= 10
+    names = {f"{one.__name__}.{field.name}" for one in classes for field in dataclasses.fields(one)}
+    names |= {
+        f"{one.__name__}.{name}" for one in classes for name, kind in vars(one).items() if type(kind) is property
+    }
+    unread = sorted(name for name in names if name.partition(".")[2] not in read)
+    assert not unread, f"configured, but nothing reads it: {unread}"
+
+
+def _is_property(node: ast.AST) -> bool:
+    return isinstance(node, ast.FunctionDef) and any(dotted(one) == "property" for one in node.decorator_list)
+
+
+def _is_read(node: ast.AST) -> bool:
+    return isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Load)
