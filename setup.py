@@ -20,7 +20,7 @@ setup(
         "numpy>=1.26,<3",
         "safetensors>=0.5",
         "psutil>=5.9",
-        "jsonargparse>=4.40,<5",
+        "jsonargparse[signatures]>=4.40,<5",
         "rich>=13.7",
         "pyyaml>=6",
         "mistral-common>=1.8,<2",

@@ -23,7 +23,7 @@ def main(arguments: list[str] | None = None) -> int:
     arguments = sys.argv[1:] if arguments is None else arguments
     _quiet_libraries()
     if arguments[:1] == ["train"]:
-        return _guarded(lambda: _train(arguments[1:]))
+        return _guarded(lambda: _train(arguments[1:]), "; the same command goes on from the newest checkpoint")
     parsed = _parser().parse_args(arguments)
     return _guarded(lambda: parsed.run(parsed))
 
@@ -35,20 +35,24 @@ def _quiet_libraries() -> None:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
 
 
-def _guarded(work: Callable[[], None]) -> int:
-    """Call `work`; turn what the user can mend into one message on rank 0 instead of a traceback."""
+def _guarded(work: Callable[[], None], if_interrupted: str = "") -> int:
+    """Call `work`; turn what the user can mend into one message on rank 0 instead of a traceback.
+
+    What ends another rank stands in that rank's log.
+    """
     is_first = os.environ.get("RANK", "0") == "0"
     try:
         work()
         return 0
-    except (ValueError, FileExistsError, FileNotFoundError) as error:
-        log.debug("traceback of the error below", exc_info=True)
+    except (ValueError, OSError) as error:
         if is_first:
             print(f"nvembed: error: {error}", file=sys.stderr)
+        else:
+            log.info("this rank ends with an error", exc_info=True)
         return BAD_INPUT
     except KeyboardInterrupt:
         if is_first:
-            print("nvembed: interrupted; the same command goes on from the newest checkpoint", file=sys.stderr)
+            print(f"nvembed: interrupted{if_interrupted}", file=sys.stderr)
         return INTERRUPTED
     finally:
         if "nvembed_mcore.parallel.groups" in sys.modules:
@@ -57,14 +61,16 @@ def _guarded(work: Callable[[], None]) -> int:
 
 def _train(arguments: list[str]) -> None:
     """`nvembed train CONFIG.yaml [--field.of.the.tree value ...]`."""
-    from jsonargparse import ActionConfigFile, ArgumentParser
+    from jsonargparse import ActionConfigFile, ArgumentError, ArgumentParser, set_parsing_settings
 
-    from nvembed_mcore.config import RunConfig
+    from nvembed_mcore.config import ConfigError, RunConfig
 
+    set_parsing_settings(docstring_parse_attribute_docstrings=True)
     parser = ArgumentParser(
         prog="nvembed train",
         usage="nvembed train CONFIG.yaml [--field value ...]",
         description="Train one stage. With several processes: torchrun --nproc-per-node N -m nvembed_mcore train ...",
+        exit_on_error=False,
     )
     parser.add_argument("--config", action=ActionConfigFile, help="YAML file; the first argument may be it as well")
     parser.add_class_arguments(RunConfig)
@@ -72,7 +78,12 @@ def _train(arguments: list[str]) -> None:
         if not os.path.isfile(arguments[0]):
             raise FileNotFoundError(f"no configuration file at {arguments[0]}")
         arguments = ["--config", *arguments]
-    fields = parser.instantiate(parser.parse_args(arguments)).as_dict()
+    try:
+        fields = parser.instantiate(parser.parse_args(arguments)).as_dict()
+    except ArgumentError as error:
+        raise ConfigError(
+            f"train {' '.join(arguments[1:2])}: {error} (`nvembed train --help` has all fields)"
+        ) from error
     fields.pop("config")
     from nvembed_mcore.train import train
 
@@ -197,6 +208,12 @@ def _add_data(commands: argparse._SubParsersAction) -> None:
     docs.add_argument("--tokenizer", required=True, help="tokenizer folder, for the statistics and limits")
     docs.add_argument("--held-out", type=int, default=3000, help="held-out queries (default 3000)")
     docs.add_argument("--negatives", type=int, default=7, help="hard negatives of each training record (default 7)")
+    docs.add_argument(
+        "--packages",
+        nargs="+",
+        default=["stdlib", "numpy", "torch", "transformers"],
+        help="packages to parse (default: stdlib numpy torch transformers)",
+    )
     docs.set_defaults(run=_data_python_docs)
 
 
@@ -225,6 +242,11 @@ def _data_python_docs(arguments: argparse.Namespace) -> None:
             progress.update(tasks[what], completed=done)
 
         statistics = build_python_docs(
-            arguments.output, tokenizer, held_out=arguments.held_out, negatives=arguments.negatives, progress=show
+            arguments.output,
+            tokenizer,
+            packages=arguments.packages,
+            held_out=arguments.held_out,
+            negatives=arguments.negatives,
+            progress=show,
         )
     console.print(statistics_table(statistics))

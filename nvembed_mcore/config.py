@@ -143,7 +143,7 @@ class DataConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class StepConfig:
-    """How one optimizer step walks through its packs (DESIGN: the step contract)."""
+    """How one optimizer step walks through its packs (docs/design.md, The step)."""
 
     way: Literal["auto", "single", "cached"] = "auto"
     """`single`: one pack a rank, its graph kept. `cached`: any number of packs and pipeline stages, embeddings first

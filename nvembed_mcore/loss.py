@@ -1,4 +1,4 @@
-"""InfoNCE on gathered embeddings: pure numerics, no collectives (DESIGN section 6).
+"""InfoNCE on gathered embeddings: pure numerics, no collectives (docs/design.md).
 
 Letters: `Q` queries of the global batch, `q` query rows scored here, `M` passages of the global batch, `P` positives
 listed for a query at most, `D` embedding size.

@@ -100,7 +100,7 @@ def _attended_pairs(lengths: Sequence[int], causal: bool) -> int:
 def _head_flops(hidden: int, pooling: PoolingConfig, lengths: Sequence[int], causal: bool) -> float:
     """FLOPs of the pooling head, forward and backward.
 
-    `latent`, folded (DESIGN section 7): `6 T (2 H A R)` for the two matrices `[H, A R]` and `[A R, H]`, `6 T 12 H^2`
+    `latent`, folded (docs/design.md): `6 T (2 H A R)` for the two matrices `[H, A R]` and `[A R, H]`, `6 T 12 H^2`
     for the GEGLU (`H -> 8H`, `4H -> H`), and once a pack `24 R H A w` for making the two matrices: four products of
     `2 R H A w` (keys, values, and their products with the query's and the output's projection).
     `self_attention`: `6 T (4 H A w)` for its projections, `12 A w sum(s^2)` and the GEGLU. The others have no weights.

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from megatron.core.distributed import DistributedDataParallel
 from megatron.core.optimizer import MegatronOptimizer, OptimizerConfig, get_megatron_optimizer
@@ -86,7 +88,8 @@ def build_optimizer(config: OptimConfig, model: DistributedDataParallel) -> Mega
             adam_beta1=config.betas[0],
             adam_beta2=config.betas[1],
             adam_eps=config.eps,
-            clip_grad=config.clip_norm,
+            # With 0 Megatron would not compute the norm either, which the metrics show.
+            clip_grad=config.clip_norm or math.inf,
             use_distributed_optimizer=config.distributed,
             params_dtype=dtype,
             bf16=dtype == torch.bfloat16,

@@ -1,4 +1,4 @@
-"""One optimizer step over packed microbatches (DESIGN section 5).
+"""One optimizer step over packed microbatches (docs/design.md).
 
 Three phases, whatever the layout: embed every pack; gather all embeddings and score them; push the gradient of each
 embedding back through its pack. `single` keeps the graph of the one pack between the phases. `cached` embeds without
@@ -32,7 +32,7 @@ from nvembed_mcore.parallel.groups import Groups, seed_everything
 
 
 class NonFiniteLossError(RuntimeError):
-    """The loss of a step is not a number; no weight was changed by it."""
+    """The loss of a step, or its gradient, is not a number; nothing of the step is saved."""
 
 
 @dataclass(frozen=True)
@@ -154,7 +154,7 @@ class ContrastiveStep:
 
         Raises:
             ConfigError: `step.way` is `single` but the batch needs several packs a rank or the layout has stages.
-            NonFiniteLossError: the loss is not a number; raised on every rank before any update.
+            NonFiniteLossError: the loss (before any update) or the gradient is not a number; raised on every rank.
         """
         plan = make_plan(batch.lengths, self.groups.dp_size, self.config.tokens_per_microbatch)
         packs = packs_of_rank(batch.texts, plan, self.groups, pack_multiple(self.model))
@@ -170,6 +170,11 @@ class ContrastiveStep:
             raise NonFiniteLossError(f"step {step}: the loss is {loss}; no weight was changed by this step")
         with timer("optimizer"):
             _, grad_norm, _ = self.optimizer.step()
+        if not np.isfinite(grad_norm):
+            raise NonFiniteLossError(
+                f"step {step}: the loss is {loss}, but the norm of its gradient is {grad_norm}; the weights in memory "
+                f"are spoiled, those of the newest checkpoint are not"
+            )
         return StepOutput(
             loss=loss,
             accuracy=totals[1] / batch.num_queries,
@@ -242,7 +247,7 @@ class ContrastiveStep:
             self.loss_config.temperature,
         )
         totals = torch.stack([loss.detach(), correct])
-        # The one place where W appears (DESIGN section 5): data parallelism divides by it.
+        # The one place where W appears (docs/design.md): data parallelism divides by it.
         return loss * (self.groups.dp_size / batch.num_queries), totals
 
     def _targets(self, batch: Batch, rows: np.ndarray, where: torch.device) -> Targets:

@@ -18,7 +18,7 @@ from transformers import MistralConfig
 from nvembed_mcore import device
 from nvembed_mcore.checkpoint import hf_import, store
 from nvembed_mcore.checkpoint.names import name_table
-from nvembed_mcore.config import ConfigError, ModelConfig, RunConfig
+from nvembed_mcore.config import ConfigError, ModelConfig, PoolingConfig, RunConfig
 from nvembed_mcore.data.batch import Batch
 from nvembed_mcore.data.source import BatchSource
 from nvembed_mcore.data.tokenizer import load_tokenizer, tokenizer_fingerprint
@@ -48,10 +48,13 @@ def train(config: RunConfig) -> None:
     setup_logging(groups.rank, Path(config.run_dir) / "logs")
     hf_config = read_architecture(config.model)
     data = open_data(config)
+    _check_vocabulary(config, hf_config, data)
     model = build_model(config, hf_config, groups)
     optimizer = build_optimizer(config.optim, model)
     facts = _facts(config, hf_config, data)
     done = _resume(config, model, optimizer, facts)
+    # Not before: an older run's file must survive an attempt that was refused.
+    first_rank_does(lambda: _write_config(config))
     step = ContrastiveStep(model, optimizer, groups, step=config.step, loss=config.loss, seed=config.seed)
     timer = PhaseTimer(device.synchronize)
     last = config.stop_at or config.steps
@@ -73,7 +76,9 @@ def train(config: RunConfig) -> None:
             rate = learning_rate(config.optim, done, config.steps)
             set_learning_rate(optimizer, rate)
             output = step(batch, done, timer)
-            metric_log.log(done, _metrics(config, hf_config, groups, batch, output, done, rate, timer.lap()))
+            seconds = timer.lap()
+            if _is_due(done, config.log.every_steps, last):
+                metric_log.log(done, _metrics(config, hf_config, groups, batch, output, done, rate, seconds))
             # Before saving, so that a kill between the two loses neither: a repeated line replaces the first.
             if data.evaluation and _is_due(done, config.eval.every_steps, last):
                 metric_log.log_eval(done, data.evaluation(model, groups, config.step.tokens_per_microbatch))
@@ -88,21 +93,26 @@ def _is_due(step: int, every: int, last: int) -> bool:
 
 @dataclasses.dataclass(frozen=True)
 class _Data:
-    """What a run reads: batches by step, the test set if any, and the tokenizer's fingerprint."""
+    """What a run reads: batches by step, the test set if any, and the tokenizer's fingerprint and number of ids."""
 
     source: BatchSource
     evaluation: RetrievalEvaluation | None
     tokenizer: str
+    num_ids: int
 
 
 def _prepare_run_dir(config: RunConfig) -> None:
-    """Make the run folder and write the resolved configuration; refuse what must not be mixed with an older run."""
+    """Make the run folder; refuse what must not be mixed with an older run."""
     found = store.find_checkpoint(config.run_dir)
     if config.checkpoint.resume == "never" and found:
         raise ConfigError(f"checkpoint.resume is 'never', but {config.run_dir} has a checkpoint of step {found.step}")
     if config.checkpoint.resume == "must" and not found:
         raise ConfigError(f"checkpoint.resume is 'must', but {config.run_dir} has no complete checkpoint")
     os.makedirs(config.run_dir, exist_ok=True)
+
+
+def _write_config(config: RunConfig) -> None:
+    """The resolved configuration, in the run folder."""
     text = yaml.safe_dump(_plain(config), sort_keys=False)
     (Path(config.run_dir) / "config.yaml").write_text(text, encoding="utf-8")
 
@@ -119,7 +129,22 @@ def read_architecture(model: ModelConfig) -> MistralConfig:
     if model.config is not None:
         return read_mistral_config(model.config)
     start = store.find_checkpoint(model.init_from)
-    return MistralConfig.from_dict(start.facts["hf_config"]) if start else read_mistral_config(model.init_from)
+    if start:
+        return MistralConfig.from_dict(start.facts["hf_config"])
+    if not (Path(model.init_from) / "config.json").is_file():
+        raise ConfigError(
+            f"model.init_from: {model.init_from} is neither a run or checkpoint folder with a complete checkpoint "
+            f"nor a Hugging Face folder with a config.json"
+        )
+    return read_mistral_config(model.init_from)
+
+
+def _check_vocabulary(config: RunConfig, hf_config: MistralConfig, data: _Data) -> None:
+    if data.num_ids > hf_config.vocab_size:
+        raise ConfigError(
+            f"the tokenizer {config.data.tokenizer} has {data.num_ids} ids, the model's vocab_size is "
+            f"{hf_config.vocab_size}"
+        )
 
 
 def open_data(config: RunConfig) -> _Data:
@@ -137,19 +162,29 @@ def open_data(config: RunConfig) -> _Data:
     stores = [TokenStore.open(folder) for folder in first_rank_does(build)]
     source = BatchSource(config.data, stores, batch_size=config.batch_size, seed=config.seed, stage=config.stage)
     evaluation = RetrievalEvaluation(config.eval, config.data, tokenizer) if config.eval.path else None
-    return _Data(source, evaluation, tokenizer_fingerprint(tokenizer))
+    return _Data(source, evaluation, tokenizer_fingerprint(tokenizer), len(tokenizer))
 
 
 def build_model(config: RunConfig, hf_config: MistralConfig, groups: Groups) -> DistributedDataParallel:
     """The encoder with its initial weights, under data parallelism."""
-    encoder = Encoder(hf_config, config.model, config.parallel, groups)
     start = store.find_checkpoint(config.model.init_from) if config.model.init_from else None
+    if start:
+        _check_head(start, config, hf_config)
+    encoder = Encoder(hf_config, config.model, config.parallel, groups)
     if start:
         store.load_weights(start, encoder)
         log.info("weights from step %d of %s", start.step, start.path)
     else:
         _fill(encoder, config, hf_config, groups)
     return wrap_data_parallel(encoder, distributed_optimizer=config.optim.distributed)
+
+
+def _check_head(start: store.Checkpoint, config: RunConfig, hf_config: MistralConfig) -> None:
+    """The head of the stage before must have this one's parameters."""
+    saved, now = PoolingConfig(**start.facts["config"]["model"]["pooling"]), config.model.pooling
+    if name_table(hf_config, saved) != name_table(hf_config, now):
+        changed = "\n  ".join(store.differences(dataclasses.asdict(saved), dataclasses.asdict(now), "model.pooling"))
+        raise ConfigError(f"the head of model.init_from {start.path} is another one (saved -> now):\n  {changed}")
 
 
 def _fill(encoder: Encoder, config: RunConfig, hf_config: MistralConfig, groups: Groups) -> None:
@@ -183,12 +218,18 @@ def _facts(config: RunConfig, hf_config: MistralConfig, data: _Data) -> dict[str
 def _identity(facts: dict[str, Any]) -> dict[str, Any]:
     """The part of a run's facts that a resumed run may not change: what fixes its samples and its arithmetic."""
     config = facts["config"]
+    datasets = {
+        f"data.datasets.{number}.{key}": dataset[key]
+        for number, dataset in enumerate(config["data"]["datasets"])
+        for key in ("task", "weight", "in_batch_negatives", "num_negatives")
+    }
     return {
         **{key: config[key] for key in ("stage", "seed", "steps", "batch_size", "loss", "optim")},
+        **datasets,
         "model.attention_mask": config["model"]["attention_mask"],
         "model.pooling": config["model"]["pooling"],
-        "hf_config": facts["hf_config"],
-        "data": facts["data"],
+        "hf_config": {key: value for key, value in facts["hf_config"].items() if key != "transformers_version"},
+        "data.fingerprint": facts["data"],
         "tokenizer": facts["tokenizer"],
     }
 

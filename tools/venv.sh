@@ -4,7 +4,7 @@
 fail() { echo "error: $*" >&2; exit 1; }
 
 find_python() {
-    for candidate in "${PYTHON:-}" python3.12 python3.11 python3.10 python3; do
+    for candidate in "${PYTHON:-}" python3 python3.12 python3.11 python3.10; do
         [ -n "$candidate" ] && command -v "$candidate" >/dev/null || continue
         if "$candidate" -c 'import sys; sys.exit(not (3, 10) <= sys.version_info[:2] <= (3, 12))' 2>/dev/null; then
             echo "$candidate"

@@ -35,15 +35,16 @@ class Held:
         self.queries, self.documents = list(beir.queries.values()), list(beir.corpus.values())
         self.relevance = relevance_of(beir)
 
-    def rank(self, export_dir: Path) -> list[np.ndarray]:
-        """The 100 nearest documents of each query by an exported model."""
-        encoder = ExportedEncoder(str(export_dir), instruction=None, max_length=MAX_TOKENS, device="cpu")
-        _, ranked = search(encoder(self.queries, True), encoder(self.documents, False), 100)
-        return list(ranked.numpy())
-
     def score(self, ranking: Ranking) -> Scores:
         """nDCG@10, recall@10, recall@100 and MRR@10."""
         return dict(score_run(ranking, self.relevance))
+
+
+def dense_rankings(export_dir: Path, queries: list[str], *corpora: list[str]) -> list[Ranking]:
+    """The 100 nearest documents of each query in each corpus, by an exported model."""
+    encoder = ExportedEncoder(str(export_dir), instruction=None, max_length=MAX_TOKENS, device="cpu")
+    encoded = encoder(queries, True)
+    return [list(search(encoded, encoder(documents, False), 100)[1].numpy()) for documents in corpora]
 
 
 def fused(first: Ranking, second: Ranking) -> list[np.ndarray]:
@@ -76,22 +77,23 @@ def untrained_export(run: Path, output: Path) -> Path:
     return output
 
 
-def example_searches(held: Held, before: Ranking, after: Ranking, number: int = 3) -> Table:
+def example_searches(held: Held, untrained: Path, after: Ranking, number: int = 3) -> Table:
     """A few held-out queries with their best three documents before and after training."""
     table = Table(title="Three held-out queries", show_lines=True)
     for heading in ("query", "untrained", "trained"):
         table.add_column(heading, max_width=44)
-    # Every n-th of those whose document is among the best ten: the table above tells how many that are.
+    # Every n-th of those whose document is among the best ten: the table of metrics tells how many that are.
     found = [i for i, ranked in enumerate(after) if set(held.relevance[i]) & set(ranked[:10].tolist())]
     chosen = found[:: max(1, len(found) // number)][:number] or list(range(number))
-    for query in chosen:
-        table.add_row(held.queries[query], *(_best(held, query, ranking) for ranking in (before, after)))
+    (before,) = dense_rankings(untrained, [held.queries[query] for query in chosen], held.documents)
+    for query, ranked in zip(chosen, before, strict=True):
+        table.add_row(held.queries[query], _best(held, query, ranked), _best(held, query, after[query]))
     return table
 
 
-def _best(held: Held, query: int, ranking: Ranking) -> str:
+def _best(held: Held, query: int, ranked: np.ndarray) -> str:
     lines = []
-    for place, document in enumerate(ranking[query][:3].tolist(), 1):
+    for place, document in enumerate(ranked[:3].tolist(), 1):
         mark = "*" if document in held.relevance[query] else " "
         code = [line for line in held.documents[document].splitlines() if not line.lstrip().startswith("@")]
         lines.append(f"{place}{mark} {code[0].strip()[:38]}")

@@ -17,7 +17,7 @@ from pathlib import Path
 
 import psutil
 import yaml
-from measure import Held, Scores, example_searches, fused, untrained_export
+from measure import Held, Scores, dense_rankings, example_searches, fused, untrained_export
 from proofs import kill_and_resume, same_gradient_in_another_layout
 from rich.console import Console
 from rich.table import Table
@@ -52,7 +52,8 @@ def main() -> None:
     with PeakMemory() as memory:
         _command("nvembed", "data", "tokenizer", str(output / "tokenizer"))
         docs = ["data", "python-docs", str(output / "data"), "--tokenizer", str(output / "tokenizer")]
-        _command("nvembed", *docs, "--held-out", str(options.held_out))
+        sizes = ["--held-out", str(options.held_out), "--negatives", "3", "--packages", *options.packages]
+        _command("nvembed", *docs, *sizes)
         stages = [_train(_stage_config(number, output, options), overrides) for number in (1, 2)]
         export_dir = output / "export"
         _command("nvembed", "export-hf", str(stages[1]), str(export_dir))
@@ -70,6 +71,8 @@ def _options() -> tuple[argparse.Namespace, list[str]]:
     parser.add_argument("--stage1-steps", type=int, help="optimizer steps of stage 1 (default: that of stage1.yaml)")
     parser.add_argument("--stage2-steps", type=int, help="optimizer steps of stage 2 (default: that of stage2.yaml)")
     parser.add_argument("--held-out", type=int, default=3000, help="held-out queries (default 3000)")
+    packages = ["stdlib", "numpy", "torch", "transformers"]
+    parser.add_argument("--packages", nargs="+", default=packages, help="installed packages to learn from")
     parser.add_argument("--skip-proofs", action="store_true", help="leave out step 5")
     options, rest = parser.parse_known_args()
     if wrong := [word for word in rest[::2] if not word.startswith("--parallel.")]:
@@ -115,14 +118,14 @@ def _evaluate(output: Path, stages: list[Path], export_dir: Path) -> dict[str, S
     before = _evaluations(stages[0])
     scores = {"untrained": before[0], "stage1": before[-1], "stage2": _evaluations(stages[1])[-1]}
     lexical, lexical_hidden = (bm25_rank(one.documents, one.queries, 100) for one in (held, hidden))
-    dense, dense_hidden = held.rank(export_dir), hidden.rank(export_dir)
+    dense, dense_hidden = dense_rankings(export_dir, held.queries, held.documents, hidden.documents)
     scores["bm25"] = held.score(lexical)
     scores["bm25 + stage2"] = held.score(fused(lexical, dense))
     scores["stage2, names hidden"] = hidden.score(dense_hidden)
     scores["bm25, names hidden"] = hidden.score(lexical_hidden)
     scores["bm25 + stage2, names hidden"] = hidden.score(fused(lexical_hidden, dense_hidden))
     untrained = untrained_export(stages[0], output / "untrained")
-    console.print(example_searches(held, held.rank(untrained), dense))
+    console.print(example_searches(held, untrained, dense))
     return scores
 
 

@@ -18,7 +18,7 @@ def load_exported(directory: str | os.PathLike, device: str = "cpu") -> NVEmbedM
 
     Raises:
         WeightsError: the folder, its configuration or its weights are missing or unreadable, or this project did not
-            write it.
+            write it; or torch does not know the device, or it has too little memory.
     """
     from nvembed_mcore.checkpoint.hf_files.modeling_nvembed import NVEmbedModel
 
@@ -43,4 +43,7 @@ def load_exported(directory: str | os.PathLike, device: str = "cpu") -> NVEmbedM
         raise WeightsError(
             f"{folder.path} lacks {len(report['missing_keys'])} tensors: {sorted(report['missing_keys'])[:3]}"
         )
-    return model.to(device).eval()
+    try:
+        return model.to(device).eval()
+    except (RuntimeError, AssertionError) as error:  # torch built without CUDA raises the latter
+        raise WeightsError(f"cannot put the model of {directory} on device {device!r}: {error}") from error

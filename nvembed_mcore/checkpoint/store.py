@@ -4,7 +4,7 @@
                                   run.json  step, configuration, architecture, fingerprints
     RUN/checkpoints/latest                  name of the newest complete folder; written last
 
-Random states are not stored: they follow from seed and step (DESIGN section 5).
+Random states are not stored: they follow from seed and step (docs/design.md).
 """
 
 from __future__ import annotations
@@ -126,7 +126,8 @@ def save_checkpoint(
         os.replace(aside, final)
         _write_synced(root / f"{POINTER}.new", final.name + "\n")
         os.replace(root / f"{POINTER}.new", root / POINTER)
-        complete = sorted(path for path in root.glob("step-*") if path.is_dir())
+        # Later steps are of a run that was set back by hand: they must not crowd out the folder just written.
+        complete = sorted(path for path in root.glob("step-*") if path.is_dir() and path.name <= final.name)
         for old in complete[: -config.keep]:
             shutil.rmtree(old)
     dist.barrier()

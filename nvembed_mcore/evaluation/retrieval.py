@@ -163,21 +163,18 @@ def _score_query(
 def relevance_of(beir: BeirSet) -> list[dict[int, int]]:
     """Judgements by position: one dict a query, in the order of `beir.queries`, document index -> judgement.
 
-    Document indices are positions in `beir.corpus`. A query without judgements has an empty dict.
+    Document indices are positions in `beir.corpus`. A judged document that the corpus lacks gets an index beyond it,
+    so no ranking can hold it and it counts as missed. A query without judgements has an empty dict.
 
     Raises:
-        ValueError: a judgement names a query or a document that the set does not have.
+        ValueError: a judgement names a query that the set does not have.
     """
     positions = {document: index for index, document in enumerate(beir.corpus)}
     for query, judgements in beir.qrels.items():
         if query not in beir.queries:
             raise ValueError(f"the judgements name query {query!r}, which is not among {len(beir.queries)} queries")
         for document in judgements:
-            if document not in positions:
-                raise ValueError(
-                    f"the judgements of query {query!r} name document {document!r}, "
-                    f"which is not in the corpus of {len(positions)}"
-                )
+            positions.setdefault(document, len(positions))
     return [
         {positions[document]: judgement for document, judgement in beir.qrels.get(query, {}).items()}
         for query in beir.queries

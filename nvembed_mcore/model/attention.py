@@ -21,6 +21,8 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 
 from nvembed_mcore.kernels.varlen import varlen_attention
 
+VARLEN_WIDTHS = range(8, 257, 8)
+"""Head widths that FlashAttention computes; wider heads of a pooling head take the padded form."""
 BUCKET_GRANULARITY = 16
 """Sequences whose lengths round up to the same multiple share a bucket."""
 
@@ -136,7 +138,8 @@ def packed_attention(
     Returns:
         [T, A, d], same dtype as `query`.
     """
-    if query.is_cuda and query.dtype in (torch.bfloat16, torch.float16) and dropout == 0.0:
+    is_half = query.dtype in (torch.bfloat16, torch.float16)
+    if query.is_cuda and is_half and query.size(-1) in VARLEN_WIDTHS and dropout == 0.0:
         return varlen_attention(query, key, value, packing.cu_seqlens_q, packing.max_seqlen_q, causal=causal)
     groups = query.size(1) // key.size(1)
     parts = []

@@ -1,4 +1,4 @@
-"""Pooling heads: from token states to one vector a text (NV-Embed section 3.2; DESIGN section 7).
+"""Pooling heads: from token states to one vector a text (NV-Embed section 3.2; docs/design.md).
 
 Letters: `T` tokens, `B` texts, `H` hidden size, `R` latents, `A` heads of the head, `w` their width.
 

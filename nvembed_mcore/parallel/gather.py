@@ -2,7 +2,7 @@
 
 Letters: `W` data-parallel size, `N` texts of the global batch, `n` texts of one rank, `D` embedding size.
 
-The gradient contract (DESIGN section 5). A rank computes the loss of the query rows that it holds against all
+The gradient contract (docs/design.md). A rank computes the loss of the query rows that it holds against all
 passages, as `(W / Q)` times the sum over its rows. The backward of the gather sums what every rank has to say about
 an embedding and hands it to the embedding's owner. Megatron's data parallelism then divides parameter gradients by
 `W`. Together: the gradient of the mean over all `Q` rows, as one process holding the batch has it.
@@ -63,7 +63,7 @@ def gather_embeddings(local: torch.Tensor, owned: Sequence[np.ndarray], group: d
 
 
 def sum_over_data_ranks(values: torch.Tensor, groups: Groups) -> torch.Tensor:
-    """Sum a float32 vector over the data-parallel ranks (in place); returns it."""
+    """Sum a vector over the data-parallel ranks (in place); returns it."""
     dist.all_reduce(values, group=groups.dp)
     return values
 

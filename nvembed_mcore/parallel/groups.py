@@ -64,7 +64,8 @@ def initialize(config: ParallelConfig) -> Groups:
         ConfigError: TP x PP does not divide the number of processes.
     """
     device.prepare()
-    world_size = int(os.environ.get("WORLD_SIZE", "1"))
+    # Some clusters set WORLD_SIZE for every process, launched or not; RANK comes only from a launcher.
+    world_size = int(os.environ.get("WORLD_SIZE", "1")) if "RANK" in os.environ else 1
     if world_size % (config.tp * config.pp):
         raise ConfigError(
             f"parallel.tp x parallel.pp = {config.tp} x {config.pp} = {config.tp * config.pp} does not divide the "
