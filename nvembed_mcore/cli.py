@@ -81,9 +81,8 @@ def _train(arguments: list[str]) -> None:
     try:
         fields = parser.instantiate(parser.parse_args(arguments)).as_dict()
     except ArgumentError as error:
-        raise ConfigError(
-            f"train {' '.join(arguments[1:2])}: {error} (`nvembed train --help` has all fields)"
-        ) from error
+        source = f"{arguments[1]} or the options" if arguments[:1] == ["--config"] else "the options"
+        raise ConfigError(f"{error}\n(in {source}; `nvembed train --help` lists all fields)") from error
     fields.pop("config")
     from nvembed_mcore.train import train
 

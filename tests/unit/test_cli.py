@@ -125,8 +125,8 @@ def test_configuration_files_that_cannot_be_read(capsys, tmp_path):
     assert_names(message_of(capsys, ["train", "--config", tmp_path / "none.yaml"]), "none.yaml")
     (tmp_path / "broken.yaml").write_text("steps: [1\nrun_dir: x\n")
     assert_names(message_of(capsys, ["train", tmp_path / "broken.yaml"]), "broken.yaml")
-    (tmp_path / "text.yaml").write_text("only words\n")
-    assert_names(message_of(capsys, ["train", tmp_path / "text.yaml"]), "text.yaml")
+    (tmp_path / "broken.yaml").write_text("only words\n")
+    assert_names(message_of(capsys, ["train", tmp_path / "broken.yaml"]), "broken.yaml")
     assert_names(message_of(capsys, ["train"]), "run_dir")
     assert "COMMAND" in message_of(capsys, ["fly"])
 
@@ -237,11 +237,10 @@ def test_resume_must_find_a_checkpoint(capsys, inputs, tmp_path):
 
 def again_message(capsys, inputs, finished, changes: dict[str, Any]) -> str:
     """The message of a run that must not go on in a finished run's folder, and leaves it as it was."""
-    before = {path: path.read_bytes() for path in finished.rglob("*") if path.is_file() and "logs" not in path.parts}
-    path = write_yaml(inputs, finished, {"eval.path": None, "steps": 2} | changes)
-    message = message_of(capsys, ["train", path])
-    after = {path: path.read_bytes() for path in finished.rglob("*") if path.is_file() and "logs" not in path.parts}
-    assert after == before
+    kept = [path for path in finished.rglob("*") if path.is_file() and path.parent.name != "logs"]
+    before = [path.read_bytes() for path in kept]
+    message = message_of(capsys, ["train", write_yaml(inputs, finished, {"eval.path": None, "steps": 2} | changes)])
+    assert [path.read_bytes() for path in kept] == before
     return message
 
 
@@ -339,8 +338,7 @@ def test_evaluate_and_encode_with_bad_texts(capsys, inputs, finished, tmp_path):
     assert_names(message_of(capsys, ["encode", export, tmp_path / "texts.txt", output]), "texts.txt has no lines")
     assert not output.exists()
     (tmp_path / "texts.txt").write_text("one\n")
-    missing = tmp_path / "no_folder" / "out.npy"
-    assert_names(message_of(capsys, ["encode", export, tmp_path / "texts.txt", missing]), "no_folder")
+    assert_names(message_of(capsys, ["encode", export, tmp_path / "texts.txt", output / "no.npy"]), "no.npy")
 
 
 def test_search_with_bad_input(capsys, finished, tmp_path):
@@ -366,8 +364,9 @@ def test_interrupted(capsys, monkeypatch, tmp_path):
 
 def test_only_the_first_rank_speaks(capsys, monkeypatch, inputs, tmp_path):
     monkeypatch.setenv("RANK", "1")
+    path = str(write_yaml(inputs, tmp_path / "run", {}))
     for arguments in (["--steps", "many"], ["--parallel.tp", "0"]):
-        assert main(["train", str(write_yaml(inputs, tmp_path / "run", {})), *arguments]) == 2
+        assert main(["train", path, *arguments]) == 2
         assert capsys.readouterr().err == ""
 
 
@@ -388,9 +387,8 @@ def test_what_a_run_resolved_is_a_configuration(inputs, finished, tmp_path):
 
 
 def test_train_help_is_the_configuration_s(capsys):
-    with pytest.raises(SystemExit) as stop:
+    with pytest.raises(SystemExit):
         main(["train", "--help"])
-    assert stop.value.code in (0, None)
     text = " ".join(capsys.readouterr().out.split())
     for words in ("--optim.clip_norm", "Largest norm of the whole gradient", "--data.tokenizer", "--parallel.pp"):
         assert words in text
