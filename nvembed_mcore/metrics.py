@@ -177,7 +177,7 @@ class StepMetrics:
     padded_tokens: int
     """Tokens that went through the model, over all ranks: the real ones and those that only fill."""
     seconds: dict[str, float]
-    """Seconds by phase (`data`, `embed`, `loss`, `backward`, `optimizer`) and `total`, as `PhaseTimer.lap` gives."""
+    """Seconds by phase (`data`, `embed`, `score`, `forward_backward`, `optimizer`) and `total`: `PhaseTimer.lap`."""
     flops: float | None = None
     """Model FLOPs of the step over all ranks: the sum of `pack_flops`."""
     peak_flops: float | None = None

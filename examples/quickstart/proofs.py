@@ -77,13 +77,13 @@ def kill_and_resume(folder: Path, config: Path) -> str:
 
 
 def _short_run(config: Path, run_dir: Path) -> list[str]:
-    small = ["--batch_size", "16", "--steps", str(STEPS), "--checkpoint.every_steps", "2", "--eval", "{}"]
+    small = ["--batch_size", "16", "--steps", str(STEPS), "--checkpoint.every_steps", "2", "--eval.path", "null"]
     return [sys.executable, "-m", "nvembed_mcore", "train", str(config), "--run_dir", str(run_dir), *small]
 
 
 def _losses(run_dir: Path) -> list[float]:
     path = run_dir / "metrics.jsonl"
-    return [line["loss"] for line in read_metrics(path)] if path.is_file() else []
+    return [line["loss"] for line in read_metrics(path) if "loss" in line] if path.is_file() else []
 
 
 _QUIET = {"stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE}

@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import json
 import logging
+import os
 import subprocess
 import sys
 import threading
@@ -52,7 +53,7 @@ def main() -> None:
     with PeakMemory() as memory:
         _command("nvembed", "data", "tokenizer", str(output / "tokenizer"))
         docs = ["data", "python-docs", str(output / "data"), "--tokenizer", str(output / "tokenizer")]
-        sizes = ["--held-out", str(options.held_out), "--negatives", "3", "--packages", *options.packages]
+        sizes = ["--held-out", str(options.held_out), "--negatives", "2", "--packages", *options.packages]
         _command("nvembed", *docs, *sizes)
         stages = [_train(_stage_config(number, output, options), overrides) for number in (1, 2)]
         export_dir = output / "export"
@@ -102,7 +103,9 @@ def _train(config: Path, overrides: Sequence[str]) -> Path:
 def _command(*words: str) -> None:
     """Show a command, run it, and end with its status when it fails."""
     console.print(f"\n[bold]$ {' '.join(words)}[/bold]")
-    status = subprocess.run(words).returncode  # noqa: S603
+    # One thread a process in the training runs, which are as many as there are cores.
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"} if words[0] == "torchrun" else None
+    status = subprocess.run(words, env=environment).returncode  # noqa: S603
     if status:
         sys.exit(status)
 

@@ -308,7 +308,14 @@ def _write_store(source: Path, folder: Path, encoder: _Encoder, identity: dict[s
             _LOG.info("another process finished %s first", folder)
     finally:
         shutil.rmtree(aside, ignore_errors=True)
-    _LOG.info("%s: %s", folder, statistics)
+    _LOG.info(
+        "%d records, %d documents, %d tokens; cut: %d queries, %d documents",
+        statistics.records,
+        statistics.documents,
+        statistics.tokens,
+        statistics.truncated_queries,
+        statistics.truncated_documents,
+    )
 
 
 def _write_arrow(source: Path, path: Path, encoder: _Encoder) -> Statistics:

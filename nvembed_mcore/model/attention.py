@@ -9,12 +9,14 @@ length are attended together in padded buckets: one call a sequence costs three 
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from megatron.core.packed_seq_params import PackedSeqParams
+from megatron.core.tensor_parallel import get_cuda_rng_tracker
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_config import TransformerConfig
@@ -197,12 +199,15 @@ class PackedCoreAttention(MegatronModule):
         """query [T, A, d], key and value [T, G, d] -> [T, A * d]."""
         packing = packed_seq_params
         assert packing is not None and packing.rotary is not None
-        out = packed_attention(
-            rotate(query, packing.rotary),
-            rotate(key, packing.rotary),
-            value,
-            packing,
-            causal=self.causal,
-            dropout=self.config.attention_dropout if self.training else 0.0,
-        )
+        dropout = self.config.attention_dropout if self.training else 0.0
+        # Tensor ranks hold different heads, which draw different masks: Megatron's tracker tells the ranks apart.
+        with get_cuda_rng_tracker().fork() if dropout else nullcontext():
+            out = packed_attention(
+                rotate(query, packing.rotary),
+                rotate(key, packing.rotary),
+                value,
+                packing,
+                causal=self.causal,
+                dropout=dropout,
+            )
         return out.flatten(1)

@@ -101,15 +101,18 @@ def initialize(config: ParallelConfig) -> Groups:
 def first_rank_does(work: Callable[[], Any]) -> Any:
     """Run `work` on rank 0 while the others wait; all get its (small) result.
 
-    What it raises is raised on every rank, so that none hangs.
+    What it raises is raised on every rank, so that none hangs. The work may take hours (tokenising a large data set),
+    so the others wait in a group of its own and not under `parallel.timeout_minutes`.
     """
+    patient = dist.new_group(backend="gloo", timeout=timedelta(days=7))
     outcome: list[Any] = [None, None]
     if dist.get_rank() == 0:
         try:
             outcome[0] = work()
         except Exception as caught:
             outcome[1] = caught
-    dist.broadcast_object_list(outcome, src=0)
+    dist.broadcast_object_list(outcome, src=0, group=patient)
+    dist.destroy_process_group(patient)
     if outcome[1] is not None:
         raise outcome[1]
     return outcome[0]

@@ -62,3 +62,12 @@ def test_gather_keeps_global_order_and_sums_gradients(world, rows):
     for is_equal, difference in world(4).run(cases.gathered_rows, rows):
         assert is_equal
         assert difference <= 1e-6
+
+
+@pytest.mark.parametrize(("size", "tp", "sp"), [(1, 1, False), (2, 1, False), (2, 2, True)])
+def test_cached_replays_dropout(world, size, tp, sp):
+    """Both ways drop the same attention weights, so they give the same loss and gradient."""
+    ((loss, norm), *_) = world(size).run(cases.dropout_step, "single", tp, sp)
+    ((again, norm_again), *_) = world(size).run(cases.dropout_step, "cached", tp, sp)
+    assert again == pytest.approx(loss, rel=1e-6)
+    assert norm_again == pytest.approx(norm, rel=1e-5)

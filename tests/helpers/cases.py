@@ -243,3 +243,18 @@ def gathered_rows(num_rows: list[int]):
     weight = sum(range(1, groups.dp_size + 1))
     expected = torch.as_tensor(owned[groups.dp_rank])[:, None].float() * weight
     return torch.equal(gathered, everything), (local.grad - expected).abs().max().item() if len(local) else 0.0
+
+
+def dropout_step(way: str, tp: int = 1, sp: bool = False) -> tuple[float, float]:
+    """Loss and gradient norm of a step with attention dropout."""
+    from nvembed_mcore.metrics import PhaseTimer
+    from nvembed_mcore.optim import build_optimizer
+    from nvembed_mcore.step import ContrastiveStep
+
+    parallel, groups = layout(tp, 1, sp)
+    hf_config = models.tiny_config(attention_dropout=0.3)
+    model, _, _ = build(hf_config, models.hf_reference(hf_config), {}, "mean", parallel, groups)
+    optimizer = build_optimizer(OptimConfig(distributed=False), model)
+    step = ContrastiveStep(model, optimizer, groups, step=StepConfig(way=way), loss=LossConfig(), seed=0)
+    output = step(contrastive_batch(7, hf_config.vocab_size), 1, PhaseTimer())
+    return output.loss, output.grad_norm
