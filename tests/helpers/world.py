@@ -12,41 +12,48 @@ from collections.abc import Callable
 TIMEOUT_SECONDS = 180
 
 
-def _serve(rank: int, world_size: int, port: int, pipe) -> None:
+def _serve(rank: int, world_size: int, pipe) -> None:
     os.environ.update(
         RANK=str(rank),
         LOCAL_RANK=str(rank),
         WORLD_SIZE=str(world_size),
         MASTER_ADDR="127.0.0.1",
-        MASTER_PORT=str(port),
         OMP_NUM_THREADS="1",
     )
     import torch
+
+    from nvembed_mcore.parallel.groups import shutdown
 
     torch.set_num_threads(1)
     while True:
         job = pipe.recv()
         if job is None:
             return
-        function, args, kwargs = job
+        port, function, args, kwargs = job
+        os.environ["MASTER_PORT"] = str(port)
         try:
             pipe.send((True, function(*args, **kwargs)))
         except BaseException:
             pipe.send((False, traceback.format_exc()))
+        # Each group over gloo has threads of its own that wake up now and then: hundreds of them slow every test down.
+        shutdown()
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
 
 
 class World:
     """`world_size` processes that run the same function, as torchrun's workers do."""
 
     def __init__(self, world_size: int) -> None:
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            port = probe.getsockname()[1]
         context = multiprocessing.get_context("spawn")
         self.pipes, self.processes = [], []
         for rank in range(world_size):
             here, there = context.Pipe()
-            process = context.Process(target=_serve, args=(rank, world_size, port, there), daemon=False)
+            process = context.Process(target=_serve, args=(rank, world_size, there), daemon=False)
             process.start()
             there.close()
             self.pipes.append(here)
@@ -54,8 +61,9 @@ class World:
 
     def run(self, function: Callable, *args, **kwargs) -> list:
         """Call `function` on every rank; return each rank's result, or raise with the first failing rank's trace."""
+        port = _free_port()
         for pipe in self.pipes:
-            pipe.send((function, args, kwargs))
+            pipe.send((port, function, args, kwargs))
         deadline = time.monotonic() + TIMEOUT_SECONDS
         results, failures = [], []
         for rank, pipe in enumerate(self.pipes):
