@@ -32,7 +32,13 @@ setup(
         "gpu": ["triton"],
         "eval": ["sentence-transformers>=5.1,<7"],
         "track": ["tensorboard>=2.16"],
-        "test": ["pytest>=8", "ruff>=0.15,<0.18", "sentencepiece>=0.2", "sentence-transformers>=5.1,<7"],
+        "test": [
+            "pytest>=8",
+            "tensorboard>=2.16",
+            "ruff>=0.15,<0.18",
+            "sentencepiece>=0.2",
+            "sentence-transformers>=5.1,<7",
+        ],
     },
     entry_points={"console_scripts": ["nvembed=nvembed_mcore.cli:main"]},
 )

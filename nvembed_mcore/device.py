@@ -119,6 +119,14 @@ def _named_as_cuda(plain_type):
     return tensor_type
 
 
+def release_unused_memory() -> None:
+    """Give the kernel back what is free inside glibc's heap, which `prepare` lets grow; nothing on CUDA."""
+    if not has_cuda():
+        trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+        if trim is not None:
+            trim(0)
+
+
 def _keep_freed_memory() -> None:
     """Let glibc reuse large blocks instead of returning them to the kernel: fresh pages cost up to a quarter."""
     trim_threshold, top_pad, mmap_threshold = -1, -2, -3  # malloc.h

@@ -34,6 +34,10 @@ from nvembed_mcore.step import ContrastiveStep, StepOutput
 
 log = logging.getLogger(__name__)
 
+RELEASE_EVERY_STEPS = 16
+"""Packs differ in length from step to step, so on a CPU the heap would fill with gaps: 4 GB a process after 250 steps
+of the quick start instead of 2."""
+
 
 def train(config: RunConfig) -> None:
     """Train one stage; every rank calls this.
@@ -76,6 +80,8 @@ def train(config: RunConfig) -> None:
             rate = learning_rate(config.optim, done, config.steps)
             set_learning_rate(optimizer, rate)
             output = step(batch, done, timer)
+            if done % RELEASE_EVERY_STEPS == 0:
+                device.release_unused_memory()
             seconds = timer.lap()
             if _is_due(done, config.log.every_steps, last):
                 metric_log.log(done, _metrics(config, hf_config, groups, batch, output, done, rate, seconds))
