@@ -34,10 +34,10 @@ setup(
         "track": ["tensorboard>=2.16"],
         "test": [
             "pytest>=8",
-            "tensorboard>=2.16",
             "ruff>=0.15,<0.18",
             "sentencepiece>=0.2",
             "sentence-transformers>=5.1,<7",
+            "tensorboard>=2.16",
         ],
     },
     entry_points={"console_scripts": ["nvembed=nvembed_mcore.cli:main"]},
