@@ -35,8 +35,7 @@ from nvembed_mcore.step import ContrastiveStep, StepOutput
 log = logging.getLogger(__name__)
 
 RELEASE_EVERY_STEPS = 16
-"""Packs differ in length from step to step, so on a CPU the heap would fill with gaps: 4 GB a process after 250 steps
-of the quick start instead of 2."""
+"""Packs differ in length from step to step, so on a CPU the heap fills with gaps and grows unless they are released."""
 
 
 def train(config: RunConfig) -> None:

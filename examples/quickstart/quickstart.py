@@ -178,7 +178,10 @@ def _finish(
 
 
 class PeakMemory:
-    """Largest sum of resident memory of this process and all its children, sampled twice a second."""
+    """Largest memory of this process and all its children together, sampled once a second.
+
+    A page that several processes share (libraries; the weights of a forked checkpoint writer) counts once.
+    """
 
     def __enter__(self) -> PeakMemory:
         self.peak_bytes = 0
@@ -193,11 +196,11 @@ class PeakMemory:
 
     def _watch(self) -> None:
         me = psutil.Process()
-        while not self._stop.wait(0.5):
+        while not self._stop.wait(1.0):
             total = 0
             for process in [me, *me.children(recursive=True)]:
                 try:
-                    total += process.memory_info().rss
+                    total += process.memory_full_info().pss
                 except psutil.Error:
                     continue  # it ended between the two calls
             self.peak_bytes = max(self.peak_bytes, total)
