@@ -35,7 +35,7 @@ from nvembed_mcore.step import ContrastiveStep, StepOutput
 log = logging.getLogger(__name__)
 
 RELEASE_EVERY_STEPS = 16
-"""Packs differ in length from step to step, so on a CPU the heap fills with gaps and grows unless they are released."""
+"""Packs differ in length from step to step, so on a CPU the heap fills with gaps and grows unless released."""
 
 
 def train(config: RunConfig) -> None:
