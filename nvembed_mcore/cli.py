@@ -125,6 +125,18 @@ def _add_model(command: argparse.ArgumentParser) -> None:
     command.add_argument("--device", default="cpu", help="torch device (default cpu)")
 
 
+def _encoder(arguments: argparse.Namespace) -> Callable:
+    """The exported model that `_add_model`'s arguments name."""
+    from nvembed_mcore.evaluation.exported import ExportedEncoder
+
+    return ExportedEncoder(
+        arguments.model,
+        instruction=arguments.instruction,
+        max_length=arguments.max_length,
+        device=arguments.device,
+    )
+
+
 def _add_evaluate(commands: argparse._SubParsersAction) -> None:
     command = commands.add_parser("evaluate", help="retrieval metrics of an exported folder on a BEIR-format test set")
     _add_model(command)
@@ -134,14 +146,9 @@ def _add_evaluate(commands: argparse._SubParsersAction) -> None:
 
 
 def _evaluate(arguments: argparse.Namespace) -> None:
-    from nvembed_mcore.evaluation.exported import ExportedEncoder, evaluate_beir
+    from nvembed_mcore.evaluation.exported import evaluate_beir
 
-    encoder = ExportedEncoder(
-        arguments.model,
-        instruction=arguments.instruction,
-        max_length=arguments.max_length,
-        device=arguments.device,
-    )
+    encoder = _encoder(arguments)
     metrics = evaluate_beir(encoder, arguments.data)
     if arguments.json:
         Path(arguments.json).write_text(json.dumps(metrics, indent=1) + "\n", encoding="utf-8")
@@ -159,14 +166,9 @@ def _add_encode(commands: argparse._SubParsersAction) -> None:
 
 
 def _encode(arguments: argparse.Namespace) -> None:
-    from nvembed_mcore.evaluation.exported import ExportedEncoder, encode_file
+    from nvembed_mcore.evaluation.exported import encode_file
 
-    encoder = ExportedEncoder(
-        arguments.model,
-        instruction=arguments.instruction,
-        max_length=arguments.max_length,
-        device=arguments.device,
-    )
+    encoder = _encoder(arguments)
     shape = encode_file(encoder, arguments.texts, arguments.output, are_queries=arguments.queries)
     print(f"{shape[0]} texts, {shape[1]} dimensions: {arguments.output}")
 
@@ -181,15 +183,9 @@ def _add_search(commands: argparse._SubParsersAction) -> None:
 
 
 def _search(arguments: argparse.Namespace) -> None:
-    from nvembed_mcore.evaluation.exported import ExportedEncoder
     from nvembed_mcore.evaluation.search import search_files
 
-    encoder = ExportedEncoder(
-        arguments.model,
-        instruction=arguments.instruction,
-        max_length=arguments.max_length,
-        device=arguments.device,
-    )
+    encoder = _encoder(arguments)
     result = search_files(encoder, arguments.paths, arguments.query, top_k=arguments.top)
     for hit in result:
         print(hit)
