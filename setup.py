@@ -38,6 +38,7 @@ setup(
             "sentencepiece>=0.2",
             "sentence-transformers>=5.1,<7",
             "tensorboard>=2.16",
+            "triton>=3.2",
         ],
     },
     entry_points={"console_scripts": ["nvembed=nvembed_mcore.cli:main"]},

@@ -72,14 +72,29 @@ class ParallelConfig:
     """Tensor-parallel size."""
     pp: int = 1
     """Pipeline-parallel size."""
+    chunks_per_stage: int = 1
+    """Model chunks of a pipeline stage; above 1 the stages take turns (Megatron's interleaved schedule)."""
     sequence_parallel: bool = True
     """Split norms and the pooling head over the tokens of a pack; takes effect when `tp` is above 1."""
+    overlap_grad_reduce: bool = False
+    """Reduce gradients bucket by bucket while the backward pass still runs."""
+    bucket_size: int | None = None
+    """Parameters of one bucket at least (with `overlap_grad_reduce`); null: Megatron's choice, 40 million or more."""
     timeout_minutes: float = 10.0
     """A collective that waits longer ends the run."""
 
     def __post_init__(self) -> None:
-        for name in ("tp", "pp"):
+        for name in ("tp", "pp", "chunks_per_stage"):
             _require(getattr(self, name) >= 1, f"parallel.{name} must be at least 1, got {getattr(self, name)}")
+        _require(
+            self.chunks_per_stage == 1 or self.pp > 1,
+            f"parallel.chunks_per_stage = {self.chunks_per_stage} needs parallel.pp above 1, got {self.pp}",
+        )
+        _require(
+            self.bucket_size is None or (self.bucket_size >= 1 and self.overlap_grad_reduce),
+            f"parallel.bucket_size must be at least 1 and needs overlap_grad_reduce, got {self.bucket_size} and "
+            f"{self.overlap_grad_reduce}",
+        )
         _require(self.timeout_minutes > 0, f"parallel.timeout_minutes must be above 0, got {self.timeout_minutes}")
 
 
@@ -99,6 +114,8 @@ class DatasetConfig:
     """Whether the passages of other queries serve as negatives; null means: for retrieval only."""
     instruct_documents: bool | None = None
     """Whether documents carry the instruction too (symmetric tasks); null means: for sts only."""
+    num_positives: int = 1
+    """Positives a query uses at most in a step, each with its own term of the loss; of more, as with negatives."""
     num_negatives: int = 7
     """Hard negatives a query uses at most; of more, a different choice is drawn in each epoch."""
 
@@ -111,6 +128,7 @@ class DatasetConfig:
         return self.task == "sts" if self.instruct_documents is None else self.instruct_documents
 
     def __post_init__(self) -> None:
+        _require(self.num_positives >= 1, f"data.datasets.num_positives must be at least 1, got {self.num_positives}")
         _require(
             self.num_negatives >= 0, f"data.datasets.num_negatives must not be negative, got {self.num_negatives}"
         )
@@ -145,11 +163,16 @@ class DataConfig:
 class StepConfig:
     """How one optimizer step walks through its packs (docs/design.md, The step)."""
 
-    way: Literal["auto", "single", "cached"] = "auto"
-    """`single`: one pack a rank, its graph kept. `cached`: any number of packs and pipeline stages, embeddings first
-    without a graph, then forward again with the gradient of the loss over all. `auto`: `single` where it can."""
+    way: Literal["auto", "single", "retain", "cached"] = "auto"
+    """What is kept between embedding and the gradient. `single`: the graph of the one pack of a rank. `retain`: the
+    graphs of all its packs. `cached`: nothing; every pack is embedded again (one more forward pass), so a batch of any
+    size and pipeline stages work. `auto`: `single` for one pack, `retain` where the graphs fit the free memory as
+    measured at the start, otherwise `cached`."""
     tokens_per_microbatch: int = 16384
     """Token budget of one pack; a longer text gets a pack of its own."""
+    gradient_exchange: Literal["auto", "reduce_scatter", "recompute"] = "auto"
+    """How the gradient of a text reaches the rank that holds it. `reduce_scatter`: the sum of what all ranks say of
+    it. `recompute`: its rank makes it alone, from all queries and their log-sum-exp. `auto`: the cheaper one."""
 
     def __post_init__(self) -> None:
         _require(
@@ -164,11 +187,37 @@ class LossConfig:
 
     temperature: float = 0.02
     """Scores are cosines divided by this. The paper does not state one; 0.02 is that of E5-Mistral."""
+    learn_temperature: bool = False
+    """Train the temperature, from `temperature` on: one number (the log of its inverse) for all ranks."""
+    temperature_range: tuple[float, float] = (0.005, 1.0)
+    """A learned temperature stays between these."""
     mask_same_document: bool = True
-    """Passages with the positive's document id never act as negatives."""
+    """Passages with the document id of one of the query's positives never act as its negatives."""
+    in_batch_from: Literal["batch", "dataset"] = "batch"
+    """In-batch negatives of a query: the passages of all other queries, or of those of its own data set."""
+    share_hard_negatives: bool = True
+    """Whether the hard negatives of other queries are in-batch negatives too, besides their positives."""
+    false_negative_margin: float | None = None
+    """In-batch negatives whose cosine exceeds that of the positive by more than this are left out as false negatives;
+    a query's own hard negatives stay. Null: none is left out."""
+    symmetric: bool = False
+    """Mean of two directions: the query among passages, and the positive among queries."""
+    matryoshka_dims: list[int] = field(default_factory=list)
+    """Also train the first so many dimensions as embeddings of their own (arXiv 2205.13147): the loss is the mean over
+    these and the whole vector."""
 
     def __post_init__(self) -> None:
         _require(self.temperature > 0, f"loss.temperature must be above 0, got {self.temperature}")
+        low, high = self.temperature_range
+        _require(
+            0 < low <= self.temperature <= high or not self.learn_temperature,
+            f"loss.temperature_range must hold loss.temperature {self.temperature}, got {low} to {high}",
+        )
+        _require(
+            len(set(self.matryoshka_dims)) == len(self.matryoshka_dims)
+            and all(dim >= 1 for dim in self.matryoshka_dims),
+            f"loss.matryoshka_dims must be different numbers of at least 1, got {self.matryoshka_dims}",
+        )
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -52,6 +52,16 @@ def peak_memory_bytes() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
+def free_memory_bytes() -> int:
+    """Memory that this process may still take: of its GPU, or its share of the host's among the host's processes."""
+    if has_cuda():
+        free, _ = torch.cuda.mem_get_info()
+        return free + torch.cuda.memory_reserved() - torch.cuda.memory_allocated()
+    import psutil
+
+    return psutil.virtual_memory().available // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+
+
 def default_dtype(precision: str) -> torch.dtype:
     """Data type of the weights for `model.precision`; bfloat16 products are slow on CPUs, so `auto` avoids them."""
     if precision == "auto":

@@ -177,7 +177,7 @@ class StepMetrics:
     padded_tokens: int
     """Tokens that went through the model, over all ranks: the real ones and those that only fill."""
     seconds: dict[str, float]
-    """Seconds by phase (`data`, `embed`, `score`, `forward_backward`, `optimizer`) and `total`: `PhaseTimer.lap`."""
+    """Seconds by phase (`data`, `embed`, `score`, `backward`, `optimizer`) and `total`: `PhaseTimer.lap`."""
     flops: float | None = None
     """Model FLOPs of the step over all ranks: the sum of `pack_flops`."""
     peak_flops: float | None = None
@@ -198,6 +198,11 @@ class StepMetrics:
         return self.real_tokens / self.seconds["total"]
 
     @property
+    def padded_tokens_per_second(self) -> float:
+        """What the machine did, fill included: as close to `tokens_per_second` as packing is good."""
+        return self.padded_tokens / self.seconds["total"]
+
+    @property
     def mfu(self) -> float | None:
         """Model FLOPs a second as a share of the devices' peak; None where one of both is not known."""
         if self.flops is None or self.peak_flops is None:
@@ -215,6 +220,7 @@ class StepMetrics:
             "padded_tokens": self.padded_tokens,
             "pad_fraction": self.pad_fraction,
             "tokens_per_second": self.tokens_per_second,
+            "padded_tokens_per_second": self.padded_tokens_per_second,
             "seconds": self.seconds["total"],
         }
         line |= {f"seconds_{phase}": value for phase, value in self.seconds.items() if phase != "total"}

@@ -75,10 +75,10 @@ def _use_fused_adam() -> None:
         distrib_optimizer.USING_APEX_OPTIMIZER = True
 
 
-def build_optimizer(config: OptimConfig, model: DistributedDataParallel) -> MegatronOptimizer:
+def build_optimizer(config: OptimConfig, chunks: list[DistributedDataParallel]) -> MegatronOptimizer:
     """Adam with decoupled weight decay on everything but vectors (norms, biases), and clipping by the global norm."""
     _use_fused_adam()
-    dtype = model.module.config.params_dtype
+    dtype = chunks[0].module.config.params_dtype
     optimizer = get_megatron_optimizer(
         OptimizerConfig(
             optimizer="adam",
@@ -94,7 +94,7 @@ def build_optimizer(config: OptimConfig, model: DistributedDataParallel) -> Mega
             params_dtype=dtype,
             bf16=dtype == torch.bfloat16,
         ),
-        [model],
+        chunks,
     )
     for group in optimizer.param_groups:
         # Megatron leaves this to its scheduler, which we do not use.

@@ -1,8 +1,9 @@
 """One optimizer step over packed microbatches (docs/design.md).
 
 Three phases, whatever the layout: embed every pack; gather all embeddings and score them; push the gradient of each
-embedding back through its pack. `single` keeps the graph of the one pack between the phases. `cached` embeds without
-a graph, and embeds again in the third phase: the exact gradient of a batch of any size in the memory of one pack.
+embedding back through its pack. The ways differ in what is kept between the phases. `retain` keeps the graphs of all
+packs (`single` is its case of one pack). `cached` keeps nothing and embeds again in the third phase: the exact
+gradient of a batch of any size in the memory of one pack, and the only way where there are pipeline stages.
 
 Letters: `N` texts of the global batch, `Q` queries among them, `n` texts of this rank, `D` embedding size, `W`
 data-parallel size.
@@ -11,24 +12,30 @@ data-parallel size.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterator
+import logging
+import math
+from contextlib import nullcontext
 from dataclasses import dataclass
 
 import numpy as np
 import torch
-from megatron.core.distributed import DistributedDataParallel
+from megatron.core.distributed import finalize_model_grads
 from megatron.core.optimizer import MegatronOptimizer
-from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import Tensor
 
 from nvembed_mcore import device
 from nvembed_mcore.config import ConfigError, LossConfig, StepConfig
 from nvembed_mcore.data.batch import Batch
-from nvembed_mcore.data.packing import Pack, Plan, Text, make_pack, make_plan
-from nvembed_mcore.loss import Targets, info_nce
+from nvembed_mcore.data.packing import Pack, Plan
+from nvembed_mcore.memory import retainable_tokens
 from nvembed_mcore.metrics import PhaseTimer
-from nvembed_mcore.parallel.gather import gather_embeddings, share_from_last_stage, sum_over_data_ranks
+from nvembed_mcore.parallel.gather import share_from_last_stage, sum_over_data_ranks
 from nvembed_mcore.parallel.groups import Groups, seed_everything
+from nvembed_mcore.parallel.traffic import Traffic
+from nvembed_mcore.schedule import Chunks, embed_packs, packs_of_rank, plan_texts, run_schedule
+from nvembed_mcore.score import Scorer, Scores
+
+log = logging.getLogger(__name__)
 
 
 class NonFiniteLossError(RuntimeError):
@@ -40,97 +47,24 @@ class StepOutput:
     """What a step reports, the same on every rank.
 
     `loss`: mean over the Q queries. `accuracy`: share of queries whose positive scores highest among its candidates.
-    `grad_norm`: norm of the whole gradient before clipping. Tokens are those of all ranks.
+    `grad_norm`: norm of the whole gradient before clipping. `temperature`: that of this step. Tokens are those of all
+    ranks.
     """
 
     loss: float
     accuracy: float
     grad_norm: float
+    temperature: float
     real_tokens: int
     padded_tokens: int
     num_microbatches: int
+    way: str
 
 
-def microbatch_seed(seed: int, step: int, microbatch: int, groups: Groups) -> int:
+def microbatch_seed(seed: int, step: int, microbatch: int, chunk: int, groups: Groups) -> int:
     """Seed of one microbatch's dropout; tensor ranks share it (Megatron's tracker tells them apart)."""
-    words = f"{seed} {step} {microbatch} {groups.dp_rank} {groups.pp_rank}".encode()
+    words = f"{seed} {step} {microbatch} {groups.dp_rank} {groups.pp_rank} {chunk}".encode()
     return int.from_bytes(hashlib.sha256(words).digest()[:4], "little") & 0x7FFFFFFF
-
-
-def pack_multiple(model: DistributedDataParallel) -> int:
-    """A pack's token count is a multiple of this: under sequence parallelism each tensor rank takes an equal part."""
-    config = model.config
-    return config.tensor_model_parallel_size if config.sequence_parallel else 1
-
-
-def packs_of_rank(texts: list[Text], plan: Plan, groups: Groups, multiple: int) -> list[Pack]:
-    """This data-parallel rank's packs."""
-    return [make_pack([texts[number] for number in numbers], multiple) for numbers in plan.packs[groups.dp_rank]]
-
-
-def run_schedule(
-    model: DistributedDataParallel,
-    packs: list[Pack],
-    on_output: Callable[[int, Tensor], Tensor],
-    *,
-    forward_only: bool,
-    before_forward: Callable[[int], None] = lambda index: None,
-) -> None:
-    """Send packs through Megatron's pipeline schedule.
-
-    Args:
-        on_output: called on the last stage with a pack's index and its embeddings; returns the scalar whose gradient
-            is wanted. Results are keyed by index, because a schedule need not call in order.
-        forward_only: no backward. This alone does not switch autograd off.
-        before_forward: called with the index before each forward on every stage.
-    """
-
-    def forward_step(data: Iterator[tuple[int, Pack]], chunk: torch.nn.Module):
-        index, pack = next(data)
-        before_forward(index)
-        return chunk(pack), lambda embeddings: (on_output(index, embeddings), {})
-
-    get_forward_backward_func()(
-        forward_step_func=forward_step,
-        data_iterator=iter(enumerate(packs)),
-        model=[model],
-        num_microbatches=len(packs),
-        seq_length=max(len(pack.token_ids) for pack in packs),
-        micro_batch_size=1,
-        forward_only=forward_only,
-    )
-
-
-@torch.no_grad()
-def embed_packs(
-    model: DistributedDataParallel, packs: list[Pack], before_forward: Callable[[int], None] = lambda index: None
-) -> list[Tensor]:
-    """Embeddings of each pack, float32 [texts of the pack, D], without a graph; empty off the last stage."""
-    found: dict[int, Tensor] = {}
-
-    def keep(index: int, embeddings: Tensor) -> Tensor:
-        found[index] = embeddings
-        return embeddings.new_zeros(())
-
-    run_schedule(model, packs, keep, forward_only=True, before_forward=before_forward)
-    return [found[index] for index in sorted(found)]
-
-
-@torch.no_grad()
-def embed_texts(model: DistributedDataParallel, groups: Groups, texts: list[Text], token_budget: int) -> Tensor | None:
-    """Embeddings of many texts by all ranks together, for evaluation.
-
-    Returns:
-        float32 [len(texts), D] in the given order on the last pipeline stage, None elsewhere.
-    """
-    plan = make_plan([len(text) for text in texts], groups.dp_size, token_budget)
-    was_training = model.training
-    model.eval()
-    embeddings = embed_packs(model, packs_of_rank(texts, plan, groups, pack_multiple(model)))
-    model.train(was_training)
-    if not groups.is_last_stage:
-        return None
-    return gather_embeddings(torch.cat(embeddings), plan.owned(), groups.dp)
 
 
 class ContrastiveStep:
@@ -138,38 +72,53 @@ class ContrastiveStep:
 
     def __init__(
         self,
-        model: DistributedDataParallel,
+        chunks: Chunks,
         optimizer: MegatronOptimizer,
         groups: Groups,
         *,
         step: StepConfig,
         loss: LossConfig,
         seed: int,
+        retain_tokens: int | None = None,
     ) -> None:
-        self.model, self.optimizer, self.groups = model, optimizer, groups
+        """
+        Args:
+            chunks: this stage's model.
+            retain_tokens: tokens of a rank whose graphs `auto` keeps; None: measured when it is first needed.
+        """
+        self.chunks, self.optimizer, self.groups = chunks, optimizer, groups
         self.config, self.loss_config, self.seed = step, loss, seed
+        self.retain_tokens = retain_tokens
+        self.scorer = Scorer(loss, groups, step.gradient_exchange)
+        self._is_first = True
+        self._logged: set[str] = set()
 
     def __call__(self, batch: Batch, step: int, timer: PhaseTimer) -> StepOutput:
         """Take optimizer step number `step`.
 
         Raises:
-            ConfigError: `step.way` is `single` but the batch needs several packs a rank or the layout has stages.
+            ConfigError: `step.way` does not suit the layout or the batch.
             NonFiniteLossError: the loss (before any update) or the gradient is not a number; raised on every rank.
         """
-        plan = make_plan(batch.lengths, self.groups.dp_size, self.config.tokens_per_microbatch)
-        packs = packs_of_rank(batch.texts, plan, self.groups, pack_multiple(self.model))
-        self.model.zero_grad_buffer()
+        plan = plan_texts(batch.lengths, self.chunks, self.groups, self.config.tokens_per_microbatch)
+        packs = packs_of_rank(batch.texts, plan, self.chunks, self.groups)
+        for chunk in self.chunks:
+            chunk.zero_grad_buffer()
         self.optimizer.zero_grad()
-        way = self._single if self._way(plan) == "single" else self._cached
-        totals = way(batch, plan, packs, lambda index: self._reseed(step, index), timer)
-        tokens = [float(sum(pack.real_tokens for pack in packs)), float(sum(len(pack.token_ids) for pack in packs))]
-        totals = torch.cat([totals.detach(), torch.tensor(tokens, device=totals.device)])
-        totals = share_from_last_stage(sum_over_data_ranks(totals.double(), self.groups), self.groups).tolist()
-        loss = totals[0] / batch.num_queries
-        if not np.isfinite(loss):
-            raise NonFiniteLossError(f"step {step}: the loss is {loss}; no weight was changed by this step")
-        with timer("optimizer"):
-            _, grad_norm, _ = self.optimizer.step()
+        way = self._way(plan, batch.lengths, packs)
+        traffic = Traffic(self.groups) if self._is_first else nullcontext()
+        with traffic:
+            run = self._cached if way == "cached" else self._retain
+            totals, temperature = run(batch, plan, packs, step, timer)
+            loss, accuracy, real, padded, temperature = self._share(totals, packs, temperature)
+            loss, accuracy = loss / batch.num_queries, accuracy / batch.num_queries
+            if not np.isfinite(loss):
+                raise NonFiniteLossError(f"step {step}: the loss is {loss}; no weight was changed by this step")
+            with timer("optimizer"):
+                _, grad_norm, _ = self.optimizer.step()
+        if self._is_first:
+            self._is_first = False
+            log.info("collectives of step %d on this rank (way %s):\n%s", step, way, traffic.table())
         if not np.isfinite(grad_norm):
             raise NonFiniteLossError(
                 f"step {step}: the loss is {loss}, but the norm of its gradient is {grad_norm}; the weights in memory "
@@ -177,89 +126,129 @@ class ContrastiveStep:
             )
         return StepOutput(
             loss=loss,
-            accuracy=totals[1] / batch.num_queries,
+            accuracy=accuracy,
             grad_norm=float(grad_norm),
-            real_tokens=int(totals[2]),
-            padded_tokens=int(totals[3]),
+            temperature=temperature,
+            real_tokens=int(real),
+            padded_tokens=int(padded),
             num_microbatches=plan.max_microbatches,
+            way=way,
         )
 
-    def _way(self, plan: Plan) -> str:
-        """`single` or `cached`; every rank decides alike, because all know the whole plan."""
-        fits = plan.max_microbatches == 1 and self.groups.pp_size == 1
-        if self.config.way == "single" and not fits:
+    def _share(self, totals: Tensor, packs: list[Pack], temperature: float) -> list[float]:
+        """Sums over data-parallel ranks and the last stage's temperature, on every rank."""
+        tokens = [float(sum(pack.real_tokens for pack in packs)), float(sum(len(pack.token_ids) for pack in packs))]
+        sums = torch.cat([totals.double(), torch.tensor(tokens, dtype=torch.float64, device=totals.device)])
+        sums = sum_over_data_ranks(sums, self.groups)
+        last = torch.tensor([temperature], dtype=torch.float64, device=totals.device)
+        return share_from_last_stage(torch.cat([sums, last]), self.groups).tolist()
+
+    def _way(self, plan: Plan, lengths: np.ndarray, packs: list[Pack]) -> str:
+        """`single`, `retain` or `cached`; every rank decides alike, because all know the whole plan."""
+        way, stages = self.config.way, self.groups.pp_size
+        is_single = plan.max_microbatches == 1 and stages == 1
+        if (way == "single" and not is_single) or (way == "retain" and stages > 1):
+            needs = "one pack a rank and one pipeline stage" if way == "single" else "one pipeline stage"
             raise ConfigError(
-                f"step.way 'single' needs one pack a rank and one pipeline stage; this batch needs "
-                f"{plan.max_microbatches} pack(s) of {self.config.tokens_per_microbatch} tokens on "
-                f"{self.groups.pp_size} stage(s). Use 'auto' or 'cached', or raise step.tokens_per_microbatch"
+                f"step.way {way!r} needs {needs}; this batch needs {plan.max_microbatches} pack(s) of "
+                f"{self.config.tokens_per_microbatch} tokens on {stages} stage(s). Use 'auto' or 'cached'"
             )
-        return self.config.way if self.config.way != "auto" else ("single" if fits else "cached")
+        if way != "auto":
+            return way
+        most = int(plan.tokens_per_rank(lengths).max())
+        if is_single:
+            way, why = "single", "one pack a rank and one pipeline stage"
+        elif stages > 1:
+            way, why = "cached", f"{stages} pipeline stages"
+        else:
+            if self.retain_tokens is None:
+                self.retain_tokens = self._measure(packs)
+            fits = most <= self.retain_tokens
+            way, why = ("retain" if fits else "cached"), f"graphs of {self.retain_tokens} tokens a rank fit"
+        if way not in self._logged:
+            self._logged.add(way)
+            log.info("step.way auto: %s (%s; this batch has %d tokens a rank at most)", way, why, most)
+        return way
 
-    def _reseed(self, step: int, index: int) -> None:
-        seed_everything(microbatch_seed(self.seed, step, index, self.groups))
+    def _measure(self, packs: list[Pack]) -> int:
+        (chunk,) = self.chunks
+        return retainable_tokens(
+            lambda: chunk(packs[0]), packs[0].real_tokens, list(chunk.module.parameters()), self.optimizer
+        )
 
-    def _single(self, batch: Batch, plan: Plan, packs: list[Pack], reseed: Callable, timer: PhaseTimer) -> Tensor:
-        totals: list[Tensor] = []
+    def _reseed(self, step: int, index: int, chunk: int) -> None:
+        seed_everything(microbatch_seed(self.seed, step, index, chunk, self.groups))
 
-        def score(_: int, embeddings: Tensor) -> Tensor:
-            loss, counts = self._score(batch, plan, embeddings)
-            totals.append(counts)
-            return loss
+    def _score(self, batch: Batch, plan: Plan, embeddings: list[Tensor]) -> tuple[Scores, list[Tensor], float]:
+        """Scores, `dL/dE` of each pack, and the temperature. `embeddings`: float32 [texts of a pack, D] each."""
+        log_scale = self.chunks[-1].module.log_scale
+        temperature = self.loss_config.temperature
+        if log_scale is not None:
+            low, high = self.loss_config.temperature_range
+            temperature = min(max(math.exp(-log_scale.item()), low), high)
+        scores = self.scorer(batch, plan.owned(), torch.cat([part.detach() for part in embeddings]), temperature)
+        return scores, list(scores.grad.split([len(part) for part in embeddings])), temperature
 
-        with timer("forward_backward"):
-            run_schedule(self.model, packs, score, forward_only=False, before_forward=reseed)
-        return totals[0]
+    def _pull(self, scores: Scores) -> Tensor | None:
+        """Gradient of the learned temperature, [1]; zero where it would lead further out of its range."""
+        log_scale = self.chunks[-1].module.log_scale
+        if log_scale is None:
+            return None
+        low, high = self.loss_config.temperature_range
+        grad = scores.grad_log_scale.reshape(1)
+        # A step goes against the gradient, so a positive one warms up.
+        is_out = ((log_scale <= -math.log(high)) & (grad > 0)) | ((log_scale >= -math.log(low)) & (grad < 0))
+        return grad.masked_fill(is_out, 0.0)
 
-    def _cached(self, batch: Batch, plan: Plan, packs: list[Pack], reseed: Callable, timer: PhaseTimer) -> Tensor:
+    def _retain(
+        self, batch: Batch, plan: Plan, packs: list[Pack], step: int, timer: PhaseTimer
+    ) -> tuple[Tensor, float]:
+        """All graphs are kept; then a backward pass for each pack, whose sums the float32 buffer takes one by one."""
+        (chunk,) = self.chunks
+        embeddings = []
         with timer("embed"):
-            embeddings = embed_packs(self.model, packs, reseed)
-        grads: tuple[Tensor, ...] = ()
-        totals = torch.zeros(2, device=device.current())
+            for index, pack in enumerate(packs):
+                self._reseed(step, index, 0)
+                embeddings.append(chunk(pack))
+        with timer("score"):
+            scores, grads, temperature = self._score(batch, plan, embeddings)
+            pull = self._pull(scores)
+        with timer("backward"):
+            for index in range(len(packs)):
+                is_last = index == len(packs) - 1
+                roots, upstream = [embeddings[index]], [grads[index]]
+                if is_last and pull is not None:
+                    roots, upstream = [*roots, chunk.module.log_scale], [*upstream, pull]
+                with nullcontext() if is_last else chunk.no_sync():
+                    torch.autograd.backward(roots, upstream)
+                embeddings[index] = None  # its graph is done with
+            finalize_model_grads(self.chunks)
+        return scores.totals, temperature
+
+    def _cached(
+        self, batch: Batch, plan: Plan, packs: list[Pack], step: int, timer: PhaseTimer
+    ) -> tuple[Tensor, float]:
+        """Embed without graphs, score, then embed again with them under Megatron's schedule."""
+
+        def reseed(index: int, chunk: int) -> None:
+            self._reseed(step, index, chunk)
+
+        with timer("embed"):
+            embeddings = embed_packs(self.chunks, packs, reseed)
+        totals, temperature = torch.zeros(2, device=device.current()), self.loss_config.temperature
+        grads, pull = [], None
         if self.groups.is_last_stage:
             with timer("score"):
-                joined = torch.cat(embeddings).requires_grad_()
-                loss, totals = self._score(batch, plan, joined)
-                (grad,) = torch.autograd.grad(loss, joined)
-                grads = grad.split([len(part) for part in embeddings])
+                scores, grads, temperature = self._score(batch, plan, embeddings)
+                totals, pull = scores.totals, self._pull(scores)
 
         def surrogate(index: int, again: Tensor) -> Tensor:
+            value = (again * grads[index]).sum()
+            if pull is not None:
+                value = value + (self.chunks[-1].module.log_scale * pull).sum() / len(packs)
             # The schedule divides by this rank's number of microbatches, which may differ from other ranks'.
-            return (again * grads[index]).sum() * len(packs)
+            return value * len(packs)
 
-        with timer("forward_backward"):
-            run_schedule(self.model, packs, surrogate, forward_only=False, before_forward=reseed)
-        return totals
-
-    def _score(self, batch: Batch, plan: Plan, local: Tensor) -> tuple[Tensor, Tensor]:
-        """This rank's share of the loss, and [sum of its rows' losses, rows whose positive is first].
-
-        `local` float32 [n, D]: embeddings of this rank's texts in the order of `plan.owned()`.
-        """
-        owned = plan.owned()
-        everything = gather_embeddings(local, owned, self.groups.dp)
-        mine = owned[self.groups.dp_rank]
-        rows = np.sort(mine[mine < batch.num_queries])
-        queries = everything[torch.as_tensor(rows, device=local.device)]
-        loss, correct = info_nce(
-            queries,
-            everything[batch.num_queries :],
-            self._targets(batch, rows, local.device),
-            self.loss_config.temperature,
-        )
-        totals = torch.stack([loss.detach(), correct])
-        # The one place where W appears (docs/design.md): data parallelism divides by it.
-        return loss * (self.groups.dp_size / batch.num_queries), totals
-
-    def _targets(self, batch: Batch, rows: np.ndarray, where: torch.device) -> Targets:
-        def tensor(values: np.ndarray) -> Tensor:
-            return torch.as_tensor(values).to(where)
-
-        return Targets(
-            query=tensor(rows),
-            positive=tensor(batch.positive[rows]),
-            in_batch=tensor(batch.in_batch[rows]),
-            positive_ids=tensor(batch.positive_ids[rows]),
-            passage_query=tensor(batch.passage_query),
-            passage_ids=tensor(batch.passage_ids),
-            mask_same_document=self.loss_config.mask_same_document,
-        )
+        with timer("backward"):
+            run_schedule(self.chunks, packs, surrogate, forward_only=False, before_forward=reseed)
+        return totals, temperature

@@ -52,13 +52,15 @@ def train(config: RunConfig) -> None:
     hf_config = read_architecture(config.model)
     data = open_data(config)
     _check_vocabulary(config, hf_config, data)
-    model = build_model(config, hf_config, groups)
-    optimizer = build_optimizer(config.optim, model)
-    facts = _facts(config, hf_config, data)
-    done = _resume(config, model, optimizer, facts)
+    chunks = build_model(config, hf_config, groups)
+    optimizer = build_optimizer(config.optim, chunks)
+    facts = _facts(config, hf_config, data, groups)
+    found = _resume(config, chunks, optimizer, facts)
+    done = found.step if found else 0
     # Not before: an older run's file must survive an attempt that was refused.
     first_rank_does(lambda: _write_config(config))
-    step = ContrastiveStep(model, optimizer, groups, step=config.step, loss=config.loss, seed=config.seed)
+    how = dict(step=config.step, loss=config.loss, seed=config.seed)
+    step = ContrastiveStep(chunks, optimizer, groups, **how, retain_tokens=_retain_tokens(found, facts))
     timer = PhaseTimer(device.synchronize)
     last = config.stop_at or config.steps
     with MetricLog(
@@ -70,7 +72,7 @@ def train(config: RunConfig) -> None:
         description=f"stage {config.stage}",
     ) as metric_log:
         if data.evaluation and done == 0:
-            metric_log.log_eval(0, data.evaluation(model, groups, config.step.tokens_per_microbatch))
+            metric_log.log_eval(0, data.evaluation(chunks, groups, config.step.tokens_per_microbatch))
         while done < last:
             timer.lap()
             with timer("data"):
@@ -86,9 +88,10 @@ def train(config: RunConfig) -> None:
                 metric_log.log(done, _metrics(config, hf_config, groups, batch, output, done, rate, seconds))
             # Before saving, so that a kill between the two loses neither: a repeated line replaces the first.
             if data.evaluation and _is_due(done, config.eval.every_steps, last):
-                metric_log.log_eval(done, data.evaluation(model, groups, config.step.tokens_per_microbatch))
+                metric_log.log_eval(done, data.evaluation(chunks, groups, config.step.tokens_per_microbatch))
             if _is_due(done, config.checkpoint.every_steps, last):
-                store.save_checkpoint(config.checkpoint, config.run_dir, done, model, optimizer, facts)
+                facts["retain_tokens"] = step.retain_tokens
+                store.save_checkpoint(config.checkpoint, config.run_dir, done, chunks, optimizer, facts)
     log.info("step %d of %d is done and saved in %s", done, config.steps, store.folder_of(config.run_dir))
 
 
@@ -126,6 +129,7 @@ def _plain(config: RunConfig) -> dict[str, Any]:
     """The configuration as JSON values."""
     tree = dataclasses.asdict(config)
     tree["optim"]["betas"] = list(config.optim.betas)
+    tree["loss"]["temperature_range"] = list(config.loss.temperature_range)
     return tree
 
 
@@ -170,18 +174,28 @@ def open_data(config: RunConfig) -> _Data:
     return _Data(source, evaluation, tokenizer_fingerprint(tokenizer), len(tokenizer))
 
 
-def build_model(config: RunConfig, hf_config: MistralConfig, groups: Groups) -> DistributedDataParallel:
-    """The encoder with its initial weights, under data parallelism."""
+def build_model(config: RunConfig, hf_config: MistralConfig, groups: Groups) -> list[DistributedDataParallel]:
+    """This stage's chunks of the encoder with their initial weights, under data parallelism."""
+    if any(dim >= hf_config.hidden_size for dim in config.loss.matryoshka_dims):
+        raise ConfigError(
+            f"loss.matryoshka_dims must be below the model's hidden_size {hf_config.hidden_size}, got "
+            f"{config.loss.matryoshka_dims}"
+        )
     start = store.find_checkpoint(config.model.init_from) if config.model.init_from else None
     if start:
         _check_head(start, config, hf_config)
-    encoder = Encoder(hf_config, config.model, config.parallel, groups)
+    temperature = config.loss.temperature if config.loss.learn_temperature else None
+    encoders = [
+        Encoder(hf_config, config.model, config.parallel, groups, chunk=chunk, temperature=temperature)
+        for chunk in range(config.parallel.chunks_per_stage)
+    ]
     if start:
-        store.load_weights(start, encoder)
+        store.load_weights(start, encoders)
         log.info("weights from step %d of %s", start.step, start.path)
     else:
-        _fill(encoder, config, hf_config, groups)
-    return wrap_data_parallel(encoder, distributed_optimizer=config.optim.distributed)
+        for encoder in encoders:
+            _fill(encoder, config, hf_config, groups)
+    return wrap_data_parallel(encoders, config.parallel, distributed_optimizer=config.optim.distributed)
 
 
 def _check_head(start: store.Checkpoint, config: RunConfig, hf_config: MistralConfig) -> None:
@@ -210,14 +224,26 @@ def _fill(encoder: Encoder, config: RunConfig, hf_config: MistralConfig, groups:
         hf_import.load_weights(random, entries, assign, *shard)
 
 
-def _facts(config: RunConfig, hf_config: MistralConfig, data: _Data) -> dict[str, Any]:
+def _facts(config: RunConfig, hf_config: MistralConfig, data: _Data, groups: Groups) -> dict[str, Any]:
     """What a checkpoint says of its run, as JSON values."""
     return {
         "config": _plain(config),
         "hf_config": hf_config.to_dict(),
         "data": data.source.fingerprint,
         "tokenizer": data.tokenizer,
+        "hardware": {"device": device.name(), "world_size": groups.world_size},
     }
+
+
+def _retain_tokens(found: store.Checkpoint | None, facts: dict[str, Any]) -> int | None:
+    """What `step.way: auto` decided before, so that a run resumed in the same layout goes on by bits."""
+    if found is None:
+        return None
+    saved, now = found.facts, facts
+    same = saved["hardware"] == now["hardware"] and all(
+        saved["config"][key] == now["config"][key] for key in ("parallel", "step")
+    )
+    return saved["retain_tokens"] if same else None
 
 
 def _identity(facts: dict[str, Any]) -> dict[str, Any]:
@@ -226,7 +252,7 @@ def _identity(facts: dict[str, Any]) -> dict[str, Any]:
     datasets = {
         f"data.datasets.{number}.{key}": dataset[key]
         for number, dataset in enumerate(config["data"]["datasets"])
-        for key in ("task", "weight", "in_batch_negatives", "num_negatives")
+        for key in ("task", "weight", "in_batch_negatives", "num_positives", "num_negatives")
     }
     return {
         **{key: config[key] for key in ("stage", "seed", "steps", "batch_size", "loss", "optim")},
@@ -240,16 +266,16 @@ def _identity(facts: dict[str, Any]) -> dict[str, Any]:
 
 
 def _resume(
-    config: RunConfig, model: DistributedDataParallel, optimizer: MegatronOptimizer, facts: dict[str, Any]
-) -> int:
-    """Restore the run's newest checkpoint, if there is one; the number of steps that are done.
+    config: RunConfig, chunks: list[DistributedDataParallel], optimizer: MegatronOptimizer, facts: dict[str, Any]
+) -> store.Checkpoint | None:
+    """Restore the run's newest checkpoint, if there is one, and return it.
 
     Raises:
         CheckpointError: the checkpoint is of a run that would go on differently.
     """
     found = store.find_checkpoint(config.run_dir)
     if not found:
-        return 0
+        return None
     # Through JSON, so that what was stored and what is now have the same types.
     changed = store.differences(_identity(found.facts), _identity(json.loads(json.dumps(facts))))
     if changed:
@@ -258,9 +284,9 @@ def _resume(
             f"{found.path} belongs to another run; changed (saved -> now):\n  {lines}\n"
             f"Set these back, or give a new run_dir"
         )
-    store.load_checkpoint(found, model, optimizer)
+    store.load_checkpoint(found, chunks, optimizer)
     log.info("going on after step %d from %s", found.step, found.path)
-    return found.step
+    return found
 
 
 def _metrics(
@@ -287,4 +313,5 @@ def _metrics(
         flops=pack_flops(hf_config, config.model.pooling, batch.lengths.tolist(), causal=causal),
         peak_flops=None if peak is None else peak * groups.world_size,
     ).as_dict()
-    return {**line, "accuracy": output.accuracy, "microbatches": output.num_microbatches}
+    line |= {"accuracy": output.accuracy, "microbatches": output.num_microbatches}
+    return line | ({"temperature": output.temperature} if config.loss.learn_temperature else {})

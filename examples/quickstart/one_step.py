@@ -36,13 +36,15 @@ def main() -> None:
     groups = initialize(config.parallel)
     hf_config = train.read_architecture(config.model)
     data = train.open_data(config)
-    model = train.build_model(config, hf_config, groups)
+    chunks = train.build_model(config, hf_config, groups)
     step = ContrastiveStep(
-        model, build_optimizer(config.optim, model), groups, step=config.step, loss=config.loss, seed=config.seed
+        chunks, build_optimizer(config.optim, chunks), groups, step=config.step, loss=config.loss, seed=config.seed
     )
     output = step(data.source.batch(0), 1, PhaseTimer())
     gradients = {
-        name: parameter.main_grad.clone() for name, parameter in model.module.parameters_by_global_name().items()
+        name: parameter.main_grad.clone()
+        for chunk in chunks
+        for name, parameter in chunk.module.parameters_by_global_name().items()
     }
     arguments.output.mkdir(parents=True, exist_ok=True)
     facts = {"tp": str(groups.tp_rank), "pp": str(groups.pp_rank), "loss": repr(output.loss)}

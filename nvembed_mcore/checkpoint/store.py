@@ -26,6 +26,8 @@ from megatron.core.optimizer import MegatronOptimizer
 from nvembed_mcore.config import CheckpointConfig
 
 POINTER = "latest"
+TEMPERATURE = "log_scale"
+"""Name of the learned temperature among an encoder's parameters: the log of its inverse."""
 # Megatron stores the norms of its local layers by the names that TransformerEngine's fused layers have, so that a
 # checkpoint fits both.
 _STORED_AS = {
@@ -100,7 +102,7 @@ def save_checkpoint(
     config: CheckpointConfig,
     run_dir: str | Path,
     step: int,
-    model: DistributedDataParallel,
+    chunks: list[DistributedDataParallel],
     optimizer: MegatronOptimizer,
     facts: dict[str, Any],
 ) -> Path:
@@ -118,7 +120,7 @@ def save_checkpoint(
             shutil.rmtree(leftover)
         (aside / "state").mkdir(parents=True)
     dist.barrier()
-    dist_checkpointing.save(_sharded_state(model, optimizer, is_loading=False), str(aside / "state"))
+    dist_checkpointing.save(_sharded_state(chunks, optimizer, is_loading=False), str(aside / "state"))
     if is_first:
         _write_synced(aside / "run.json", json.dumps({"step": step, **facts}, indent=1, sort_keys=True))
         if final.exists():
@@ -134,17 +136,30 @@ def save_checkpoint(
     return final
 
 
-def load_checkpoint(checkpoint: Checkpoint, model: DistributedDataParallel, optimizer: MegatronOptimizer) -> None:
+def load_checkpoint(
+    checkpoint: Checkpoint, chunks: list[DistributedDataParallel], optimizer: MegatronOptimizer
+) -> None:
     """Fill weights and optimizer state from a checkpoint written in any layout; every rank calls this."""
-    state = dist_checkpointing.load(_sharded_state(model, optimizer, is_loading=True), checkpoint.state_dir)
-    model.module.load_state_dict(state["model"])
+    state = dist_checkpointing.load(_sharded_state(chunks, optimizer, is_loading=True), checkpoint.state_dir)
+    for number, chunk in enumerate(chunks):
+        chunk.module.load_state_dict(state["model"][str(number)])
     optimizer.load_state_dict(state["optimizer"])
 
 
-def load_weights(checkpoint: Checkpoint, model: torch.nn.Module) -> None:
-    """Fill an encoder's weights only, as the next stage of a recipe does; every rank calls this."""
-    sharded = {"model": model.sharded_state_dict(metadata=dict(_METADATA))}
-    model.load_state_dict(dist_checkpointing.load(sharded, checkpoint.state_dir)["model"])
+def load_weights(checkpoint: Checkpoint, encoders: list[torch.nn.Module]) -> None:
+    """Fill encoders' weights only, as the next stage of a recipe does; every rank calls this.
+
+    A learned temperature goes on where the stage before learned one, and otherwise starts anew.
+    """
+    has_temperature = checkpoint.facts["config"]["loss"]["learn_temperature"]
+    sharded = {str(number): _weights(encoder) for number, encoder in enumerate(encoders)}
+    if not has_temperature:
+        for weights in sharded.values():
+            weights.pop(TEMPERATURE, None)
+    loaded = dist_checkpointing.load(sharded, checkpoint.state_dir)
+    for number, encoder in enumerate(encoders):
+        missing = encoder.load_state_dict(loaded[str(number)], strict=False).missing_keys
+        assert set(missing) <= ({TEMPERATURE} if not has_temperature else set()), missing
 
 
 def open_weights(checkpoint: Checkpoint) -> Callable[[str], torch.Tensor]:
@@ -162,8 +177,12 @@ def open_weights(checkpoint: Checkpoint) -> Callable[[str], torch.Tensor]:
     return read
 
 
-def _sharded_state(model: DistributedDataParallel, optimizer: MegatronOptimizer, *, is_loading: bool) -> dict:
-    weights = model.module.sharded_state_dict(metadata=dict(_METADATA))
+def _weights(encoder: torch.nn.Module) -> dict:
+    return encoder.sharded_state_dict(metadata=dict(_METADATA))
+
+
+def _sharded_state(chunks: list[DistributedDataParallel], optimizer: MegatronOptimizer, *, is_loading: bool) -> dict:
+    weights = {str(number): _weights(chunk.module) for number, chunk in enumerate(chunks)}
     state = optimizer.sharded_state_dict(weights, is_loading=is_loading, metadata=dict(_METADATA))
     return {"model": weights, "optimizer": state}
 

@@ -17,8 +17,14 @@ from nvembed_mcore.data.packing import Text
 class Sample:
     """One query with the passages that this step pairs it with.
 
-    `passages[0]` is its positive, the rest are its hard negatives; `passage_ids` int64 name their documents.
-    `positive_ids` int64 lists all positives of the record, also those that this step did not choose.
+    Attributes:
+        query: the query.
+        passages: its positives first, then its hard negatives.
+        passage_ids: int64, the passages' documents.
+        positive_ids: int64, documents of all positives of the record, also those that this step did not choose.
+        in_batch: whether passages of other queries are its negatives.
+        num_positives: how many of the passages are positives.
+        dataset: number of its data set.
     """
 
     query: Text
@@ -26,6 +32,8 @@ class Sample:
     passage_ids: np.ndarray
     positive_ids: np.ndarray
     in_batch: bool
+    num_positives: int = 1
+    dataset: int = 0
 
 
 @dataclass(frozen=True)
@@ -35,20 +43,22 @@ class Batch:
     Attributes:
         texts: N texts; text `i < Q` is query `i`, text `Q + j` is passage `j`.
         num_queries: Q.
-        positive: int64 [Q], passage of each query's positive.
         in_batch: bool [Q].
+        dataset: int64 [Q].
         positive_ids: int64 [Q, P], repeated to fill.
         passage_query: int64 [M], query that each passage belongs to.
         passage_ids: int64 [M].
+        is_positive: bool [M], whether the passage is a positive of its query or a hard negative.
     """
 
     texts: list[Text]
     num_queries: int
-    positive: np.ndarray
     in_batch: np.ndarray
+    dataset: np.ndarray
     positive_ids: np.ndarray
     passage_query: np.ndarray
     passage_ids: np.ndarray
+    is_positive: np.ndarray
 
     @property
     def lengths(self) -> np.ndarray:
@@ -63,9 +73,10 @@ def make_batch(samples: Sequence[Sample]) -> Batch:
     return Batch(
         texts=[sample.query for sample in samples] + [text for sample in samples for text in sample.passages],
         num_queries=len(samples),
-        positive=np.cumsum(counts) - counts,
         in_batch=np.array([sample.in_batch for sample in samples]),
+        dataset=np.array([sample.dataset for sample in samples], dtype=np.int64),
         positive_ids=np.stack([np.resize(sample.positive_ids, widest) for sample in samples]).astype(np.int64),
         passage_query=np.repeat(np.arange(len(samples)), counts),
         passage_ids=np.concatenate([sample.passage_ids for sample in samples]).astype(np.int64),
+        is_positive=np.concatenate([np.arange(len(one.passages)) < one.num_positives for one in samples]),
     )

@@ -151,15 +151,19 @@ def choose_negatives(num_available: int, num_wanted: int, *, seed: int, stage: i
     return _next_in_circle("negatives", num_available, num_wanted, seed, stage, sample)
 
 
-def choose_positive(num_available: int, *, seed: int, stage: int, sample: Sample) -> int:
-    """Which of its positives a sample uses; consecutive epochs use different ones, and all equally often.
+def choose_positives(num_available: int, num_wanted: int, *, seed: int, stage: int, sample: Sample) -> list[int]:
+    """Which of its positives a sample uses: at most `num_wanted` different ones.
+
+    As with negatives, consecutive epochs use different ones, and all equally often.
 
     Raises:
-        ValueError: there is none.
+        ValueError: there is none, or none is wanted.
     """
-    if num_available < 1:
-        raise ValueError(f"a sample needs at least one positive, got {num_available}")
-    return _next_in_circle("positive", num_available, 1, seed, stage, sample)[0]
+    if num_available < 1 or num_wanted < 1:
+        raise ValueError(f"a sample needs at least one positive, got {num_available} of which {num_wanted} are wanted")
+    if num_available <= num_wanted:
+        return list(range(num_available))
+    return _next_in_circle("positive", num_available, num_wanted, seed, stage, sample)
 
 
 def _next_in_circle(what: str, available: int, wanted: int, seed: int, stage: int, sample: Sample) -> list[int]:

@@ -10,7 +10,7 @@ import numpy as np
 from nvembed_mcore.config import DataConfig
 from nvembed_mcore.data import blend
 from nvembed_mcore.data.batch import Batch, Sample, make_batch
-from nvembed_mcore.data.blend import Blend, choose_negatives, choose_positive
+from nvembed_mcore.data.blend import Blend, choose_negatives, choose_positives
 from nvembed_mcore.data.packing import Text
 from nvembed_mcore.data.tokens import TokenStore
 
@@ -47,15 +47,18 @@ class BatchSource:
     def _sample(self, drawn: blend.Sample) -> Sample:
         dataset, example = self.datasets[drawn.dataset], self.stores[drawn.dataset].example(drawn.index)
         chance = dict(seed=self.seed, stage=self.stage, sample=drawn)
-        positive = choose_positive(len(example.positives), **chance)
+        positives = choose_positives(len(example.positives), dataset.num_positives, **chance)
         negatives = choose_negatives(len(example.negatives), dataset.num_negatives, **chance)
-        passages = [example.positives[positive]] + [example.negatives[number] for number in negatives]
+        passages = [example.positives[number] for number in positives]
+        passages += [example.negatives[number] for number in negatives]
         return Sample(
             query=Text(example.query, example.query_pooled_from),
             passages=[Text(tokens, example.document_pooled_from) for tokens in passages],
-            passage_ids=np.concatenate([example.positive_ids[[positive]], example.negative_ids[negatives]]),
+            passage_ids=np.concatenate([example.positive_ids[positives], example.negative_ids[negatives]]),
             positive_ids=example.positive_ids,
             in_batch=dataset.uses_in_batch_negatives,
+            num_positives=len(positives),
+            dataset=drawn.dataset,
         )
 
 

@@ -16,7 +16,7 @@ from nvembed_mcore.data.records import read_beir
 from nvembed_mcore.evaluation.retrieval import RetrievalMetrics, relevance_of, score_run, search
 from nvembed_mcore.parallel.gather import share_from_last_stage
 from nvembed_mcore.parallel.groups import Groups
-from nvembed_mcore.step import embed_texts
+from nvembed_mcore.schedule import embed_texts
 
 METRICS = tuple(RetrievalMetrics.__annotations__)
 
@@ -40,9 +40,9 @@ class RetrievalEvaluation:
         self.queries = tokenize(tokenizer, list(beir.queries.values()), config.instruction, data.max_query_tokens)
         self.documents = tokenize(tokenizer, list(beir.corpus.values()), "", data.max_document_tokens)
 
-    def __call__(self, model: DistributedDataParallel, groups: Groups, token_budget: int) -> dict[str, float]:
+    def __call__(self, chunks: list[DistributedDataParallel], groups: Groups, token_budget: int) -> dict[str, float]:
         """The metrics of `evaluation.retrieval.score_run`, the same on every rank."""
-        embeddings = embed_texts(model, groups, self.queries + self.documents, token_budget)
+        embeddings = embed_texts(chunks, groups, self.queries + self.documents, token_budget)
         values = torch.zeros(len(METRICS), dtype=torch.float64, device=device.current())
         if embeddings is not None:
             queries, documents = embeddings[: len(self.queries)], embeddings[len(self.queries) :]

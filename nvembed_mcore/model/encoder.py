@@ -5,6 +5,8 @@ Letters: `T` tokens in a pack, `H` hidden size, `B` texts of the pack.
 
 from __future__ import annotations
 
+import math
+
 import torch
 from megatron.core import tensor_parallel
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
@@ -26,14 +28,27 @@ from nvembed_mcore.parallel.groups import Groups
 
 
 class Encoder(MegatronModule):
-    """One pipeline stage of a bidirectional Mistral encoder with a pooling head.
+    """One pipeline stage, or one chunk of it, of a bidirectional Mistral encoder with a pooling head.
 
     Hidden states inside are Megatron's [T, 1, H] (a pack is one long sequence of batch size 1); under sequence
     parallelism each tensor rank holds T / TP of the rows.
     """
 
-    def __init__(self, hf_config: MistralConfig, model: ModelConfig, parallel: ParallelConfig, groups: Groups) -> None:
+    def __init__(
+        self,
+        hf_config: MistralConfig,
+        model: ModelConfig,
+        parallel: ParallelConfig,
+        groups: Groups,
+        *,
+        chunk: int = 0,
+        temperature: float | None = None,
+    ) -> None:
         """Build with uninitialised weights; `checkpoint.hf_import` fills them by name.
+
+        Args:
+            chunk: number of the chunk in its stage (interleaved stages have several).
+            temperature: where a learned temperature starts; None: it is not learned.
 
         Raises:
             ConfigError: the layout does not divide the model's heads, groups, feed-forward width or layers.
@@ -44,7 +59,8 @@ class Encoder(MegatronModule):
         # Asked for by Megatron's schedule and by its gradient finalisation.
         self.model_type = ModelType.encoder_or_decoder
         self.share_embeddings_and_output_weights = False
-        self.pre_process, self.post_process = groups.is_first_stage, groups.is_last_stage
+        self.pre_process = groups.is_first_stage and chunk == 0
+        self.post_process = groups.is_last_stage and chunk == parallel.chunks_per_stage - 1
         self.pooling_kind = model.pooling.kind
         self.tp_rank = groups.tp_rank
         if self.pre_process:
@@ -58,12 +74,18 @@ class Encoder(MegatronModule):
         self.rotary = RotaryTable(head_dim(hf_config), hf_config.rope_parameters["rope_theta"])
         self.decoder = TransformerBlock(
             config,
-            layer_specs(config, model.attention_mask),
+            layer_specs(config, model.attention_mask, chunk),
             pre_process=self.pre_process,
             post_process=self.post_process,
             pg_collection=groups.collection,
+            vp_stage=chunk if parallel.chunks_per_stage > 1 else None,
         )
         self.pooling = build_head(hf_config.hidden_size, model.pooling) if self.post_process else None
+        self.log_scale = None
+        if temperature is not None and self.post_process:
+            # float32 in every precision: its steps are smaller than what bfloat16 can tell apart.
+            start = torch.full((1,), -math.log(temperature), dtype=torch.float32, device=device.current())
+            self.log_scale = torch.nn.Parameter(start)
         self._mark_sharded_weights()
         if self.pooling is not None:
             self.pooling.to(device=device.current(), dtype=config.params_dtype)
@@ -129,8 +151,19 @@ class Encoder(MegatronModule):
         return normalize(pooled[: pack.num_texts], dim=-1)
 
 
-def wrap_data_parallel(encoder: Encoder, *, distributed_optimizer: bool) -> DistributedDataParallel:
-    """Megatron's data parallelism: one float32 gradient buffer, reduced once at the end of a step's backward."""
-    encoder.config.finalize_model_grads_func = finalize_model_grads
-    config = DistributedDataParallelConfig(grad_reduce_in_fp32=True, use_distributed_optimizer=distributed_optimizer)
-    return DistributedDataParallel(encoder.config, config, encoder)
+def wrap_data_parallel(
+    encoders: list[Encoder], parallel: ParallelConfig, *, distributed_optimizer: bool
+) -> list[DistributedDataParallel]:
+    """Megatron's data parallelism around each chunk: float32 gradient buffers, reduced once a step."""
+    config = DistributedDataParallelConfig(
+        grad_reduce_in_fp32=True,
+        use_distributed_optimizer=distributed_optimizer,
+        overlap_grad_reduce=parallel.overlap_grad_reduce,
+        bucket_size=parallel.bucket_size,
+    )
+    chunks = [DistributedDataParallel(encoder.config, config, encoder) for encoder in encoders]
+    for chunk in chunks:
+        # Megatron's schedules read these from the configuration of the first chunk.
+        chunk.config.finalize_model_grads_func = finalize_model_grads
+        chunk.config.no_sync_func = [one.no_sync for one in chunks] if len(chunks) > 1 else chunk.no_sync
+    return chunks

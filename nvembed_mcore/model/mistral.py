@@ -58,10 +58,10 @@ def check_layout(hf_config: MistralConfig, parallel: ParallelConfig) -> None:
             raise ConfigError(f"parallel.tp = {parallel.tp} does not divide the model's {field} = {size}")
     if VOCABULARY_MULTIPLE % parallel.tp:
         raise ConfigError(f"parallel.tp = {parallel.tp} does not divide {VOCABULARY_MULTIPLE}")
-    if hf_config.num_hidden_layers % parallel.pp:
+    if hf_config.num_hidden_layers % (parallel.pp * parallel.chunks_per_stage):
         raise ConfigError(
-            f"parallel.pp = {parallel.pp} does not divide the model's num_hidden_layers = "
-            f"{hf_config.num_hidden_layers}"
+            f"parallel.pp = {parallel.pp} times chunks_per_stage = {parallel.chunks_per_stage} does not divide the "
+            f"model's num_hidden_layers = {hf_config.num_hidden_layers}"
         )
 
 
@@ -78,6 +78,7 @@ def padded_vocabulary(hf_config: MistralConfig) -> int:
 def transformer_config(hf_config: MistralConfig, model: ModelConfig, parallel: ParallelConfig) -> TransformerConfig:
     """The Megatron configuration of these layers in this layout."""
     dtype = device.default_dtype(model.precision)
+    is_interleaved = parallel.chunks_per_stage > 1
     return TransformerConfig(
         num_layers=hf_config.num_hidden_layers,
         hidden_size=hf_config.hidden_size,
@@ -97,6 +98,10 @@ def transformer_config(hf_config: MistralConfig, model: ModelConfig, parallel: P
         bf16=dtype == torch.bfloat16,
         tensor_model_parallel_size=parallel.tp,
         pipeline_model_parallel_size=parallel.pp,
+        virtual_pipeline_model_parallel_size=parallel.chunks_per_stage if is_interleaved else None,
+        # With lengths that vary, batched messages of an interleaved schedule cross or hang.
+        overlap_p2p_comm=is_interleaved,
+        batch_p2p_comm=not is_interleaved,
         sequence_parallel=parallel.sequence_parallel and parallel.tp > 1,
         # Packs differ in length, so pipeline stages tell each other the shape first.
         variable_seq_lengths=parallel.pp > 1,
@@ -133,8 +138,8 @@ class RMSNorm(torch.nn.Module):
         return F.rms_norm(hidden, (hidden.size(-1),), self.weight, self.eps)
 
 
-def layer_specs(config: TransformerConfig, attention_mask: str) -> TransformerBlockSubmodules:
-    """Layers of this pipeline stage: Megatron's local layers with our norm and packed core attention."""
+def layer_specs(config: TransformerConfig, attention_mask: str, chunk: int = 0) -> TransformerBlockSubmodules:
+    """Layers of this pipeline stage's chunk: Megatron's local layers with our norm and packed core attention."""
     layer: ModuleSpec = get_gpt_layer_local_spec(normalization="RMSNorm")
     attention = layer.submodules.self_attention
     attention.params["attn_mask_type"] = (
@@ -142,4 +147,5 @@ def layer_specs(config: TransformerConfig, attention_mask: str) -> TransformerBl
     )
     attention.submodules.core_attention = PackedCoreAttention
     layer.submodules.input_layernorm = layer.submodules.pre_mlp_layernorm = RMSNorm
-    return TransformerBlockSubmodules([layer] * get_num_layers_to_build(config), layer_norm=RMSNorm)
+    vp_stage = chunk if config.virtual_pipeline_model_parallel_size else None
+    return TransformerBlockSubmodules([layer] * get_num_layers_to_build(config, vp_stage), layer_norm=RMSNorm)

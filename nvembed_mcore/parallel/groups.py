@@ -80,7 +80,11 @@ def initialize(config: ParallelConfig) -> Groups:
     if parallel_state.is_initialized():
         parallel_state.destroy_model_parallel()
     parallel_state.initialize_model_parallel(
-        config.tp, config.pp, distributed_timeout_minutes=config.timeout_minutes, create_gloo_process_groups=True
+        config.tp,
+        config.pp,
+        virtual_pipeline_model_parallel_size=config.chunks_per_stage if config.chunks_per_stage > 1 else None,
+        distributed_timeout_minutes=config.timeout_minutes,
+        create_gloo_process_groups=True,
     )
     groups = Groups(
         collection=ProcessGroupCollection.use_mpu_process_groups(),

@@ -47,8 +47,9 @@ def test_learns_logs_and_evaluates(straight):
     assert [line["step"] for line in steps] == list(range(1, 9))
     assert steps[-1]["loss"] < steps[0]["loss"]
     assert [line["step"] for line in evaluations(straight)] == [0, 4, 8]
-    for name in ("grad_norm", "lr", "real_tokens", "tokens_per_second", "pad_fraction", "seconds_forward_backward"):
+    for name in ("grad_norm", "lr", "real_tokens", "tokens_per_second", "padded_tokens_per_second", "pad_fraction"):
         assert steps[0][name] >= 0
+    assert all(f"seconds_{phase}" in steps[0] for phase in ("data", "embed", "score", "backward", "optimizer"))
     assert (straight / "config.yaml").is_file()
     assert (straight / "logs" / "rank-1.log").is_file()
 
@@ -118,20 +119,20 @@ def exported_difference(run_dir, output, inputs) -> float:
     from nvembed_mcore.model.encoder import Encoder, wrap_data_parallel
     from nvembed_mcore.model.mistral import read_mistral_config
     from nvembed_mcore.parallel.groups import initialize
-    from nvembed_mcore.step import embed_texts
+    from nvembed_mcore.schedule import embed_texts
 
     export_run(str(run_dir), str(output), dtype="float32", instruction=None)
     groups = initialize(layout())
     config = runs.run_config(inputs, run_dir)
     encoder = Encoder(read_mistral_config(config.model.config), config.model, config.parallel, groups)
-    load_weights(find_checkpoint(run_dir), encoder)
-    model = wrap_data_parallel(encoder, distributed_optimizer=False)
+    load_weights(find_checkpoint(run_dir), [encoder])
+    chunks = wrap_data_parallel([encoder], config.parallel, distributed_optimizer=False)
     texts = [json.dumps(runs.record(i)) for i in range(12)]
     tokenizer = load_tokenizer(inputs / "tokenizer")
     exported = load_exported(output)
     worst = 1.0
     for instruction in ("", "Find it"):
-        ours = embed_texts(model, groups, tokenize(tokenizer, texts, instruction, 32), 100)
+        ours = embed_texts(chunks, groups, tokenize(tokenizer, texts, instruction, 32), 100)
         theirs = exported.encode(texts, query_prompt(instruction), max_length=32)
         worst = min(worst, (ours * theirs).sum(1).min().item())
     return worst

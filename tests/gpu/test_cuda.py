@@ -53,7 +53,7 @@ def test_encoder_equals_hugging_face_on_the_cpu(precision):
     from nvembed_mcore.config import ModelConfig, ParallelConfig, PoolingConfig
     from nvembed_mcore.model.encoder import Encoder, wrap_data_parallel
     from nvembed_mcore.parallel.groups import initialize, shutdown
-    from nvembed_mcore.step import embed_texts
+    from nvembed_mcore.schedule import embed_texts
     from tests.helpers import models
 
     config = models.tiny_config(hidden_size=128, head_dim=16, initializer_range=0.05)
@@ -68,8 +68,8 @@ def test_encoder_equals_hugging_face_on_the_cpu(precision):
         for entry in name_table(config, pooling):
             parameters[entry.name].copy_(local_shard(entry, source.__getitem__, 0, 1))
     texts = models.random_texts(LENGTHS.tolist(), config.vocab_size)
-    wrapped = wrap_data_parallel(encoder, distributed_optimizer=False)
-    ours = embed_texts(wrapped, groups, texts, 128).float().cpu()
+    chunks = wrap_data_parallel([encoder], ParallelConfig(), distributed_optimizer=False)
+    ours = embed_texts(chunks, groups, texts, 128).float().cpu()
     expected = torch.stack([models.reference_embedding(reference, {}, text, "mean", 1) for text in texts])
     shutdown()
     assert (ours * expected).sum(1).min() >= (0.99999 if precision == "float32" else 0.995)

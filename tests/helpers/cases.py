@@ -2,259 +2,309 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass, field
+from unittest import mock
+
 import numpy as np
 import torch
 
-from nvembed_mcore.config import LossConfig, ModelConfig, OptimConfig, ParallelConfig, PoolingConfig, StepConfig
-from nvembed_mcore.data.batch import Batch, Sample, make_batch
+from nvembed_mcore.config import LossConfig, ModelConfig, OptimConfig, ParallelConfig, StepConfig
 from nvembed_mcore.data.packing import make_pack
 from tests.helpers import models
+from tests.helpers.plain import pooling_config, random_head, run_plainly, training_batch
 
-HEADS, LATENTS = 4, 6
+_layouts: dict = {}
 
 
-def layout(tp: int, pp: int, sp: bool):
+def layout(tp: int, pp: int, sp: bool, chunks_per_stage: int = 1, **more):
+    """The layout's configuration and groups; within a job they are made once."""
     from nvembed_mcore.parallel.groups import initialize
 
-    parallel = ParallelConfig(tp=tp, pp=pp, sequence_parallel=sp, timeout_minutes=2)
-    return parallel, initialize(parallel)
+    parallel = ParallelConfig(
+        tp=tp, pp=pp, sequence_parallel=sp, chunks_per_stage=chunks_per_stage, timeout_minutes=2, **more
+    )
+    key = (tp, pp, chunks_per_stage)
+    if not torch.distributed.is_initialized() or key not in _layouts:
+        _layouts.clear()
+        _layouts[key] = initialize(parallel)
+    return parallel, _layouts[key]
 
 
-def pooling_config(kind: str) -> PoolingConfig:
-    return PoolingConfig(kind=kind, num_latents=LATENTS, num_heads=HEADS, head_width=12)
-
-
-def random_head(hidden: int, kind: str) -> dict[str, torch.Tensor]:
-    """Random weights of a head, by the trainer's own names; empty for kinds without."""
-    from nvembed_mcore.model.pooling import build_head
-
-    head = build_head(hidden, pooling_config(kind))
-    if head is None:
-        return {}
-    torch.manual_seed(3)
-    return {name: torch.randn_like(value) * 0.3 for name, value in head.state_dict().items()}
-
-
-def build(hf_config, reference, head, kind, parallel, groups, mask="bidirectional", distributed=False):
-    """Our encoder with the reference's weights, under Megatron's data parallelism."""
+def build(
+    hf_config, reference, head, kind, parallel, groups, mask="bidirectional", distributed=False, temperature=None
+):
+    """Our encoder's chunks with the reference's weights, under Megatron's data parallelism; table and parameters."""
     from nvembed_mcore.checkpoint.names import local_shard, name_table, to_hf
     from nvembed_mcore.model.encoder import Encoder, wrap_data_parallel
 
     model = ModelConfig(config="unused", attention_mask=mask, pooling=pooling_config(kind))
-    encoder = Encoder(hf_config, model, parallel, groups)
+    encoders = [
+        Encoder(hf_config, model, parallel, groups, chunk=chunk, temperature=temperature)
+        for chunk in range(parallel.chunks_per_stage)
+    ]
     table = {entry.name: entry for entry in name_table(hf_config, pooling_config(kind))}
     source = {f"embedding_model.{name}": value for name, value in reference.state_dict().items()}
     for name, value in head.items():
         source.update(to_hf(table[f"pooling.{name}"], value))
-    parameters = encoder.parameters_by_global_name()
+    parameters = {}
+    for encoder in encoders:
+        parameters |= encoder.parameters_by_global_name()
     with torch.no_grad():
         for name, parameter in parameters.items():
-            parameter.copy_(local_shard(table[name], source.__getitem__, groups.tp_rank, groups.tp_size))
-    return wrap_data_parallel(encoder, distributed_optimizer=distributed), table, parameters
+            if name in table:  # a learned temperature is not
+                parameter.copy_(local_shard(table[name], source.__getitem__, groups.tp_rank, groups.tp_size))
+    return wrap_data_parallel(encoders, parallel, distributed_optimizer=distributed), table, parameters
 
 
-def encoder_states(tp: int, pp: int, sp: bool, mask: str = "bidirectional", lengths=(7, 16, 3, 12, 2, 24)):
-    """Largest differences of embeddings (mean pooling of single tokens = hidden states) and of gradients from HF."""
-    from nvembed_mcore.step import pack_multiple, run_schedule
+def encoder_states(
+    tp: int, pp: int, sp: bool, mask: str = "bidirectional", lengths=(7, 16, 3, 12, 2, 24), chunks_per_stage: int = 1
+):
+    """Largest difference of hidden states from HF over the largest state, and that of the gradients."""
+    from nvembed_mcore.schedule import pack_multiple, run_schedule
 
-    parallel, groups = layout(tp, pp, sp)
+    parallel, groups = layout(tp, pp, sp, chunks_per_stage=chunks_per_stage)
     hf_config = models.tiny_config()
     reference = models.hf_reference(hf_config, is_causal=mask == "causal")
     texts = models.random_texts(list(lengths), hf_config.vocab_size)
-    model, table, parameters = build(hf_config, reference, {}, "mean", parallel, groups, mask)
-    multiple = pack_multiple(model)
+    chunks, table, parameters = build(hf_config, reference, {}, "mean", parallel, groups, mask)
+    multiple = pack_multiple(chunks)
     packs = [make_pack(texts[:4], multiple), make_pack(texts[4:], multiple)]
     total = sum(lengths)
     upstream = torch.randn(total, hf_config.hidden_size, generator=torch.Generator().manual_seed(5))
     bounds = np.concatenate([[0], np.cumsum(lengths)])
-    found = {}
+    states_found = {}
 
     # The head is taken off, so that what comes out of the last stage is every token's state.
     def states_of(states, pack, packing):
-        if model.config.sequence_parallel:
+        if chunks[0].config.sequence_parallel:
             from megatron.core import tensor_parallel
 
             states = tensor_parallel.gather_from_sequence_parallel_region(states, tensor_parallel_output_grad=False)
         return states[: pack.real_tokens]
 
-    model.module._pool = states_of
+    chunks[-1].module._pool = states_of
 
     def surrogate(index, states):
-        found[index] = states.detach()
+        states_found[index] = states.detach()
         begin, end = (0, bounds[4]) if index == 0 else (bounds[4], total)
         return (states * upstream[begin:end]).sum() * len(packs)
 
-    model.zero_grad_buffer()
-    run_schedule(model, packs, surrogate, forward_only=False)
+    for chunk in chunks:
+        chunk.zero_grad_buffer()
+    run_schedule(chunks, packs, surrogate, forward_only=False)
     expected = torch.cat([models.reference_states(reference, text) for text in texts])
     (expected * upstream).sum().backward()
-    result = {"gradient": _gradient_difference(parameters, table, reference, {}, groups)}
+    grads = {f"embedding_model.{name}": p.grad for name, p in reference.named_parameters()}
+    found = {name: parameter.main_grad for name, parameter in parameters.items()}
+    result = {"gradient": worst_difference(found, grads, table, groups)}
     if groups.is_last_stage:
-        result["states"] = (torch.cat([found[0], found[1]]) - expected).abs().max().item()
+        difference = torch.cat([states_found[0], states_found[1]]) - expected
+        result["states"] = (difference.abs().max() / expected.abs().max()).item()
     return result
 
 
-def _gradient_difference(parameters, table, reference, head, groups) -> float:
-    """Largest |difference| of a parameter's gradient over the reference's largest |gradient| of that parameter."""
-    from nvembed_mcore.checkpoint.names import local_shard, to_hf
+def worst_difference(found, expected, table, groups) -> float:
+    """Largest |difference| of a parameter over the largest |value| that is expected of it.
 
-    source = {f"embedding_model.{name}": p.grad for name, p in reference.named_parameters()}
-    for name, value in head.items():
-        source.update(to_hf(table[f"pooling.{name}"], value.grad))
+    `found` by our names, local shards. `expected` by Hugging Face name, whole, and `log_scale`.
+    """
+    from nvembed_mcore.checkpoint.names import local_shard
+
     worst = 0.0
-    for name, parameter in parameters.items():
-        expected = local_shard(table[name], source.__getitem__, groups.tp_rank, groups.tp_size)
-        scale = max(expected.abs().max().item(), 1e-3)
-        worst = max(worst, (parameter.main_grad - expected).abs().max().item() / scale)
+    for name, value in found.items():
+        if name in table:
+            truth = local_shard(table[name], expected.__getitem__, groups.tp_rank, groups.tp_size)
+        else:
+            truth = expected[name]
+        scale = max(truth.abs().max().item(), 1e-3)
+        worst = max(worst, (value.detach() - truth).abs().max().item() / scale)
     return worst
 
 
-def contrastive_batch(num_queries: int, vocab_size: int, hf_max: int = 40) -> Batch:
-    """Unequal numbers of negatives, a shared document, several positives, and queries without in-batch negatives."""
-    rng = np.random.default_rng(7)
-    samples = []
-    for i in range(num_queries):
-        negatives = (i + 1) % 4
-        lengths = [int(n) for n in rng.integers(2, hf_max, 2 + negatives)]
-        texts = models.random_texts(lengths, vocab_size, seed=100 + i)
-        ids = np.arange(10 * i, 10 * i + 1 + negatives)
-        if i == 3:
-            ids[0] = 0  # the document of query 0's positive
-        positives = np.array([ids[0], 1000 + i]) if i % 3 == 0 else ids[:1]
-        if i == 1 and negatives:
-            ids[-1] = 1000  # another positive of query 0 stands among query 1's negatives
-        samples.append(Sample(texts[0], texts[1:], ids, positives, in_batch=i % 5 != 4))
-    return make_batch(samples)
+@dataclass(frozen=True, kw_only=True)
+class Case:
+    """One place of the proof grid."""
+
+    world: int = 1
+    tp: int = 1
+    pp: int = 1
+    chunks: int = 1
+    sp: bool = False
+    way: str = "auto"
+    budget: int = 100_000
+    distributed: bool = True
+    overlap: bool = False
+    exchange: str = "auto"
+    loss: dict = field(default_factory=dict, hash=False)
+    kind: str = "latent"
+    queries: int = 7
+    clip: float = 0.5
+
+    @property
+    def layout(self) -> tuple[int, int, bool, int, int]:
+        """Processes, tensor-parallel size, sequence parallelism, pipeline size and chunks of a stage."""
+        return self.world, self.tp, self.sp, self.pp, self.chunks
+
+    def __str__(self) -> str:
+        """What differs from the defaults."""
+        parts = [f"{self.world} processes"] + [
+            f"{name}={value}"
+            for name, value in vars(self).items()
+            if name != "world" and value != getattr(Case, name, {})
+        ]
+        return ", ".join(parts)
 
 
-def brute_force_loss(embeddings: torch.Tensor, batch: Batch, temperature: float) -> torch.Tensor:
-    """Mean InfoNCE by a plain double loop over queries and passages."""
-    queries, passages = embeddings[: batch.num_queries], embeddings[batch.num_queries :]
-    total = 0.0
-    for i in range(batch.num_queries):
-        scores = []
-        positive = batch.positive[i]
-        for j in range(len(passages)):
-            if j != positive:
-                if batch.passage_ids[j] in batch.positive_ids[i]:
-                    continue
-                if batch.passage_query[j] != i and not batch.in_batch[i]:
-                    continue
-            score = (queries[i] @ passages[j]) / temperature
-            if j == positive:
-                right = score
-            scores.append(score)
-        total = total + torch.stack(scores).logsumexp(0) - right
-    return total / batch.num_queries
+OPTIM = dict(lr=1e-2, weight_decay=0.1, eps=1e-3)
 
 
-def contrastive_step(
-    tp: int,
-    pp: int,
-    sp: bool,
-    way: str,
-    kind: str = "latent",
-    num_queries: int = 7,
-    budget: int = 100_000,
-    distributed: bool = True,
-    clip: float = 0.5,
-):
-    """One step against one process holding the batch: loss, gradients, clip norm and the parameters afterwards."""
-    from nvembed_mcore.metrics import PhaseTimer
+def build_step(case: Case, dropout: float = 0.0):
+    """The step of a case, its groups, and the model's name table and parameters."""
     from nvembed_mcore.optim import build_optimizer, set_learning_rate
     from nvembed_mcore.step import ContrastiveStep
 
-    parallel, groups = layout(tp, pp, sp)
-    hf_config = models.tiny_config()
-    reference = models.hf_reference(hf_config)
-    head = {name: value.requires_grad_() for name, value in random_head(hf_config.hidden_size, kind).items()}
-    batch = contrastive_batch(num_queries, hf_config.vocab_size)
-    detached = {name: value.detach() for name, value in head.items()}
-    model, table, parameters = build(hf_config, reference, detached, kind, parallel, groups, distributed=distributed)
-    optim = OptimConfig(lr=1e-2, clip_norm=clip, weight_decay=0.1, distributed=distributed, eps=1e-3)
-    optimizer = build_optimizer(optim, model)
-    set_learning_rate(optimizer, optim.lr)
-    step = ContrastiveStep(
-        model,
-        optimizer,
+    # Small buckets, so that there are several to overlap.
+    overlap = dict(overlap_grad_reduce=case.overlap, bucket_size=4000 if case.overlap else None)
+    parallel, groups = layout(case.tp, case.pp, case.sp, chunks_per_stage=case.chunks, **overlap)
+    hf_config = models.tiny_config(attention_dropout=dropout)
+    loss = LossConfig(**{"temperature": 0.1, **case.loss})
+    chunks, table, parameters = build(
+        hf_config,
+        models.hf_reference(models.tiny_config()),
+        random_head(hf_config.hidden_size, case.kind),
+        case.kind,
+        parallel,
         groups,
-        step=StepConfig(way=way, tokens_per_microbatch=budget),
-        loss=LossConfig(temperature=0.1),
-        seed=0,
+        distributed=case.distributed,
+        temperature=loss.temperature if loss.learn_temperature else None,
     )
-    output = step(batch, 1, PhaseTimer())
-
-    expected = torch.stack([models.reference_embedding(reference, head, text, kind, HEADS) for text in batch.texts])
-    loss = brute_force_loss(expected, batch, 0.1)
-    loss.backward()
-    norm = torch.sqrt(
-        sum(p.grad.double().pow(2).sum() for p in [*reference.parameters(), *head.values()] if p.grad is not None)
-    ).item()
-    result = {
-        "loss": abs(output.loss - loss.item()) / abs(loss.item()),
-        "norm": abs(output.grad_norm - norm) / norm,
-        "microbatches": output.num_microbatches,
-    }
-    if not distributed:
-        # Clipping scales the gradients in place.
-        factor = min(1.0, clip / (norm + 1e-6)) if clip else 1.0
-        for p in [*reference.parameters(), *head.values()]:
-            p.grad.mul_(factor)
-        result["gradient"] = _gradient_difference(parameters, table, reference, head, groups)
-        for p in [*reference.parameters(), *head.values()]:
-            p.grad.div_(factor)
-    result["parameters"] = _step_difference(parameters, table, reference, head, groups, optim, norm)
-    return result
+    optimizer = build_optimizer(OptimConfig(clip_norm=case.clip, distributed=case.distributed, **OPTIM), chunks)
+    set_learning_rate(optimizer, OPTIM["lr"])
+    config = StepConfig(way=case.way, tokens_per_microbatch=case.budget, gradient_exchange=case.exchange)
+    step = ContrastiveStep(chunks, optimizer, groups, step=config, loss=loss, seed=0)
+    return step, groups, table, parameters
 
 
-def _step_difference(parameters, table, reference, head, groups, optim: OptimConfig, norm: float) -> float:
-    """Largest difference after one step of torch's AdamW on the clipped reference gradients, over the step's size."""
-    from nvembed_mcore.checkpoint.names import local_shard, to_hf
+def many_training_steps(many: list[Case]) -> list[dict[str, float]]:
+    """Cases of one layout, one after the other."""
+    return [training_steps(case) for case in many]
 
-    everything = [*reference.parameters(), *head.values()]
-    for p in everything:
-        p.grad.mul_(min(1.0, optim.clip_norm / (norm + 1e-6)) if optim.clip_norm else 1.0)
-    groups_of = [
-        {"params": [p for p in everything if p.dim() > 1], "weight_decay": optim.weight_decay},
-        {"params": [p for p in everything if p.dim() == 1], "weight_decay": 0.0},
-    ]
-    torch.optim.AdamW(groups_of, lr=optim.lr, betas=optim.betas, eps=optim.eps).step()
-    source = {f"embedding_model.{name}": p.detach() for name, p in reference.named_parameters()}
-    for name, value in head.items():
-        source.update(to_hf(table[f"pooling.{name}"], value.detach()))
-    worst = 0.0
-    for name, parameter in parameters.items():
-        expected = local_shard(table[name], source.__getitem__, groups.tp_rank, groups.tp_size)
-        worst = max(worst, (parameter.detach() - expected).abs().max().item() / expected.abs().max().item())
-    return worst
+
+def training_steps(case: Case, sabotage: str | None = None) -> dict[str, float]:
+    """Two steps against one process holding the batch: the largest relative difference of each thing compared.
+
+    `sabotage` breaks the step on purpose: `factor` leaves out the factor W, `detached` drops what other ranks say of
+    a passage.
+    """
+    from nvembed_mcore import score
+    from nvembed_mcore.metrics import PhaseTimer
+
+    step, groups, table, parameters = build_step(case)
+    if sabotage == "factor":
+        whole = step.scorer
+        step.scorer = lambda *args: _shrunk(whole(*args), groups.dp_size)
+    result = {"loss": 0.0, "norm": 0.0, "gradient": 0.0}
+    for number, truth in enumerate(run_plainly(case.queries, case.kind, case.clip, **case.loss), 1):
+        batch = training_batch(case.queries, number)
+        if sabotage == "detached":
+            own = lambda values, owned, group: values[torch.as_tensor(owned[groups.dp_rank])]  # noqa: E731
+            with mock.patch.object(score, "scatter_sum", own):
+                output = step(batch, number, PhaseTimer())
+        else:
+            output = step(batch, number, PhaseTimer())
+        result["loss"] = max(result["loss"], abs(output.loss - truth.loss) / abs(truth.loss))
+        result["norm"] = max(result["norm"], abs(output.grad_norm - truth.norm) / truth.norm)
+        if not case.distributed:  # the distributed optimizer keeps only a part of each rank's sums
+            found = {name: parameter.main_grad for name, parameter in parameters.items()}
+            result["gradient"] = max(result["gradient"], worst_difference(found, truth.grads, table, groups))
+    result["parameters"] = worst_difference(parameters, truth.parameters, table, groups)
+    return result | {"microbatches": output.num_microbatches, "temperature": output.temperature}
+
+
+def _shrunk(scores, ranks: int):
+    from nvembed_mcore.score import Scores
+
+    return Scores(scores.totals, scores.grad / ranks, scores.grad_log_scale / ranks)
 
 
 def gathered_rows(num_rows: list[int]):
-    """Rows of the gather in global order, and the gradient that each rank's rows receive."""
-    from nvembed_mcore.parallel.gather import gather_embeddings
+    """Whether the gather gives global order, and how far the sums of its adjoint are off."""
+    from nvembed_mcore.parallel.gather import gather_rows, scatter_sum
 
     _, groups = layout(1, 1, False)
     numbers = np.random.default_rng(0).permutation(sum(num_rows))
     owned = np.split(numbers, np.cumsum(num_rows)[:-1])
     everything = torch.randn(sum(num_rows), 3, generator=torch.Generator().manual_seed(1))
-    local = everything[torch.as_tensor(owned[groups.dp_rank])].requires_grad_()
-    gathered = gather_embeddings(local, owned, groups.dp)
-    (gathered * (groups.dp_rank + 1) * torch.arange(sum(num_rows))[:, None]).sum().backward()
-    weight = sum(range(1, groups.dp_size + 1))
-    expected = torch.as_tensor(owned[groups.dp_rank])[:, None].float() * weight
-    return torch.equal(gathered, everything), (local.grad - expected).abs().max().item() if len(local) else 0.0
+    mine = torch.as_tensor(owned[groups.dp_rank])
+    gathered = gather_rows(everything[mine], owned, groups.dp)
+    summed = scatter_sum(everything * (groups.dp_rank + 1), owned, groups.dp)
+    expected = everything[mine] * sum(range(1, groups.dp_size + 1))
+    return torch.equal(gathered, everything), (summed - expected).abs().max().item() if len(mine) else 0.0
 
 
-def dropout_step(way: str, tp: int = 1, sp: bool = False) -> tuple[float, float]:
+def dropout_step(case: Case) -> tuple[float, float]:
     """Loss and gradient norm of a step with attention dropout."""
     from nvembed_mcore.metrics import PhaseTimer
-    from nvembed_mcore.optim import build_optimizer
-    from nvembed_mcore.step import ContrastiveStep
 
-    parallel, groups = layout(tp, 1, sp)
-    hf_config = models.tiny_config(attention_dropout=0.3)
-    model, _, _ = build(hf_config, models.hf_reference(hf_config), {}, "mean", parallel, groups)
-    optimizer = build_optimizer(OptimConfig(distributed=False), model)
-    step = ContrastiveStep(model, optimizer, groups, step=StepConfig(way=way), loss=LossConfig(), seed=0)
-    output = step(contrastive_batch(7, hf_config.vocab_size), 1, PhaseTimer())
+    step, *_ = build_step(case, dropout=0.1)
+    output = step(training_batch(case.queries, 1), 1, PhaseTimer())
     return output.loss, output.grad_norm
+
+
+def dropout_by_rank(case: Case) -> list[float]:
+    """The embedding of one text with attention dropout, as the step's seeds draw it on this rank."""
+    step, groups, *_ = build_step(case, dropout=0.1)
+    (text,) = models.random_texts([24], 250)
+    step._reseed(1, 0, 0)
+    return step.chunks[0](make_pack([text], 2))[0].tolist()
+
+
+def step_traffic(case: Case) -> tuple[dict, dict, int]:
+    """Calls and bytes of a step's collectives, and the bytes of this rank's gradients."""
+    from nvembed_mcore.metrics import PhaseTimer
+    from nvembed_mcore.parallel.traffic import Traffic
+
+    step, groups, _, _ = build_step(case)
+    with Traffic(groups) as traffic:
+        step(training_batch(case.queries, 1), 1, PhaseTimer())
+    gradients = sum(buffer.grad_data.nbytes for chunk in step.chunks for buffer in chunk.buffers)
+    return dict(traffic.calls), dict(traffic.bytes), gradients
+
+
+def rows_and_texts(case: Case) -> tuple[list[int], list[int]]:
+    """For each rank, pairs of a query and a positive whose query it holds, and texts."""
+    from nvembed_mcore.data.packing import make_plan
+
+    batch = training_batch(case.queries, 1)
+    owned = make_plan(batch.lengths, case.world, case.budget).owned()
+    queries = batch.passage_query[batch.is_positive]
+    return [int(np.isin(queries, numbers).sum()) for numbers in owned], [len(numbers) for numbers in owned]
+
+
+def clamped_temperature(bounds: tuple[float, float]) -> dict[str, list[float]]:
+    """Temperatures of ten steps, and the gradient that the learned one got in each."""
+    from nvembed_mcore.metrics import PhaseTimer
+
+    case = Case(distributed=False, clip=0.0, loss={"learn_temperature": True, "temperature_range": bounds})
+    step, _, _, parameters = build_step(case)
+    found = {"temperatures": [], "pulls": []}
+    for number in range(1, 11):
+        output = step(training_batch(case.queries, 1), number, PhaseTimer())
+        found["temperatures"].append(output.temperature)
+        found["pulls"].append(parameters["log_scale"].main_grad.item())
+    return found
+
+
+def dropout_without_replay() -> tuple[float, float, float]:
+    """Gradient norms of a cached step with dropout: as it is, with the seeds of the third phase spoiled, without."""
+    from nvembed_mcore.metrics import PhaseTimer
+
+    norms = []
+    for dropout, is_spoiled in ((0.1, False), (0.1, True), (0.0, False)):
+        case = Case(way="cached", budget=60)
+        step, *_ = build_step(case, dropout=dropout)
+        if is_spoiled:
+            reseed, calls = step._reseed, []
+            step._reseed = lambda *key: (calls.append(key), reseed(key[0] + len(calls), *key[1:]))  # noqa: B023
+        norms.append(step(training_batch(case.queries, 1), 1, PhaseTimer()).grad_norm)
+    return tuple(norms)

@@ -8,7 +8,7 @@ from fractions import Fraction
 import pytest
 
 from nvembed_mcore.data import blend
-from nvembed_mcore.data.blend import Blend, Sample, choose_negatives, choose_positive
+from nvembed_mcore.data.blend import Blend, Sample, choose_negatives, choose_positives
 
 MIXES = [
     ([1, 1, 1], [None, None, None], 2),
@@ -239,10 +239,21 @@ def test_choices_depend_on_sample_seed_and_stage():
 
 
 def test_positives_take_turns():
-    turns = [choose_positive(3, seed=1, stage=1, sample=Sample(0, 9, epoch)) for epoch in range(6)]
-    assert sorted(turns[:3]) == [0, 1, 2] and turns[:3] == turns[3:]
-    assert choose_positive(1, seed=1, stage=1, sample=Sample(0, 9, 4)) == 0
-    firsts = {choose_positive(3, seed=1, stage=1, sample=Sample(0, index, 0)) for index in range(30)}
-    assert firsts == {0, 1, 2}
-    with pytest.raises(ValueError, match="at least one positive, got 0"):
-        choose_positive(0, seed=1, stage=1, sample=Sample(0, 0, 0))
+    turns = [choose_positives(3, 1, seed=1, stage=1, sample=Sample(0, 9, epoch)) for epoch in range(6)]
+    assert sorted(turns[:3]) == [[0], [1], [2]] and turns[:3] == turns[3:]
+    assert choose_positives(1, 1, seed=1, stage=1, sample=Sample(0, 9, 4)) == [0]
+    firsts = [choose_positives(3, 1, seed=1, stage=1, sample=Sample(0, index, 0)) for index in range(30)]
+    assert {first for (first,) in firsts} == {0, 1, 2}
+
+
+def test_several_positives_are_different_ones():
+    pairs = [choose_positives(5, 2, seed=1, stage=1, sample=Sample(0, 9, epoch)) for epoch in range(5)]
+    assert all(len(set(pair)) == 2 for pair in pairs)
+    assert sorted(number for pair in pairs for number in pair) == sorted([*range(5)] * 2), "all equally often"
+    assert choose_positives(2, 3, seed=1, stage=1, sample=Sample(0, 9, 1)) == [0, 1]
+
+
+@pytest.mark.parametrize(("available", "wanted"), [(0, 1), (2, 0)])
+def test_a_sample_without_a_positive_is_refused(available, wanted):
+    with pytest.raises(ValueError, match=f"at least one positive, got {available} of which {wanted} are wanted"):
+        choose_positives(available, wanted, seed=1, stage=1, sample=Sample(0, 0, 0))

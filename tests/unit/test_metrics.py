@@ -130,12 +130,13 @@ def step_metrics(**values) -> StepMetrics:
 
 def test_rates_count_real_tokens_only():
     metrics = step_metrics(flops=4e12, peak_flops=8e12)
-    assert metrics.tokens_per_second == 450.0
+    assert metrics.tokens_per_second == 450.0 and metrics.padded_tokens_per_second == 500.0
     assert metrics.pad_fraction == pytest.approx(0.1)
     assert metrics.mfu == 0.25
     line = metrics.as_dict()
     assert next(iter(line)) == "step"
     assert line["seconds"] == 2.0 and line["seconds_embed"] == 0.5 and line["mfu"] == 0.25
+    assert line["tokens_per_second"] == 450.0 and line["padded_tokens_per_second"] == 500.0
     assert all(isinstance(value, (int, float)) for value in line.values())
 
 

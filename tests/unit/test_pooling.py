@@ -10,7 +10,7 @@ from nvembed_mcore.config import PoolingConfig
 from nvembed_mcore.data.packing import Text, make_pack
 from nvembed_mcore.model.attention import packing_of
 from nvembed_mcore.model.pooling import build_head, segment_sum, weights_of
-from tests.helpers import cases, models
+from tests.helpers import cases, models, plain
 
 HIDDEN, LENGTHS = 24, [5, 1, 17, 9]
 
@@ -30,16 +30,16 @@ def compare_with_plain(config: PoolingConfig, dtype: torch.dtype) -> dict[str, f
     generator = torch.Generator().manual_seed(1)
     states, upstream = torch.randn(2, sum(LENGTHS), HIDDEN, generator=generator, dtype=torch.float64)
     plain_states = states.clone().requires_grad_()
-    plain = {name: value.detach().double().requires_grad_() for name, value in head.named_parameters()}
+    weights = {name: value.detach().double().requires_grad_() for name, value in head.named_parameters()}
     texts = plain_states.split(LENGTHS)
-    expected = torch.cat([models.reference_head(text, plain, config.kind, config.num_heads) for text in texts])
+    expected = torch.cat([models.reference_head(text, weights, config.kind, config.num_heads) for text in texts])
     (expected * upstream).sum().backward()
 
     states = states.to(dtype).requires_grad_()
     found = head(states, packing_of(np.array(LENGTHS), torch.device("cpu")))
     (found * upstream.to(dtype)).sum().backward()
     pairs = {"output": (found, expected), "states": (states.grad, plain_states.grad)}
-    pairs |= {name: (value.grad, plain[name].grad) for name, value in head.named_parameters()}
+    pairs |= {name: (value.grad, weights[name].grad) for name, value in head.named_parameters()}
     pairs = {name: (one.detach(), truth.detach()) for name, (one, truth) in pairs.items()}
     assert all(float(truth.abs().max()) > 1e-3 for _, truth in pairs.values())
     return {name: float((one - truth).abs().max() / truth.abs().max()) for name, (one, truth) in pairs.items()}
@@ -105,8 +105,8 @@ def encoder_of(kind: str, mask: str = "bidirectional"):
     parallel, groups = cases.layout(1, 1, False)
     config = models.tiny_config()
     reference = models.hf_reference(config, is_causal=mask == "causal")
-    head = cases.random_head(config.hidden_size, kind)
-    encoder, _, _ = cases.build(config, reference, head, kind, parallel, groups, mask)
+    head = plain.random_head(config.hidden_size, kind)
+    (encoder,), _, _ = cases.build(config, reference, head, kind, parallel, groups, mask)
     return encoder.eval(), reference, head
 
 
@@ -122,11 +122,11 @@ def neighbours_of_a_text(kind: str) -> dict[str, float]:
     shuffled = torch.empty_like(alone)
     for part in np.array_split(order, 3):
         shuffled[torch.as_tensor(part)] = encoder(make_pack([texts[number] for number in part], 16))
-    plain = torch.stack([models.reference_embedding(reference, head, text, kind, cases.HEADS) for text in texts])
+    expected = torch.stack([models.reference_embedding(reference, head, text, kind, plain.HEADS) for text in texts])
     return {
         "together": float((together - alone).abs().max()),
         "shuffled": float((shuffled - alone).abs().max()),
-        "plain": float((alone - plain).abs().max()),
+        "plain": float((alone - expected).abs().max()),
         "spread": float((alone @ alone.T).fill_diagonal_(0).abs().max()),
     }
 
@@ -145,8 +145,8 @@ def pack_as_long_as_the_table(lengths: list[int]) -> float:
     encoder, reference, head = encoder_of("latent")
     assert sum(lengths) == reference.config.max_position_embeddings
     texts = models.random_texts(lengths, 250)
-    plain = [models.reference_embedding(reference, head, text, "latent", cases.HEADS) for text in texts]
-    return float((encoder(make_pack(texts)) - torch.stack(plain)).abs().max())
+    expected = [models.reference_embedding(reference, head, text, "latent", plain.HEADS) for text in texts]
+    return float((encoder(make_pack(texts)) - torch.stack(expected)).abs().max())
 
 
 @pytest.mark.parametrize("lengths", [[64], [20, 30, 14], [1] * 64])

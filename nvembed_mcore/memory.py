@@ -1,0 +1,62 @@
+"""Whether the graphs of a whole batch fit: what a graph keeps, measured, against the memory that is free."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+
+import torch
+from megatron.core.optimizer import MegatronOptimizer
+
+from nvembed_mcore import device
+from nvembed_mcore.parallel.gather import smallest_on_all
+
+log = logging.getLogger(__name__)
+
+SHARE_OF_FREE = 0.7
+"""Of the free memory, what kept graphs may take; the rest is for the backward pass of a pack, scores and gaps."""
+
+
+def graph_bytes(forward: Callable[[], torch.Tensor], parameters: list[torch.nn.Parameter]) -> int:
+    """Bytes that autograd keeps for the backward pass of `forward()`, the parameters' own not counted."""
+    kept: dict[int, int] = {}
+
+    def remember(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        kept[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(remember, lambda tensor: tensor):
+        output = forward()  # must live until the bytes are counted: a freed storage's address is used again
+    for parameter in parameters:
+        kept.pop(parameter.untyped_storage().data_ptr(), None)
+    del output
+    return sum(kept.values())
+
+
+def retainable_tokens(
+    forward: Callable[[], torch.Tensor],
+    num_tokens: int,
+    parameters: list[torch.nn.Parameter],
+    optimizer: MegatronOptimizer,
+) -> int:
+    """Tokens a rank whose graphs fit into its free memory; the same on every rank, which all call this.
+
+    Args:
+        forward: embeds one pack with a graph.
+        num_tokens: real tokens of that pack; 0 where it holds none, whose measurement does not count.
+        parameters: the model's.
+        optimizer: its two moments, 8 bytes a parameter of its shard, are about to be allocated.
+    """
+    measured = graph_bytes(forward, parameters) / num_tokens if num_tokens else 0.0
+    moments = 8 * sum(parameter.numel() for group in optimizer.param_groups for parameter in group["params"])
+    per_token = max(1.0, -smallest_on_all(-measured, device.current()))
+    free = max(0.0, smallest_on_all(float(device.free_memory_bytes() - moments), device.current()))
+    tokens = int(SHARE_OF_FREE * free / per_token)
+    log.info(
+        "a graph keeps %.1f KB a token (measured), %.1f GB are free: graphs of up to %d tokens a rank can be kept",
+        per_token / 1e3,
+        free / 1e9,
+        tokens,
+    )
+    return tokens

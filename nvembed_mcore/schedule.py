@@ -1,0 +1,107 @@
+"""Packs through the model: Megatron's pipeline schedule, and embeddings without a graph.
+
+Letters: `N` texts, `n` texts of a pack, `D` embedding size, `W` data-parallel size.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+import torch
+from megatron.core.distributed import DistributedDataParallel
+from megatron.core.pipeline_parallel import get_forward_backward_func
+from torch import Tensor
+
+from nvembed_mcore.data.packing import Pack, Plan, Text, make_pack, make_plan
+from nvembed_mcore.parallel.gather import gather_rows
+from nvembed_mcore.parallel.groups import Groups
+
+Chunks = list[DistributedDataParallel]
+"""The model chunks of this pipeline stage: one, or several where stages are interleaved."""
+
+
+def pack_multiple(chunks: Chunks) -> int:
+    """A pack's token count is a multiple of this: under sequence parallelism each tensor rank takes an equal part."""
+    config = chunks[0].config
+    return config.tensor_model_parallel_size if config.sequence_parallel else 1
+
+
+def plan_texts(lengths, chunks: Chunks, groups: Groups, token_budget: int) -> Plan:
+    """Which rank embeds which text in which pack; interleaved stages need a multiple of their number of packs."""
+    multiple = groups.pp_size if len(chunks) > 1 else 1
+    return make_plan(lengths, groups.dp_size, token_budget, multiple=multiple)
+
+
+def packs_of_rank(texts: list[Text], plan: Plan, chunks: Chunks, groups: Groups) -> list[Pack]:
+    """This data-parallel rank's packs."""
+    multiple = pack_multiple(chunks)
+    return [make_pack([texts[number] for number in numbers], multiple) for numbers in plan.packs[groups.dp_rank]]
+
+
+def run_schedule(
+    chunks: Chunks,
+    packs: list[Pack],
+    on_output: Callable[[int, Tensor], Tensor],
+    *,
+    forward_only: bool,
+    before_forward: Callable[[int, int], None] = lambda index, chunk: None,
+) -> None:
+    """Send packs through Megatron's pipeline schedule.
+
+    Args:
+        on_output: called on the last stage with a pack's index and its embeddings; returns the scalar whose gradient
+            is wanted. Results are keyed by index, because a schedule need not call in order.
+        forward_only: no backward. This alone does not switch autograd off.
+        before_forward: called with the index and the number of the chunk before each forward on every stage.
+    """
+
+    def forward_step(data: Iterator[tuple[int, Pack]], model: torch.nn.Module):
+        index, pack = next(data)
+        before_forward(index, next(number for number, chunk in enumerate(chunks) if chunk is model))
+        return model(pack), lambda embeddings: (on_output(index, embeddings), {})
+
+    # Every chunk walks through the same packs.
+    iterators = [iter(enumerate(packs)) for _ in chunks]
+    get_forward_backward_func()(
+        forward_step_func=forward_step,
+        data_iterator=iterators if len(chunks) > 1 else iterators[0],
+        model=chunks,
+        num_microbatches=len(packs),
+        seq_length=max(len(pack.token_ids) for pack in packs),
+        micro_batch_size=1,
+        forward_only=forward_only,
+    )
+
+
+@torch.no_grad()
+def embed_packs(
+    chunks: Chunks, packs: list[Pack], before_forward: Callable[[int, int], None] = lambda index, chunk: None
+) -> list[Tensor]:
+    """Embeddings of each pack, float32 [n, D], without a graph; empty off the last stage."""
+    found: dict[int, Tensor] = {}
+
+    def keep(index: int, embeddings: Tensor) -> Tensor:
+        found[index] = embeddings
+        return embeddings.new_zeros(())
+
+    run_schedule(chunks, packs, keep, forward_only=True, before_forward=before_forward)
+    return [found[index] for index in sorted(found)]
+
+
+@torch.no_grad()
+def embed_texts(chunks: Chunks, groups: Groups, texts: list[Text], token_budget: int) -> Tensor | None:
+    """Embeddings of many texts by all ranks together, for evaluation.
+
+    Returns:
+        float32 [N, D] in the given order on the last pipeline stage, None elsewhere.
+    """
+    plan = plan_texts([len(text) for text in texts], chunks, groups, token_budget)
+    was_training = chunks[0].training
+    for chunk in chunks:
+        chunk.eval()
+    embeddings = embed_packs(chunks, packs_of_rank(texts, plan, chunks, groups))
+    for chunk in chunks:
+        chunk.train(was_training)
+    if not groups.is_last_stage:
+        return None
+    return gather_rows(torch.cat(embeddings), plan.owned(), groups.dp)

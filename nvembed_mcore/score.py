@@ -1,0 +1,234 @@
+"""The second phase of a step: gather all embeddings, score them, and hand each rank `dL/dE` of its own.
+
+Letters: `Q` queries, `M` passages, `N = Q + M` texts of the global batch (queries first), `n` texts of this rank, `R`
+pairs of a query and a positive, `D` embedding size, `W` data-parallel size.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from nvembed_mcore import device
+from nvembed_mcore.config import LossConfig
+from nvembed_mcore.data.batch import Batch
+from nvembed_mcore.kernels.reference import Columns, Masks, Rows, Softmax
+from nvembed_mcore.loss import make_targets, score_columns, score_rows
+from nvembed_mcore.parallel.gather import gather_rows, scatter_sum
+from nvembed_mcore.parallel.groups import Groups
+
+FLOPS_PER_BYTE = {"cuda": 500, "cpu": 50}
+"""Float32 operations of a device in the time in which a byte crosses the network: 25 to 50 TFLOP/s against 50 to 100
+GB/s of a GPU; 80 GFLOP/s of a CPU core against 1 to 2 GB/s of gloo. Only the choice of `auto` hangs on it."""
+
+
+@dataclass(frozen=True)
+class Scores:
+    """What scoring gives a rank.
+
+    Attributes:
+        totals: float32 [2]: sum of the losses of its rows, and of the weights of queries whose positive is first.
+        grad: float32 [n, D]: gradient of each of its texts' embeddings, in the order of `plan.owned()`.
+        grad_log_scale: float32 scalar: its rows' part of the gradient to the log of one over the temperature.
+    """
+
+    totals: Tensor
+    grad: Tensor
+    grad_log_scale: Tensor
+
+
+@dataclass(frozen=True)
+class _Direction:
+    """One direction of the loss over the global batch, on the host.
+
+    `anchor` int64 [R] and `candidate` int64 [C] are text numbers; `rows` and `columns` the arguments of
+    `loss.make_targets` by name.
+    """
+
+    anchor: np.ndarray
+    candidate: np.ndarray
+    rows: dict[str, np.ndarray]
+    columns: dict[str, np.ndarray]
+
+    def targets(self, rows: np.ndarray, columns: np.ndarray, masks: Masks) -> tuple[Rows, Columns]:
+        """Targets of some rows and columns (int64 numbers), on this process's device."""
+        chosen = {name: values[rows] for name, values in self.rows.items()}
+        place = np.full(len(self.candidate), -1)
+        place[columns] = np.arange(len(columns))
+        chosen["positive"] = place[chosen["positive"]]
+        others = {f"column_{name}": values[columns] for name, values in self.columns.items()}
+        found = make_targets(**chosen, **others, masks=masks)
+        return found[0].to(device.current()), found[1].to(device.current())
+
+
+def _directions(batch: Batch, config: LossConfig) -> list[_Direction]:
+    """Query among passages, and with `symmetric` positive among queries."""
+    positive = np.flatnonzero(batch.is_positive)
+    query = batch.passage_query[positive]
+    of_pair = dict(
+        query=query,
+        weight=1.0 / np.bincount(query, minlength=batch.num_queries)[query],
+        in_batch=batch.in_batch[query],
+        dataset=batch.dataset[query],
+    )
+    passages = _Direction(
+        anchor=query,
+        candidate=batch.num_queries + np.arange(len(batch.passage_query)),
+        rows=dict(**of_pair, positive=positive, documents=batch.positive_ids[query]),
+        columns=dict(
+            query=batch.passage_query,
+            hard=~batch.is_positive,
+            shared=batch.is_positive | config.share_hard_negatives,
+            dataset=batch.dataset[batch.passage_query],
+            documents=batch.passage_ids[:, None],
+        ),
+    )
+    queries = _Direction(
+        anchor=batch.num_queries + positive,
+        candidate=np.arange(batch.num_queries),
+        rows=dict(**of_pair, positive=query, documents=batch.passage_ids[positive][:, None]),
+        columns=dict(
+            query=np.arange(batch.num_queries),
+            hard=np.zeros(batch.num_queries, dtype=bool),
+            shared=np.ones(batch.num_queries, dtype=bool),
+            dataset=batch.dataset,
+            documents=batch.positive_ids,
+        ),
+    )
+    return [passages, queries] if config.symmetric else [passages]
+
+
+class Scorer:
+    """The loss of a global batch and its gradient, the same in every layout as on one process."""
+
+    def __init__(self, config: LossConfig, groups: Groups, gradient_exchange: str) -> None:
+        """Args: gradient_exchange: `step.gradient_exchange` of the configuration."""
+        self.config, self.groups, self.exchange = config, groups, gradient_exchange
+        self.masks = Masks(
+            same_document=config.mask_same_document,
+            same_dataset_only=config.in_batch_from == "dataset",
+            margin=config.false_negative_margin,
+        )
+
+    @torch.no_grad()
+    def __call__(self, batch: Batch, owned: list[np.ndarray], local: Tensor, temperature: float) -> Scores:
+        """Score; the last pipeline stage's ranks of one data-parallel group call this together.
+
+        Args:
+            owned: for each rank the numbers of its texts, in the order in which it embedded them.
+            local: float32 [n, D], unit vectors of this rank's texts.
+            temperature: cosines are divided by this.
+        """
+        everything = gather_rows(local, owned, self.groups.dp)
+        directions = _directions(batch, self.config)
+        sizes = [*self.config.matryoshka_dims, local.size(1)]
+        # The one place where W appears (docs/design.md): data parallelism divides by it.
+        factor = self.groups.dp_size / (batch.num_queries * len(directions) * len(sizes))
+        total, grad_log_scale = local.new_zeros(2), local.new_zeros(())
+        recompute = self._recomputes(batch, owned, local.size(1))
+        # Of all texts, to be summed over ranks; or complete, of this rank's texts.
+        grad = torch.zeros_like(local if recompute else everything)
+        for size in sizes:
+            vectors, norms = _leading(everything, size)
+            grad_vectors = vectors.new_zeros(len(grad), size)
+            for number, direction in enumerate(directions):
+                loss, correct, of_log_scale = self._direction(
+                    direction, owned, vectors, 1.0 / temperature, grad_vectors, recompute
+                )
+                total[0] += loss / (len(directions) * len(sizes))
+                if number == 0 and size == local.size(1):
+                    total[1] += correct
+                grad_log_scale += of_log_scale
+            if size < local.size(1):
+                mine = torch.as_tensor(owned[self.groups.dp_rank], device=local.device) if recompute else slice(None)
+                grad_vectors = _through_norm(grad_vectors, vectors[mine], norms[mine])
+            grad[:, :size] += grad_vectors
+        if not recompute:
+            grad = (
+                scatter_sum(grad, owned, self.groups.dp)
+                if self.groups.dp_size > 1
+                else grad[torch.as_tensor(owned[0], device=local.device)]
+            )
+        return Scores(total, grad * factor, grad_log_scale * factor)
+
+    def _direction(
+        self,
+        direction: _Direction,
+        owned: list[np.ndarray],
+        vectors: Tensor,
+        scale: float,
+        grad: Tensor,
+        recompute: bool,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Loss, correct rows and gradient to log(scale) of this rank's rows of one direction; adds to `grad`.
+
+        `vectors` [N, d] of all texts. `grad` [N, d] takes this rank's part for all texts, or with `recompute` [n, d]
+        everything for its own.
+        """
+
+        def on_device(numbers: np.ndarray) -> Tensor:
+            return torch.as_tensor(numbers, device=vectors.device)
+
+        holder = np.empty(len(vectors), dtype=np.int64)  # of each text, its rank
+        for rank, numbers in enumerate(owned):
+            holder[numbers] = rank
+        rows_of = [np.flatnonzero(holder[direction.anchor] == rank) for rank in range(len(owned))]
+        candidate = direction.candidate
+        everywhere = slice(candidate[0], candidate[-1] + 1)
+        rows = rows_of[self.groups.dp_rank]
+        anchor = direction.anchor[rows]
+        targets = direction.targets(rows, np.arange(len(candidate)), self.masks)
+        found = score_rows(
+            vectors[on_device(anchor)], vectors[everywhere], *targets, self.masks, scale, with_columns=not recompute
+        )
+        if not recompute:
+            grad.index_add_(0, on_device(anchor), found.grad_rows)
+            grad[everywhere] += found.grad_columns
+            return found.loss, found.correct, found.grad_log_scale
+        place = np.full(len(vectors), -1)  # of each text of this rank, its place among them
+        place[owned[self.groups.dp_rank]] = np.arange(len(grad))
+        grad.index_add_(0, on_device(place[anchor]), found.grad_rows)
+        softmax = torch.stack([found.softmax.log_sum, found.softmax.of_positive], dim=1)
+        softmax = Softmax(*gather_rows(softmax, rows_of, self.groups.dp).unbind(1))
+        columns = np.flatnonzero(place[candidate] >= 0)
+        targets = direction.targets(np.arange(len(direction.anchor)), columns, self.masks)
+        grad_columns = score_columns(
+            vectors[on_device(direction.anchor)],
+            vectors[on_device(candidate[columns])],
+            *targets,
+            self.masks,
+            scale,
+            softmax,
+        )
+        grad.index_add_(0, on_device(place[candidate[columns]]), grad_columns)
+        return found.loss, found.correct, found.grad_log_scale
+
+    def _recomputes(self, batch: Batch, owned: list[np.ndarray], size: int) -> bool:
+        """Whether each rank makes its texts' gradients alone; every rank decides alike, because all know the plan."""
+        if self.exchange != "auto":
+            return self.exchange == "recompute"
+        num_texts, ranks = len(batch.texts), self.groups.dp_size
+        passages = max(int((numbers >= batch.num_queries).sum()) for numbers in owned)
+        pairs = int(batch.is_positive.sum())
+        bytes_saved = 4 * num_texts * size * (ranks - 1) / ranks
+        # Two products of all rows with its columns, in place of one of its rows with all columns.
+        flops = 2 * size * (2 * pairs * passages - math.ceil(pairs / ranks) * len(batch.passage_query))
+        return flops < bytes_saved * FLOPS_PER_BYTE[device.current().type]
+
+
+def _leading(vectors: Tensor, size: int) -> tuple[Tensor, Tensor]:
+    """The first `size` dimensions at unit length, [N, size], and their lengths before, [N, 1]."""
+    if size == vectors.size(1):
+        return vectors, vectors.new_ones(len(vectors), 1)
+    part = vectors[:, :size]
+    norms = part.norm(dim=1, keepdim=True).clamp_min(1e-12)
+    return part / norms, norms
+
+
+def _through_norm(grad: Tensor, unit: Tensor, norms: Tensor) -> Tensor:
+    """The gradient to `x` from that to `unit = x / |x|`; all [N, d], norms [N, 1]."""
+    return (grad - (grad * unit).sum(1, keepdim=True) * unit) / norms

@@ -1,0 +1,127 @@
+"""The proof grid: every layout and way of stepping that is held against one process (docs/gradient-proof.md)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from nvembed_mcore.data.packing import make_plan
+from tests.helpers.cases import Case, many_training_steps
+from tests.helpers.plain import training_batch
+
+BOUND = 1e-5
+"""Largest relative difference allowed, in float32."""
+LAYOUTS = [
+    # processes, tp, sp, pp, chunks
+    (1, 1, False, 1, 1),
+    (2, 1, False, 1, 1),
+    (2, 2, False, 1, 1),
+    (2, 2, True, 1, 1),
+    (2, 1, False, 2, 1),
+    (2, 1, False, 2, 2),
+    (4, 1, False, 1, 1),
+    (4, 2, False, 1, 1),
+    (4, 2, True, 1, 1),
+    (4, 1, False, 2, 1),
+    (4, 1, False, 2, 2),
+    (4, 2, True, 2, 1),
+    (4, 2, True, 2, 2),
+    (4, 1, False, 4, 1),
+]
+LEARNED = {"learn_temperature": True}
+
+
+def budget_for(packs: int, ranks: int, queries: int, multiple: int = 1, uneven: bool = False) -> int:
+    """A token budget that gives the fullest rank `packs` packs of the first batch; with `uneven` another fewer."""
+    lengths = training_batch(queries, 1).lengths
+    for budget in range(20, 2000):
+        counts = [len(one) for one in make_plan(lengths, ranks, budget, multiple=multiple).packs]
+        if max(counts) == packs and (not uneven or min(counts) < packs):
+            return budget
+    raise AssertionError(f"no budget gives {packs} packs on {ranks} ranks")
+
+
+def layouts_and_ways() -> Iterator[Case]:
+    """Each layout with each way that it allows, one pack and three (pipeline size and twice that if interleaved)."""
+    for number, (world, tp, sp, pp, chunks) in enumerate(LAYOUTS):
+        ranks, multiple = world // (tp * pp), pp if chunks > 1 else 1
+        counts = (pp, 2 * pp) if chunks > 1 else (1, 3)
+        ways = [("cached", counts[0]), ("cached", counts[1])]
+        if pp == 1:
+            ways += [("single", 1), ("retain", 3)]
+        for way, packs in ways:
+            layout = dict(world=world, tp=tp, sp=sp, pp=pp, chunks=chunks, way=way, loss=LEARNED)
+            budget = 100_000 if packs == 1 else budget_for(packs, ranks, 7, multiple)
+            yield Case(**layout, budget=budget, distributed=False, overlap=number % 2 == 0)
+            if packs > 1:
+                yield Case(**layout, budget=budget, distributed=True, overlap=number % 2 == 1)
+
+
+def uneven_batches() -> Iterator[Case]:
+    """Ranks with different numbers of packs, batches that W does not divide, ranks without texts, clipping off."""
+    for way in ("retain", "cached"):
+        yield Case(world=2, way=way, budget=budget_for(3, 2, 7, uneven=True), distributed=False)
+        yield Case(world=4, way=way, budget=budget_for(2, 4, 5, uneven=True), queries=5, distributed=False)
+        # No learned temperature: over three scores its gradient is the small difference of large numbers.
+        yield Case(world=4, way=way, queries=1, distributed=False, overlap=True)
+        yield Case(world=4, way=way, queries=1, distributed=True, overlap=True)
+    yield Case(world=4, pp=2, way="cached", budget=budget_for(3, 2, 7, uneven=True), distributed=False)
+    budget = budget_for(4, 2, 7, multiple=2, uneven=True)
+    yield Case(world=4, pp=2, chunks=2, way="cached", budget=budget, distributed=False)
+    yield Case(world=2, way="single", clip=0.0, distributed=False)
+    yield Case(world=2, way="single", clip=0.0, distributed=True)
+
+
+OPTIONS = {
+    "same documents not masked": {"mask_same_document": False},
+    "in-batch negatives within a data set": {"in_batch_from": "dataset"},
+    "hard negatives not shared": {"share_hard_negatives": False},
+    "false negatives by margin": {"false_negative_margin": -0.05},
+    "symmetric": {"symmetric": True},
+    "Matryoshka": {"matryoshka_dims": [8, 16]},
+    "learned temperature": LEARNED,
+    "everything": {
+        "learn_temperature": True,
+        "symmetric": True,
+        "matryoshka_dims": [8, 16],
+        "false_negative_margin": 0.0,
+        "in_batch_from": "dataset",
+        "share_hard_negatives": False,
+    },
+}
+
+
+def loss_options() -> Iterator[Case]:
+    """Each option of the loss, with gradients exchanged both ways."""
+    for option in OPTIONS.values():
+        for exchange in ("reduce_scatter", "recompute"):
+            yield Case(world=2, way="retain", budget=200, distributed=False, exchange=exchange, loss=option)
+    yield Case(world=4, tp=2, sp=True, way="cached", budget=200, exchange="recompute", loss=OPTIONS["everything"])
+
+
+def heads() -> Iterator[Case]:
+    """The other pooling heads."""
+    for kind in ("mean", "last", "self_attention"):
+        yield Case(kind=kind, distributed=False)
+        yield Case(world=2, tp=2, sp=True, kind=kind, distributed=False)
+
+
+GRID = {
+    "Layouts and ways": list(layouts_and_ways()),
+    "Uneven batches": list(uneven_batches()),
+    "Options of the loss": list(loss_options()),
+    "Pooling heads": list(heads()),
+}
+
+
+def run_grid(world) -> dict[Case, list[dict[str, float]]]:
+    """Results by rank of every case; one job for each layout, in which its groups are made once.
+
+    Args: world: gives the processes of a size, `world(4)`.
+    """
+    cases = [case for many in GRID.values() for case in many]
+    results = {}
+    for layout in sorted({case.layout for case in cases}):
+        alike = [case for case in cases if case.layout == layout]
+        by_rank = world(layout[0]).run(many_training_steps, alike)
+        results.update(zip(alike, zip(*by_rank, strict=True), strict=True))
+    return results

@@ -1,0 +1,190 @@
+"""Training on one process that holds the whole batch, written as plainly as possible; shares no code with the step."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import lru_cache
+
+import numpy as np
+import torch
+
+from nvembed_mcore.checkpoint.names import name_table, to_hf
+from nvembed_mcore.config import PoolingConfig
+from nvembed_mcore.data.batch import Batch, Sample, make_batch
+from tests.helpers import models
+
+HEADS, LATENTS = 4, 6
+
+
+def pooling_config(kind: str) -> PoolingConfig:
+    return PoolingConfig(kind=kind, num_latents=LATENTS, num_heads=HEADS, head_width=12)
+
+
+def random_head(hidden: int, kind: str) -> dict[str, torch.Tensor]:
+    """Random weights of a head, by the trainer's own names; empty for kinds without."""
+    from nvembed_mcore.model.pooling import build_head
+
+    head = build_head(hidden, pooling_config(kind))
+    if head is None:
+        return {}
+    torch.manual_seed(3)
+    return {name: torch.randn_like(value) * 0.3 for name, value in head.state_dict().items()}
+
+
+@lru_cache
+def training_batch(num_queries: int, number: int, vocab_size: int = 250) -> Batch:
+    """Unequal numbers of negatives, shared documents, several positives, two data sets, queries without in-batch."""
+    rng = np.random.default_rng(6 + number)
+    samples = []
+    for i in range(num_queries):
+        positives, negatives = 1 + (i % 3 == 2), (i + 1) % 4
+        lengths = [int(n) for n in rng.integers(2, 40, 1 + positives + negatives)]
+        texts = models.random_texts(lengths, vocab_size, seed=100 * number + i)
+        ids = np.arange(10 * i, 10 * i + positives + negatives)
+        if i == 3:
+            ids[0] = 0  # the document of query 0's first positive
+        if i == 1 and negatives:
+            ids[-1] = 1000  # another positive of query 0, not chosen in this step, stands among query 1's negatives
+        positive_ids = np.append(ids[:positives], 1000 + i)
+        in_batch, dataset = i % 5 != 4, int(i % 4 == 1)
+        samples.append(
+            Sample(texts[0], texts[1:], ids, positive_ids, in_batch, num_positives=positives, dataset=dataset)
+        )
+    return make_batch(samples)
+
+
+def plain_loss(
+    embeddings: torch.Tensor,
+    batch: Batch,
+    temperature: float | torch.Tensor,
+    *,
+    mask_same_document: bool = True,
+    in_batch_from: str = "batch",
+    share_hard_negatives: bool = True,
+    false_negative_margin: float | None = None,
+    symmetric: bool = False,
+    matryoshka_dims: tuple[int, ...] = (),
+) -> torch.Tensor:
+    """Mean loss of the queries, one score after the other. `embeddings` float [N, D], queries first."""
+    directions = [_queries_among_passages] + [_positives_among_queries] * symmetric
+    total, terms = 0.0, 0
+    for size in (*matryoshka_dims, embeddings.size(1)):
+        part = embeddings[:, :size]
+        part = part / part.norm(dim=1, keepdim=True)
+        cosines = part[: batch.num_queries] @ part[batch.num_queries :].T
+        for direction in directions:
+            terms += 1
+            for i in range(batch.num_queries):
+                own = [
+                    j for j in range(len(batch.is_positive)) if batch.passage_query[j] == i and batch.is_positive[j]
+                ]
+                for p in own:
+                    right, others = direction(
+                        batch, i, p, cosines, mask_same_document, in_batch_from == "dataset", share_hard_negatives,
+                        false_negative_margin,
+                    )  # fmt: skip
+                    scores = torch.stack([right, *others]) / temperature
+                    total = total + (scores.logsumexp(0) - scores[0]) / len(own)
+    return total / batch.num_queries / terms
+
+
+def _queries_among_passages(batch, i, p, cosines, same_document, same_dataset, share_hard, margin):
+    """The cosine of query `i` and its positive `p`, and those with all its negatives."""
+    others = []
+    for j in range(len(batch.is_positive)):
+        owner = batch.passage_query[j]
+        if j == p or (same_document and batch.passage_ids[j] in batch.positive_ids[i]):
+            continue
+        if owner == i and batch.is_positive[j]:
+            continue  # another positive of its own
+        if owner != i:
+            if not batch.in_batch[i] or (same_dataset and batch.dataset[owner] != batch.dataset[i]):
+                continue
+            if not (share_hard or batch.is_positive[j]):
+                continue
+            if margin is not None and cosines[i, j] > cosines[i, p] + margin:
+                continue
+        others.append(cosines[i, j])
+    return cosines[i, p], others
+
+
+def _positives_among_queries(batch, i, p, cosines, same_document, same_dataset, share_hard, margin):
+    """The cosine of positive `p` and its query `i`, and those with all other queries that take part."""
+    others = []
+    for k in range(batch.num_queries):
+        if k == i or not batch.in_batch[i] or (same_dataset and batch.dataset[k] != batch.dataset[i]):
+            continue
+        if same_document and batch.passage_ids[p] in batch.positive_ids[k]:
+            continue
+        if margin is not None and cosines[k, p] > cosines[i, p] + margin:
+            continue
+        others.append(cosines[k, p])
+    return cosines[i, p], others
+
+
+@dataclass(frozen=True)
+class PlainStep:
+    """One step of the reference. `grads` (clipped) and `parameters` (afterwards) by Hugging Face name, `log_scale`."""
+
+    loss: float
+    norm: float
+    grads: dict[str, torch.Tensor]
+    parameters: dict[str, torch.Tensor]
+
+
+_runs: dict[str, list[PlainStep]] = {}
+
+
+def run_plainly(num_queries: int, kind: str, clip: float, **loss) -> list[PlainStep]:
+    """Two training steps with torch's AdamW; the same scenario is computed once in a process."""
+    key = repr((num_queries, kind, clip, sorted(loss.items())))
+    if key not in _runs:
+        _runs[key] = _run(num_queries, kind, clip, **loss)
+    return _runs[key]
+
+
+def _run(
+    num_queries: int, kind: str, clip: float, learn_temperature=False, temperature=0.1, **loss
+) -> list[PlainStep]:
+    from tests.helpers.cases import OPTIM
+
+    config = models.tiny_config()
+    # In float64 (Hugging Face's norms excepted), so that the differences are those of our rounding.
+    model = models.hf_reference(config).double()
+    head = {name: value.double().requires_grad_() for name, value in random_head(config.hidden_size, kind).items()}
+    log_scale = torch.full((1,), -float(np.log(temperature)), dtype=torch.float64).requires_grad_(learn_temperature)
+    everything = [*model.parameters(), *head.values(), *([log_scale] if learn_temperature else [])]
+    optimizer = torch.optim.AdamW(
+        [
+            {"params": [p for p in everything if p.dim() > 1], "weight_decay": OPTIM["weight_decay"]},
+            {"params": [p for p in everything if p.dim() == 1], "weight_decay": 0.0},
+        ],
+        lr=OPTIM["lr"],
+        betas=(0.9, 0.999),
+        eps=OPTIM["eps"],
+    )
+    steps = []
+    for number in (1, 2):
+        batch = training_batch(num_queries, number)
+        optimizer.zero_grad()
+        embeddings = torch.stack([models.reference_embedding(model, head, t, kind, HEADS) for t in batch.texts])
+        value = plain_loss(embeddings, batch, torch.exp(-log_scale), **loss)
+        value.backward()
+        grads = [p.grad for p in everything if p.grad is not None]
+        norm = torch.sqrt(sum(grad.double().pow(2).sum() for grad in grads)).item()
+        for grad in grads:
+            grad.mul_(min(1.0, clip / (norm + 1e-6)) if clip else 1.0)
+        optimizer.step()
+        named = {"grads": lambda p: p.grad, "parameters": lambda p: p.detach().clone()}
+        found = {what: _by_hf_name(config, kind, model, head, log_scale, read) for what, read in named.items()}
+        steps.append(PlainStep(loss=value.item(), norm=norm, **found))
+    return steps
+
+
+def _by_hf_name(config, kind, model, head, log_scale, read) -> dict[str, torch.Tensor]:
+    table = {entry.name: entry for entry in name_table(config, pooling_config(kind))}
+    found = {f"embedding_model.{name}": read(p) for name, p in model.named_parameters()}
+    for name, value in head.items():
+        found |= to_hf(table[f"pooling.{name}"], read(value))
+    found = {name: value.clone() for name, value in found.items() if value is not None}
+    return found | ({"log_scale": read(log_scale).clone()} if log_scale.requires_grad else {})
