@@ -10,8 +10,9 @@ from __future__ import annotations
 import torch
 import triton
 import triton.language as tl
-from nvembed_mcore.kernels.reference import Columns, Masks, Rows, Softmax
 from torch import Tensor
+
+from nvembed_mcore.kernels.reference import Columns, Masks, Rows, Softmax
 
 MOST_COLUMNS = 2048
 """Columns that a program holds at a time: with 4096, registers would do for one program a multiprocessor only (what

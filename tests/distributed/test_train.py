@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from nvembed_mcore.checkpoint.store import find_checkpoint
-from nvembed_mcore.config import ModelConfig, ParallelConfig
+from nvembed_mcore.config import LossConfig, ModelConfig, ParallelConfig
 from nvembed_mcore.log import read_metrics
 from nvembed_mcore.train import train
 from tests.helpers import runs
@@ -29,8 +29,8 @@ def evaluations(run_dir) -> list[dict]:
     return [line for line in read_metrics(run_dir / "metrics.jsonl") if "loss" not in line]
 
 
-def layout(tp: int = 1, pp: int = 1) -> ParallelConfig:
-    return ParallelConfig(tp=tp, pp=pp, timeout_minutes=2)
+def layout(tp: int = 1, pp: int = 1, chunks: int = 1) -> ParallelConfig:
+    return ParallelConfig(tp=tp, pp=pp, chunks_per_stage=chunks, timeout_minutes=2)
 
 
 @pytest.fixture(scope="module")
@@ -64,14 +64,35 @@ def test_a_resumed_run_has_the_same_losses(world, inputs, straight, tmp_path):
     assert evaluations(tmp_path)[-1] == evaluations(straight)[-1]
 
 
-@pytest.mark.parametrize(("tp", "pp"), [(2, 1), (1, 2)])
-def test_other_layouts_have_the_same_curve(world, inputs, straight, tmp_path, tp, pp):
-    config = runs.run_config(inputs, tmp_path, parallel=layout(tp, pp))
+@pytest.mark.parametrize(("tp", "pp", "chunks"), [(2, 1, 1), (1, 2, 1), (1, 2, 2)])
+def test_other_layouts_have_the_same_curve(world, inputs, straight, tmp_path, tp, pp, chunks):
+    config = runs.run_config(inputs, tmp_path, parallel=layout(tp, pp, chunks))
     world(2).run(train, dataclasses.replace(config, stop_at=5))
     np.testing.assert_allclose(losses(tmp_path), losses(straight)[:5], rtol=1e-4)
     # In the layout that wrote it a checkpoint goes on by bits, in another one within rounding.
     world(2).run(train, dataclasses.replace(config, parallel=layout()))
     np.testing.assert_allclose(losses(tmp_path), losses(straight), rtol=1e-4)
+
+
+def test_a_learned_temperature_is_saved_and_goes_on_in_another_layout(world, inputs, tmp_path):
+    loss = LossConfig(temperature=0.1, learn_temperature=True)
+    config = runs.run_config(inputs, tmp_path / "straight", parallel=layout(), loss=loss, steps=5)
+    config = dataclasses.replace(config, eval=dataclasses.replace(config.eval, path=None))
+    world(2).run(train, config)
+    expected = [line["temperature"] for line in read_metrics(tmp_path / "straight" / "metrics.jsonl")]
+    assert expected[0] == pytest.approx(0.1) and len(set(expected)) == 5
+    config = dataclasses.replace(config, run_dir=str(tmp_path / "again"))
+    world(2).run(train, dataclasses.replace(config, stop_at=3))
+    world(2).run(train, dataclasses.replace(config, parallel=layout(1, 2, 2)))
+    found = [line["temperature"] for line in read_metrics(tmp_path / "again" / "metrics.jsonl")]
+    assert found[:3] == expected[:3]
+    np.testing.assert_allclose(found, expected, rtol=1e-5)
+    # The next stage goes on with it; one that learns a temperature after a stage that did not starts with its own.
+    second = dataclasses.replace(config, run_dir=str(tmp_path / "second"), steps=1, parallel=layout(2))
+    model = dataclasses.replace(config.model, config=None, init_from=str(tmp_path / "straight"))
+    world(2).run(train, dataclasses.replace(second, model=model))
+    (line,) = read_metrics(tmp_path / "second" / "metrics.jsonl")
+    assert line["temperature"] == pytest.approx(expected[-1], rel=0.05) and line["temperature"] != pytest.approx(0.1)
 
 
 def weights_of(run_dir) -> dict[str, torch.Tensor]:

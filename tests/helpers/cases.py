@@ -308,3 +308,38 @@ def dropout_without_replay() -> tuple[float, float, float]:
             step._reseed = lambda *key: (calls.append(key), reseed(key[0] + len(calls), *key[1:]))  # noqa: B023
         norms.append(step(training_batch(case.queries, 1), 1, PhaseTimer()).grad_norm)
     return tuple(norms)
+
+
+def graph_of_a_pack(case: Case) -> dict[str, float]:
+    """Bytes that the graph of a pack keeps by our measure, of twice the tokens, and what lies in memory by torch's."""
+    from nvembed_mcore.memory import graph_bytes
+
+    step, *_ = build_step(case)
+    (chunk,) = step.chunks
+    parameters = list(chunk.module.parameters())
+    text = models.random_texts([32], 250)
+    one, two = (graph_bytes(lambda: chunk(make_pack(texts)), parameters) for texts in (text, text * 2))  # noqa: B023
+    weights = sum(parameter.numel() * 4 for parameter in parameters)
+    return {"one": one, "two": two, "weights": weights}
+
+
+def ways_by_free_memory(case: Case, free: list[float]) -> tuple[list[str], list[str]]:
+    """Ways of a step under `auto` where rank r finds `free[r]` bytes, and what it logged of them."""
+    import logging
+
+    from nvembed_mcore import device
+    from nvembed_mcore.metrics import PhaseTimer
+
+    lines: list[str] = []
+    handler = logging.Handler()
+    handler.emit = lambda record: lines.append(record.getMessage())
+    loggers = [logging.getLogger(f"nvembed_mcore.{name}") for name in ("step", "memory")]
+    step, groups, *_ = build_step(case)
+    for logger in loggers:
+        logger.addHandler(handler)
+        logger.setLevel(logging.INFO)
+    with mock.patch.object(device, "free_memory_bytes", lambda: free[groups.dp_rank]):
+        ways = [step(training_batch(case.queries, number), number, PhaseTimer()).way for number in (1, 2)]
+    for logger in loggers:
+        logger.removeHandler(handler)
+    return ways, lines

@@ -5,10 +5,10 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from nvembed_mcore.kernels.reference import Masks, allowed
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from nvembed_mcore import loss
+from nvembed_mcore.kernels.reference import Masks, allowed
 from nvembed_mcore.loss import make_targets, score_columns, score_rows
 
 MASKS = {

@@ -1,0 +1,40 @@
+"""`step.way: auto`: what a graph keeps, and the choice that follows from it and from the free memory."""
+
+import pytest
+
+from tests.helpers import cases
+from tests.helpers.cases import Case
+from tests.helpers.grid import budget_for
+
+
+def test_a_graph_is_measured_without_the_weights_and_grows_with_its_tokens(world):
+    (found,) = world(1).run(cases.graph_of_a_pack, Case())
+    # 32 tokens, 4 layers of width 32 and 64: some dozens of float32 a token, layer and unit of width.
+    assert 32 * 4 * 32 * 4 * 10 < found["one"] < 32 * 4 * 32 * 4 * 100
+    assert found["two"] == pytest.approx(2 * found["one"], rel=0.02), "weights would count once"
+
+
+PLENTY, LITTLE = 1e12, 3e5
+"""Bytes; graphs of the cases below take about a megabyte."""
+
+
+@pytest.mark.parametrize(
+    ("free", "way"),
+    [([PLENTY, PLENTY], "retain"), ([LITTLE, LITTLE], "cached"), ([PLENTY, LITTLE], "cached"), ([0, 0], "cached")],
+)
+def test_the_emptiest_rank_decides_for_all(world, free, way):
+    case = Case(world=2, budget=budget_for(3, 2, 7))
+    for ways, lines in world(2).run(cases.ways_by_free_memory, case, free):
+        assert ways == [way, way]
+        assert sum("a graph keeps" in line for line in lines) == 1, "it is measured once"
+        (reason,) = [line for line in lines if line.startswith("step.way auto:")]
+        assert reason.startswith(f"step.way auto: {way} (graphs of ") and "tokens a rank at most" in reason
+
+
+@pytest.mark.parametrize(
+    ("case", "way"), [(Case(), "single"), (Case(world=2, pp=2), "cached"), (Case(world=2), "single")], ids=str
+)
+def test_where_there_is_no_choice_nothing_is_measured(world, case, way):
+    for ways, lines in world(case.world).run(cases.ways_by_free_memory, case, [0, 0]):
+        assert ways == [way, way] and not any("a graph keeps" in line for line in lines)
+        assert any(line.startswith(f"step.way auto: {way}") for line in lines)
