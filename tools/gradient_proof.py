@@ -21,15 +21,15 @@ INTRODUCTION = """# The gradient in every layout
 
 Each line is two optimizer steps on real processes over gloo, in float32, held against one process that has the whole
 batch: Hugging Face's Mistral, the pooling head in its plain order of operations, a loss that computes one score after
-the other, torch's AdamW, all in float64 but Hugging Face's norms (`tests/helpers/plain.py`). The batch has 7 queries
+the other, torch's AdamW, all in float64 (`tests/helpers/plain.py`). The batch has 7 queries
 (another number where a line says so), which no number of ranks divides; unequal numbers of negatives; a query with two
 positives; a document that two queries share; queries with and without in-batch negatives; two data sets. Clipping is
 on and active, unless a line says so.
 
 Differences are the largest of both steps and all ranks. Loss and clip norm: relative. Gradient and parameters: the
-largest difference of a tensor over the largest value of that tensor (at least 0.001), of the worst tensor; parameters
-after two steps. The distributed optimizer keeps only a part of each rank's sums, so there the gradient shows in norm
-and parameters. Bound: {bound:g}.
+largest difference of a tensor over the largest value of that tensor (or over 0.0001, parameters 0.001, where all are
+smaller), of the worst tensor; parameters after two steps. The distributed optimizer keeps only a part of each rank's
+sums, so there the gradient shows in norm and parameters. Bound: {bound:g}.
 
 - `W` data-parallel ranks, `chunks` model chunks of a stage (interleaved where more than one).
 - `packs` of the rank with most (microbatches).

@@ -1,7 +1,7 @@
 """Bidirectional attention over packed tokens, with rotary positions counted inside each sequence.
 
 Letters: `T` tokens in a pack, `B` sequences, `A` query heads and `G` key/value groups of this tensor rank, `d` head
-width, `L` padded length of a bucket, `b` sequences in a bucket.
+width, `P` places of all padded buckets, `L` padded length of a bucket, `b` sequences in a bucket.
 
 On CUDA in half precision, torch's variable-length attention runs on the pack as it is. Elsewhere sequences of similar
 length are attended together in padded buckets: one call a sequence costs three times as much.
@@ -10,7 +10,7 @@ length are attended together in padded buckets: one call a sequence costs three 
 from __future__ import annotations
 
 from contextlib import nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -26,20 +26,36 @@ from nvembed_mcore.kernels.varlen import varlen_attention
 VARLEN_WIDTHS = range(8, 257, 8)
 """Head widths that FlashAttention computes; wider heads of a pooling head take the padded form."""
 BUCKET_GRANULARITY = 16
-"""Sequences whose lengths round up to the same multiple share a bucket."""
+"""Sequences whose lengths round up to the same multiple share a bucket; from 4 to 64 a step takes the same time."""
 
 
 @dataclass(frozen=True)
 class Bucket:
     """Sequences attended in one padded call.
 
-    `rows` int64 [b, L]: token of the pack at each place (a pad repeats the sequence's first token, which its mask
-    hides). `is_token` bool [b, L]. `has_pads` says whether any place is a pad.
+    `is_token` bool [b, L], false at pads; None where there are none.
     """
 
+    num_sequences: int
+    length: int
+    is_token: torch.Tensor | None
+
+
+@dataclass(frozen=True)
+class Padding:
+    """The padded form of a pack: its buckets one behind the other.
+
+    Attributes:
+        buckets: in order.
+        rows: int64 [P], token of the pack at each place (a pad repeats the sequence's first token; its mask hides it).
+        places: int64 [T], place of each token.
+        pads: int64, places that are pads.
+    """
+
+    buckets: list[Bucket]
     rows: torch.Tensor
-    is_token: torch.Tensor
-    has_pads: bool
+    places: torch.Tensor
+    pads: torch.Tensor
 
 
 @dataclass
@@ -49,14 +65,13 @@ class Packing(PackedSeqParams):
     Attributes:
         position_ids: int64 [T], position inside its own sequence.
         segment_ids: int64 [T], number of its sequence.
-        buckets: the padded form; `restore` int64 [T] finds token t in the concatenated real places of all buckets.
-        rotary: cosine and sine, float32 [T, 1, d / 2] each.
+        padding: the padded form.
+        rotary: see `RotaryTable`.
     """
 
     position_ids: torch.Tensor | None = None
     segment_ids: torch.Tensor | None = None
-    buckets: list[Bucket] = field(default_factory=list)
-    restore: torch.Tensor | None = None
+    padding: Padding | None = None
     rotary: tuple[torch.Tensor, torch.Tensor] | None = None
 
 
@@ -66,7 +81,6 @@ def packing_of(lengths: np.ndarray, device: torch.device) -> Packing:
     starts = np.concatenate([[0], np.cumsum(lengths)])
     longest = int(lengths.max())
     bounds = torch.as_tensor(starts, dtype=torch.int32).to(device)
-    buckets, restore = _buckets(lengths, starts[:-1], device)
     return Packing(
         qkv_format="thd",
         cu_seqlens_q=bounds,
@@ -75,27 +89,65 @@ def packing_of(lengths: np.ndarray, device: torch.device) -> Packing:
         max_seqlen_kv=longest,
         position_ids=torch.as_tensor(np.arange(starts[-1]) - np.repeat(starts[:-1], lengths)).to(device),
         segment_ids=torch.as_tensor(np.repeat(np.arange(len(lengths)), lengths)).to(device),
-        buckets=buckets,
-        restore=restore,
+        padding=_padding(lengths, starts[:-1], device),
     )
 
 
-def _buckets(lengths: np.ndarray, starts: np.ndarray, device: torch.device) -> tuple[list[Bucket], torch.Tensor]:
+def _padding(lengths: np.ndarray, starts: np.ndarray, device: torch.device) -> Padding:
     classes = -(-lengths // BUCKET_GRANULARITY)
-    buckets, order = [], []
+    buckets, rows, is_token = [], [], []
     for length_class in np.unique(classes):
         members = np.flatnonzero(classes == length_class)
         width = int(lengths[members].max())
-        places = np.arange(width)[None]
-        is_token = places < lengths[members, None]
-        rows = starts[members, None] + np.where(is_token, places, 0)
-        order.append(rows[is_token])
-        buckets.append(
-            Bucket(torch.as_tensor(rows).to(device), torch.as_tensor(is_token).to(device), not is_token.all())
-        )
-    restore = np.empty(int(lengths.sum()), dtype=np.int64)
-    restore[np.concatenate(order)] = np.arange(len(restore))
-    return buckets, torch.as_tensor(restore).to(device)
+        positions = np.arange(width)[None]
+        inside = positions < lengths[members, None]
+        rows.append((starts[members, None] + np.where(inside, positions, 0)).ravel())
+        is_token.append(inside.ravel())
+        buckets.append(Bucket(len(members), width, None if inside.all() else torch.as_tensor(inside).to(device)))
+    rows, is_token = np.concatenate(rows), np.concatenate(is_token)
+    places = np.empty(int(lengths.sum()), dtype=np.int64)
+    places[rows[is_token]] = np.flatnonzero(is_token)
+    arrays = (rows, places, np.flatnonzero(~is_token))
+    return Padding(buckets, *(torch.as_tensor(array).to(device) for array in arrays))
+
+
+class _Rearranged(torch.autograd.Function):
+    """Rows of a tensor by number, [n, ...] -> [len(rows), ...]; the gradient, too, is taken by number.
+
+    Row `i` of the gradient is that of `back[i]`, and zero where `i` is in `zero`. Autograd's own would add row by row,
+    because it does not know that every row is wanted once.
+    """
+
+    @staticmethod
+    def forward(ctx, states: torch.Tensor, rows: torch.Tensor, back: torch.Tensor, zero: torch.Tensor | None):
+        ctx.save_for_backward(back, zero)
+        return states.index_select(0, rows)
+
+    @staticmethod
+    def backward(ctx, grad: torch.Tensor):
+        back, zero = ctx.saved_tensors
+        grad = grad.index_select(0, back)
+        return grad if zero is None else grad.index_fill_(0, zero, 0.0), None, None, None
+
+
+def _pad(states: torch.Tensor, padding: Padding) -> list[torch.Tensor]:
+    """[T, heads, d] -> for each bucket [b, L, heads, d].
+
+    Nothing that is asked for depends on a pad, so the gradient of its copy is zero and need not be added.
+    """
+    width = states.shape[1:]
+    padded = _Rearranged.apply(states.flatten(1), padding.rows, padding.places, None)
+    parts = padded.split([bucket.num_sequences * bucket.length for bucket in padding.buckets])
+    return [
+        part.view(bucket.num_sequences, bucket.length, *width)
+        for part, bucket in zip(parts, padding.buckets, strict=True)
+    ]
+
+
+def _unpad(parts: list[torch.Tensor], padding: Padding) -> torch.Tensor:
+    """For each bucket [b, L, heads, d] -> [T, heads, d]."""
+    padded = torch.cat([part.flatten(0, 1) for part in parts])
+    return _Rearranged.apply(padded, padding.places, padding.rows, padding.pads)
 
 
 class RotaryTable(torch.nn.Module):
@@ -107,17 +159,33 @@ class RotaryTable(torch.nn.Module):
 
     @torch.no_grad()
     def forward(self, position_ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Cosine and sine, float32 [T, 1, d / 2], for int64 [T] positions: angle = position * theta ** (-2 i / d)."""
+        """Factors of a state and of its other half, float32 [T, 1, d] each, for int64 [T] positions.
+
+        They are `cos, cos` and `-sin, sin` of angle = position * theta ** (-2 i / d).
+        """
         exponent = torch.arange(0, self.width, 2, dtype=torch.float32, device=position_ids.device) / self.width
         angles = (position_ids[:, None].float() * (1.0 / self.theta**exponent)[None])[:, None]
-        return angles.cos(), angles.sin()
+        cos, sin = angles.cos(), angles.sin()
+        return torch.cat([cos, cos], dim=-1), torch.cat([-sin, sin], dim=-1)
+
+
+class _Rotated(torch.autograd.Function):
+    """States turned by their positions; the gradient is turned back."""
+
+    @staticmethod
+    def forward(ctx, states: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor):
+        ctx.save_for_backward(cos, sin)
+        return torch.addcmul(states * cos, states.roll(states.size(-1) // 2, dims=-1), sin)
+
+    @staticmethod
+    def backward(ctx, grad: torch.Tensor):
+        cos, sin = ctx.saved_tensors
+        return torch.addcmul(grad * cos, grad.roll(grad.size(-1) // 2, dims=-1), sin, value=-1), None, None
 
 
 def rotate(states: torch.Tensor, rotary: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
     """Turn `states` [T, heads, d] by their positions, in the half-split order of Hugging Face's Mistral."""
-    cos, sin = (table.to(states.dtype) for table in rotary)
-    first, second = states.chunk(2, dim=-1)
-    return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1)
+    return _Rotated.apply(states, *(table.to(states.dtype) for table in rotary))
 
 
 def packed_attention(
@@ -143,32 +211,29 @@ def packed_attention(
     is_half = query.dtype in (torch.bfloat16, torch.float16)
     if query.is_cuda and is_half and query.size(-1) in VARLEN_WIDTHS and dropout == 0.0:
         return varlen_attention(query, key, value, packing.cu_seqlens_q, packing.max_seqlen_q, causal=causal)
-    groups = query.size(1) // key.size(1)
+    padding, repeats = packing.padding, query.size(1) // key.size(1)
+    # The query heads of a group attend to the same keys: they are further queries, [b, G, L * repeats, d].
+    query = query.unflatten(1, (key.size(1), repeats))
+    padded = (_pad(states, padding) for states in (query, key, value))
     parts = []
-    for bucket in packing.buckets:
-        q, k, v = (states[bucket.rows].transpose(1, 2) for states in (query, key, value))  # [b, heads, L, d]
-        mask = _mask(bucket, causal)
+    for bucket, q, k, v in zip(padding.buckets, *padded, strict=True):
         out = F.scaled_dot_product_attention(
-            q,
-            k.repeat_interleave(groups, dim=1),
-            v.repeat_interleave(groups, dim=1),
-            attn_mask=mask,
+            q.transpose(1, 2).flatten(2, 3),
+            k.transpose(1, 2),
+            v.transpose(1, 2),
+            attn_mask=_mask(bucket, causal, repeats, query.device),
             dropout_p=dropout,
-            is_causal=causal and mask is None,
         )
-        parts.append(out.transpose(1, 2)[bucket.is_token])
-    return torch.cat(parts)[packing.restore]
+        parts.append(out.unflatten(2, (bucket.length, repeats)).transpose(1, 2))
+    return _unpad(parts, padding).flatten(1, 2)
 
 
-def _mask(bucket: Bucket, causal: bool) -> torch.Tensor | None:
-    """Bool [b, 1, 1 or L, L], true where attention is allowed; None where nothing but causality hides anything."""
-    if not bucket.has_pads:
-        return None
-    mask = bucket.is_token[:, None, None]
-    if causal:
-        length = mask.size(-1)
-        mask = mask & torch.ones(length, length, dtype=torch.bool, device=mask.device).tril()
-    return mask
+def _mask(bucket: Bucket, causal: bool, repeats: int, device: torch.device) -> torch.Tensor | None:
+    """Bool [b or 1, 1, 1 or L * repeats, L], true where attention is allowed; None where nothing is hidden."""
+    if causal:  # hides pads too, which stand behind the tokens
+        mask = torch.ones(bucket.length, bucket.length, dtype=torch.bool, device=device).tril()
+        return mask.repeat_interleave(repeats, dim=0)[None, None]
+    return None if bucket.is_token is None else bucket.is_token[:, None, None]
 
 
 class PackedCoreAttention(MegatronModule):

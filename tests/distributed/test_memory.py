@@ -1,7 +1,11 @@
 """`step.way: auto`: what a graph keeps, and the choice that follows from it and from the free memory."""
 
+from pathlib import Path
+
 import pytest
 
+from nvembed_mcore.checkpoint.store import Checkpoint
+from nvembed_mcore.train import _retain_tokens
 from tests.helpers import cases
 from tests.helpers.cases import Case
 from tests.helpers.grid import budget_for
@@ -38,3 +42,14 @@ def test_where_there_is_no_choice_nothing_is_measured(world, case, way):
     for ways, lines in world(case.world).run(cases.ways_by_free_memory, case, [0, 0]):
         assert ways == [way, way] and not any("a graph keeps" in line for line in lines)
         assert any(line.startswith(f"step.way auto: {way}") for line in lines)
+
+
+def test_a_resumed_run_keeps_the_limit_of_its_hardware_and_layout():
+    """Otherwise it could step another way, and not go on by bits."""
+    layout = {"parallel": {"tp": 1}, "step": {"way": "auto"}}
+    facts = {"hardware": {"device": "cpu", "world_size": 2}, "config": layout}
+    saved = Checkpoint(Path("run"), 5, facts | {"retain_tokens": 777})
+    assert _retain_tokens(None, facts) is None
+    assert _retain_tokens(saved, facts) == 777
+    assert _retain_tokens(saved, facts | {"hardware": {"device": "cpu", "world_size": 4}}) is None
+    assert _retain_tokens(saved, facts | {"config": layout | {"parallel": {"tp": 2}}}) is None

@@ -6,7 +6,7 @@ from nvembed_mcore.config import ConfigError
 from tests.helpers import cases
 from tests.helpers.cases import Case
 from tests.helpers.grid import BOUND, GRID, OPTIONS, budget_for, run_grid
-from tests.helpers.plain import run_plainly
+from tests.helpers.plain import TEMPERATURE, run_plainly
 
 CASES = [case for many in GRID.values() for case in many]
 
@@ -46,7 +46,7 @@ def test_the_grid_has_what_it_promises():
 def test_each_option_changes_the_loss(name):
     """So that a step which ignored it could not agree with the reference."""
     plain, changed = (run_plainly(7, "latent", 0.5, **option)[0].loss for option in ({}, OPTIONS[name]))
-    assert abs(plain - changed) > 1e-3 * plain
+    assert abs(plain - changed) > 10 * BOUND * plain
 
 
 @pytest.mark.parametrize("sabotage", ["factor", "detached"])
@@ -61,10 +61,10 @@ def test_a_wrong_gradient_does_not_pass(world, sabotage):
 def test_a_learned_temperature_is_one_number_for_all_ranks(world):
     case = Case(world=4, tp=2, sp=True, way="cached", budget=200, loss={"learn_temperature": True})
     temperatures = {result["temperature"] for result in world(4).run(cases.training_steps, case)}
-    assert len(temperatures) == 1 and temperatures != {0.1}
+    assert len(temperatures) == 1 and temperatures != {TEMPERATURE}
 
 
-@pytest.mark.parametrize("bounds", [(0.1, 0.1), (0.0999, 0.1001)])
+@pytest.mark.parametrize("bounds", [(0.3, 0.3), (0.2997, 0.3003)])
 def test_a_learned_temperature_stays_in_its_range(world, bounds):
     (result,) = world(1).run(cases.clamped_temperature, bounds)
     assert all(bounds[0] <= temperature <= bounds[1] for temperature in result["temperatures"])

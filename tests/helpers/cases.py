@@ -11,7 +11,7 @@ import torch
 from nvembed_mcore.config import LossConfig, ModelConfig, OptimConfig, ParallelConfig, StepConfig
 from nvembed_mcore.data.packing import make_pack
 from tests.helpers import models
-from tests.helpers.plain import pooling_config, random_head, run_plainly, training_batch
+from tests.helpers.plain import TEMPERATURE, pooling_config, random_head, run_plainly, step_config, training_batch
 
 _layouts: dict = {}
 
@@ -37,7 +37,7 @@ def build(
     from nvembed_mcore.checkpoint.names import local_shard, name_table, to_hf
     from nvembed_mcore.model.encoder import Encoder, wrap_data_parallel
 
-    model = ModelConfig(config="unused", attention_mask=mask, pooling=pooling_config(kind))
+    model = ModelConfig(config="unused", attention_mask=mask, precision="float32", pooling=pooling_config(kind))
     encoders = [
         Encoder(hf_config, model, parallel, groups, chunk=chunk, temperature=temperature)
         for chunk in range(parallel.chunks_per_stage)
@@ -103,8 +103,8 @@ def encoder_states(
     return result
 
 
-def worst_difference(found, expected, table, groups) -> float:
-    """Largest |difference| of a parameter over the largest |value| that is expected of it.
+def worst_difference(found, expected, table, groups, least: float = 1e-4) -> float:
+    """Largest |difference| of a tensor over the largest |value| that is expected of it, or over `least`.
 
     `found` by our names, local shards. `expected` by Hugging Face name, whole, and `log_scale`.
     """
@@ -116,8 +116,8 @@ def worst_difference(found, expected, table, groups) -> float:
             truth = local_shard(table[name], expected.__getitem__, groups.tp_rank, groups.tp_size)
         else:
             truth = expected[name]
-        scale = max(truth.abs().max().item(), 1e-3)
-        worst = max(worst, (value.detach() - truth).abs().max().item() / scale)
+        scale = max(truth.abs().max().item(), least)
+        worst = max(worst, (value.detach().cpu() - truth).abs().max().item() / scale)
     return worst
 
 
@@ -166,11 +166,11 @@ def build_step(case: Case, dropout: float = 0.0):
     # Small buckets, so that there are several to overlap.
     overlap = dict(overlap_grad_reduce=case.overlap, bucket_size=4000 if case.overlap else None)
     parallel, groups = layout(case.tp, case.pp, case.sp, chunks_per_stage=case.chunks, **overlap)
-    hf_config = models.tiny_config(attention_dropout=dropout)
-    loss = LossConfig(**{"temperature": 0.1, **case.loss})
+    hf_config = step_config(attention_dropout=dropout)
+    loss = LossConfig(**{"temperature": TEMPERATURE, **case.loss})
     chunks, table, parameters = build(
         hf_config,
-        models.hf_reference(models.tiny_config()),
+        models.hf_reference(step_config()),
         random_head(hf_config.hidden_size, case.kind),
         case.kind,
         parallel,
@@ -217,7 +217,7 @@ def training_steps(case: Case, sabotage: str | None = None) -> dict[str, float]:
         if not case.distributed:  # the distributed optimizer keeps only a part of each rank's sums
             found = {name: parameter.main_grad for name, parameter in parameters.items()}
             result["gradient"] = max(result["gradient"], worst_difference(found, truth.grads, table, groups))
-    result["parameters"] = worst_difference(parameters, truth.parameters, table, groups)
+    result["parameters"] = worst_difference(parameters, truth.parameters, table, groups, least=1e-3)
     return result | {"microbatches": output.num_microbatches, "temperature": output.temperature}
 
 

@@ -8,6 +8,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from transformers import MistralConfig, MistralModel
+from transformers.models.mistral.modeling_mistral import MistralRMSNorm
 
 from nvembed_mcore.data.packing import Text
 
@@ -40,6 +41,18 @@ def hf_reference(config: MistralConfig, seed: int = 0, is_causal: bool = False) 
         for name, parameter in model.named_parameters():
             if "norm" in name:
                 parameter.uniform_(0.5, 1.5)
+    return model
+
+
+def in_float64(model: MistralModel) -> MistralModel:
+    """The same model in float64, its norms too, which Hugging Face always computes in float32."""
+    model.double()
+    for parent in [*model.layers, model]:
+        for name, child in list(parent.named_children()):
+            if isinstance(child, MistralRMSNorm):
+                norm = torch.nn.RMSNorm(len(child.weight), eps=child.variance_epsilon, dtype=torch.float64)
+                norm.weight = child.weight
+                setattr(parent, name, norm)
     return model
 
 

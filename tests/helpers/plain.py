@@ -7,6 +7,7 @@ from functools import lru_cache
 
 import numpy as np
 import torch
+from transformers import MistralConfig
 
 from nvembed_mcore.checkpoint.names import name_table, to_hf
 from nvembed_mcore.config import PoolingConfig
@@ -14,6 +15,13 @@ from nvembed_mcore.data.batch import Batch, Sample, make_batch
 from tests.helpers import models
 
 HEADS, LATENTS = 4, 6
+TEMPERATURE = 0.3
+"""Lower ones magnify the rounding of the scores, and that is all that they would add here."""
+
+
+def step_config(**changes) -> MistralConfig:
+    """The tiny model, with weights that are drawn smaller: two steps magnify the rounding of the first one less."""
+    return models.tiny_config(initializer_range=0.05, **changes)
 
 
 def pooling_config(kind: str) -> PoolingConfig:
@@ -144,13 +152,13 @@ def run_plainly(num_queries: int, kind: str, clip: float, **loss) -> list[PlainS
 
 
 def _run(
-    num_queries: int, kind: str, clip: float, learn_temperature=False, temperature=0.1, **loss
+    num_queries: int, kind: str, clip: float, learn_temperature=False, temperature=TEMPERATURE, **loss
 ) -> list[PlainStep]:
     from tests.helpers.cases import OPTIM
 
-    config = models.tiny_config()
-    # In float64 (Hugging Face's norms excepted), so that the differences are those of our rounding.
-    model = models.hf_reference(config).double()
+    config = step_config()
+    # In float64, so that the differences are those of our rounding.
+    model = models.in_float64(models.hf_reference(config))
     head = {name: value.double().requires_grad_() for name, value in random_head(config.hidden_size, kind).items()}
     log_scale = torch.full((1,), -float(np.log(temperature)), dtype=torch.float64).requires_grad_(learn_temperature)
     everything = [*model.parameters(), *head.values(), *([log_scale] if learn_temperature else [])]
