@@ -165,9 +165,9 @@ class StepConfig:
 
     way: Literal["auto", "single", "retain", "cached"] = "auto"
     """What is kept between embedding and the gradient. `single`: the graph of the one pack of a rank. `retain`: the
-    graphs of all its packs. `cached`: nothing; every pack is embedded again (one more forward pass), so a batch of any
-    size and pipeline stages work. `auto`: `single` for one pack, `retain` where the graphs fit the free memory as
-    measured at the start, otherwise `cached`."""
+    graphs of all its packs. `cached`: that of one pack; the others are embedded again (one more forward pass), so a
+    batch of any size fits, and pipeline stages work. `auto`: `single` for one pack, `retain` where the graphs fit the
+    free memory as measured at the start, otherwise `cached`."""
     tokens_per_microbatch: int = 16384
     """Token budget of one pack; a longer text gets a pack of its own."""
     gradient_exchange: Literal["auto", "reduce_scatter", "recompute"] = "auto"

@@ -2,8 +2,9 @@
 
 Three phases, whatever the layout: embed every pack; gather all embeddings and score them; push the gradient of each
 embedding back through its pack. The ways differ in what is kept between the phases. `retain` keeps the graphs of all
-packs (`single` is its case of one pack). `cached` keeps nothing and embeds again in the third phase: the exact
-gradient of a batch of any size in the memory of one pack, and the only way where there are pipeline stages.
+packs (`single` is its case of one pack). `cached` keeps that of one pack, and embeds the others again in the third
+phase: the exact gradient of a batch of any size in the memory of one pack. With pipeline stages, where only `cached`
+works, nothing is kept.
 
 Letters: `N` texts of the global batch, `Q` queries among them, `n` texts of this rank, `D` embedding size, `W`
 data-parallel size.
@@ -108,8 +109,11 @@ class ContrastiveStep:
         way = self._way(plan, batch.lengths, packs)
         traffic = Traffic(self.groups) if self._is_first else nullcontext()
         with traffic:
-            run = self._cached if way == "cached" else self._retain
-            totals, temperature = run(batch, plan, packs, step, timer)
+            if self.groups.pp_size > 1:
+                totals, temperature = self._pipelined(batch, plan, packs, step, timer)
+            else:
+                num_kept = 1 if way == "cached" else len(packs)
+                totals, temperature = self._one_stage(batch, plan, packs, step, timer, num_kept)
             loss, accuracy, real, padded, temperature = self._share(totals, packs, temperature)
             loss, accuracy = loss / batch.num_queries, accuracy / batch.num_queries
             if not np.isfinite(loss):
@@ -200,35 +204,41 @@ class ContrastiveStep:
         is_out = ((log_scale <= -math.log(high)) & (grad > 0)) | ((log_scale >= -math.log(low)) & (grad < 0))
         return grad.masked_fill(is_out, 0.0)
 
-    def _retain(
-        self, batch: Batch, plan: Plan, packs: list[Pack], step: int, timer: PhaseTimer
+    def _one_stage(
+        self, batch: Batch, plan: Plan, packs: list[Pack], step: int, timer: PhaseTimer, num_kept: int
     ) -> tuple[Tensor, float]:
-        """All graphs are kept; then a backward pass for each pack, whose sums the float32 buffer takes one by one."""
+        """The graphs of the last `num_kept` packs are kept; the others are embedded again, one at a time.
+
+        The kept ones are done with first, so there are never more than `num_kept` graphs.
+        """
         (chunk,) = self.chunks
         embeddings = []
         with timer("embed"):
             for index, pack in enumerate(packs):
                 self._reseed(step, index, 0)
-                embeddings.append(chunk(pack))
+                with nullcontext() if index >= len(packs) - num_kept else torch.no_grad():
+                    embeddings.append(chunk(pack))
         with timer("score"):
             scores, grads, temperature = self._score(batch, plan, embeddings)
             pull = self._pull(scores)
         with timer("backward"):
-            for index in range(len(packs)):
-                is_last = index == len(packs) - 1
+            for index in reversed(range(len(packs))):
+                if index < len(packs) - num_kept:
+                    self._reseed(step, index, 0)
+                    embeddings[index] = chunk(packs[index])
                 roots, upstream = [embeddings[index]], [grads[index]]
-                if is_last and pull is not None:
+                if index == 0 and pull is not None:
                     roots, upstream = [*roots, chunk.module.log_scale], [*upstream, pull]
-                with nullcontext() if is_last else chunk.no_sync():
+                with nullcontext() if index == 0 else chunk.no_sync():
                     torch.autograd.backward(roots, upstream)
                 embeddings[index] = None  # its graph is done with
             finalize_model_grads(self.chunks)
         return scores.totals, temperature
 
-    def _cached(
+    def _pipelined(
         self, batch: Batch, plan: Plan, packs: list[Pack], step: int, timer: PhaseTimer
     ) -> tuple[Tensor, float]:
-        """Embed without graphs, score, then embed again with them under Megatron's schedule."""
+        """Embed without graphs, score, then embed again with them, both under Megatron's schedule."""
 
         def reseed(index: int, chunk: int) -> None:
             self._reseed(step, index, chunk)

@@ -158,19 +158,19 @@ class Case:
 OPTIM = dict(lr=1e-2, weight_decay=0.1, eps=1e-3)
 
 
-def build_step(case: Case, dropout: float = 0.0):
-    """The step of a case, its groups, and the model's name table and parameters."""
+def build_step(case: Case, **changes):
+    """The step of a case, its groups, and the model's name table and parameters. `changes` to the architecture."""
     from nvembed_mcore.optim import build_optimizer, set_learning_rate
     from nvembed_mcore.step import ContrastiveStep
 
     # Small buckets, so that there are several to overlap.
     overlap = dict(overlap_grad_reduce=case.overlap, bucket_size=4000 if case.overlap else None)
     parallel, groups = layout(case.tp, case.pp, case.sp, chunks_per_stage=case.chunks, **overlap)
-    hf_config = step_config(attention_dropout=dropout)
+    hf_config = step_config(**changes)
     loss = LossConfig(**{"temperature": TEMPERATURE, **case.loss})
     chunks, table, parameters = build(
         hf_config,
-        models.hf_reference(step_config()),
+        models.hf_reference(hf_config),
         random_head(hf_config.hidden_size, case.kind),
         case.kind,
         parallel,
@@ -242,18 +242,23 @@ def gathered_rows(num_rows: list[int]):
     return torch.equal(gathered, everything), (summed - expected).abs().max().item() if len(mine) else 0.0
 
 
+def dropping(dropout: float) -> dict[str, float]:
+    """Changes to the architecture: attention weights are dropped, and matter."""
+    return {"attention_dropout": dropout, "initializer_range": 0.2}
+
+
 def dropout_step(case: Case) -> tuple[float, float]:
     """Loss and gradient norm of a step with attention dropout."""
     from nvembed_mcore.metrics import PhaseTimer
 
-    step, *_ = build_step(case, dropout=0.1)
+    step, *_ = build_step(case, **dropping(0.1))
     output = step(training_batch(case.queries, 1), 1, PhaseTimer())
     return output.loss, output.grad_norm
 
 
 def dropout_by_rank(case: Case) -> list[float]:
     """The embedding of one text with attention dropout, as the step's seeds draw it on this rank."""
-    step, groups, *_ = build_step(case, dropout=0.1)
+    step, groups, *_ = build_step(case, **dropping(0.1))
     (text,) = models.random_texts([24], 250)
     step._reseed(1, 0, 0)
     return step.chunks[0](make_pack([text], 2))[0].tolist()
@@ -302,7 +307,7 @@ def dropout_without_replay() -> tuple[float, float, float]:
     norms = []
     for dropout, is_spoiled in ((0.1, False), (0.1, True), (0.0, False)):
         case = Case(way="cached", budget=60)
-        step, *_ = build_step(case, dropout=dropout)
+        step, *_ = build_step(case, **dropping(dropout))
         if is_spoiled:
             reseed, calls = step._reseed, []
             step._reseed = lambda *key: (calls.append(key), reseed(key[0] + len(calls), *key[1:]))  # noqa: B023

@@ -21,7 +21,7 @@ TEMPERATURE = 0.3
 
 def step_config(**changes) -> MistralConfig:
     """The tiny model, with weights that are drawn smaller: two steps magnify the rounding of the first one less."""
-    return models.tiny_config(initializer_range=0.05, **changes)
+    return models.tiny_config(**{"initializer_range": 0.05, **changes})
 
 
 def pooling_config(kind: str) -> PoolingConfig:
