@@ -109,6 +109,7 @@ def softmax_gradient_(
     assert scores.dtype == torch.float32 and scores.stride(1) == 1, (scores.dtype, scores.stride())
     num_rows, num_columns = scores.shape
     best = None if known is not None else scores.new_empty(num_rows)
+    known = known and Softmax(known.log_sum.contiguous(), known.of_positive.contiguous())
     found = known or Softmax(scores.new_empty(num_rows), scores.new_empty(num_rows))
     if num_rows and num_columns:
         _softmax_gradient[(num_rows,)](

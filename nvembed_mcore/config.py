@@ -188,7 +188,8 @@ class LossConfig:
     temperature: float = 0.02
     """Scores are cosines divided by this. The paper does not state one; 0.02 is that of E5-Mistral."""
     learn_temperature: bool = False
-    """Train the temperature, from `temperature` on: one number (the log of its inverse) for all ranks."""
+    """Train the temperature, from `temperature` on: one number (the log of its inverse) for all ranks. A step
+    moves it by the share `optim.lr` at most: by next to nothing at 2e-5."""
     temperature_range: tuple[float, float] = (0.005, 1.0)
     """A learned temperature stays between these."""
     mask_same_document: bool = True
@@ -336,4 +337,14 @@ class RunConfig:
         _require(
             self.stop_at is None or 1 <= self.stop_at <= self.steps,
             f"stop_at must be between 1 and steps ({self.steps}), got {self.stop_at}",
+        )
+        _require(
+            self.parallel.pp == 1 or self.step.way in ("auto", "cached"),
+            f"step.way {self.step.way!r} keeps graphs, which pipeline stages cannot; parallel.pp is "
+            f"{self.parallel.pp}. Use 'auto' or 'cached'",
+        )
+        _require(
+            self.step.gradient_exchange != "recompute" or self.loss.false_negative_margin is None,
+            f"step.gradient_exchange 'recompute' computes scores twice, and loss.false_negative_margin "
+            f"{self.loss.false_negative_margin} could decide differently each time. Use 'auto' or 'reduce_scatter'",
         )

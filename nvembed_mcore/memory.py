@@ -24,7 +24,7 @@ def graph_bytes(forward: Callable[[], torch.Tensor], parameters: list[torch.nn.P
     def remember(tensor: torch.Tensor) -> torch.Tensor:
         storage = tensor.untyped_storage()
         kept[storage.data_ptr()] = storage.nbytes()
-        return tensor
+        return tensor.detach()  # the tensor itself would hold its own graph, and never be freed
 
     with torch.autograd.graph.saved_tensors_hooks(remember, lambda tensor: tensor):
         output = forward()  # must live until the bytes are counted: a freed storage's address is used again
@@ -32,6 +32,18 @@ def graph_bytes(forward: Callable[[], torch.Tensor], parameters: list[torch.nn.P
         kept.pop(parameter.untyped_storage().data_ptr(), None)
     del output
     return sum(kept.values())
+
+
+def _moments_to_come(optimizer: MegatronOptimizer) -> int:
+    """Bytes of the moments, 8 a parameter of this rank's shard, that the first step of a parameter allocates."""
+    return 8 * sum(
+        parameter.numel()
+        for chained in getattr(optimizer, "chained_optimizers", [optimizer])
+        if chained.optimizer is not None
+        for group in chained.optimizer.param_groups
+        for parameter in group["params"]
+        if not chained.optimizer.state.get(parameter)
+    )
 
 
 def retainable_tokens(
@@ -46,10 +58,10 @@ def retainable_tokens(
         forward: embeds one pack with a graph.
         num_tokens: real tokens of that pack; 0 where it holds none, whose measurement does not count.
         parameters: the model's.
-        optimizer: its two moments, 8 bytes a parameter of its shard, are about to be allocated.
+        optimizer: its two moments are about to be allocated, where they are not there yet.
     """
     measured = graph_bytes(forward, parameters) / num_tokens if num_tokens else 0.0
-    moments = 8 * sum(parameter.numel() for group in optimizer.param_groups for parameter in group["params"])
+    moments = _moments_to_come(optimizer)
     per_token = max(1.0, -smallest_on_all(-measured, device.current()))
     free = max(0.0, smallest_on_all(float(device.free_memory_bytes() - moments), device.current()))
     tokens = int(SHARE_OF_FREE * free / per_token)

@@ -65,6 +65,40 @@ class _Direction:
         return found[0].to(device.current()), found[1].to(device.current())
 
 
+@dataclass(frozen=True)
+class _OwnColumns:
+    """Columns whose gradient a rank makes alone: all rows against them.
+
+    `anchors` int64 [R], `candidates` int64 [c] are text numbers; `places` int64 [c], rows of the gradient.
+    """
+
+    anchors: Tensor
+    candidates: Tensor
+    places: Tensor
+    targets: tuple[Rows, Columns]
+
+
+@dataclass(frozen=True)
+class _Share:
+    """What a rank scores of one direction, whatever the number of dimensions.
+
+    Attributes:
+        anchors: int64 [a], text numbers of its rows.
+        places: int64 [a], their rows of the gradient.
+        candidates: text numbers of all columns.
+        targets: of its rows and all columns.
+        rows_of: for each rank the numbers of its rows.
+        columns: where it makes its columns' gradients alone.
+    """
+
+    anchors: Tensor
+    places: Tensor
+    candidates: slice
+    targets: tuple[Rows, Columns]
+    rows_of: list[np.ndarray]
+    columns: _OwnColumns | None
+
+
 def _directions(batch: Batch, config: LossConfig) -> list[_Direction]:
     """Query among passages, and with `symmetric` positive among queries."""
     positive = np.flatnonzero(batch.is_positive)
@@ -124,21 +158,21 @@ class Scorer:
             temperature: cosines are divided by this.
         """
         everything = gather_rows(local, owned, self.groups.dp)
-        directions = _directions(batch, self.config)
+        recompute = self._recomputes(batch, owned, local.size(1))
+        directions = [
+            self._share(direction, owned, len(everything), recompute) for direction in _directions(batch, self.config)
+        ]
         sizes = [*self.config.matryoshka_dims, local.size(1)]
         # The one place where W appears (docs/design.md): data parallelism divides by it.
         factor = self.groups.dp_size / (batch.num_queries * len(directions) * len(sizes))
         total, grad_log_scale = local.new_zeros(2), local.new_zeros(())
-        recompute = self._recomputes(batch, owned, local.size(1))
         # Of all texts, to be summed over ranks; or complete, of this rank's texts.
         grad = torch.zeros_like(local if recompute else everything)
         for size in sizes:
             vectors, norms = _leading(everything, size)
             grad_vectors = vectors.new_zeros(len(grad), size)
             for number, direction in enumerate(directions):
-                loss, correct, of_log_scale = self._direction(
-                    direction, owned, vectors, 1.0 / temperature, grad_vectors, recompute
-                )
+                loss, correct, of_log_scale = self._score(direction, vectors, 1.0 / temperature, grad_vectors)
                 total[0] += loss / (len(directions) * len(sizes))
                 if number == 0 and size == local.size(1):
                     total[1] += correct
@@ -155,62 +189,65 @@ class Scorer:
             )
         return Scores(total, grad * factor, grad_log_scale * factor)
 
-    def _direction(
-        self,
-        direction: _Direction,
-        owned: list[np.ndarray],
-        vectors: Tensor,
-        scale: float,
-        grad: Tensor,
-        recompute: bool,
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """Loss, correct rows and gradient to log(scale) of this rank's rows of one direction; adds to `grad`.
-
-        `vectors` [N, d] of all texts. `grad` [N, d] takes this rank's part for all texts, or with `recompute` [n, d]
-        everything for its own.
-        """
+    def _share(self, direction: _Direction, owned: list[np.ndarray], num_texts: int, recompute: bool) -> _Share:
+        """This rank's part of a direction."""
 
         def on_device(numbers: np.ndarray) -> Tensor:
-            return torch.as_tensor(numbers, device=vectors.device)
+            return torch.as_tensor(numbers, device=device.current())
 
-        holder = np.empty(len(vectors), dtype=np.int64)  # of each text, its rank
+        holder = np.empty(num_texts, dtype=np.int64)  # of each text, its rank
         for rank, numbers in enumerate(owned):
             holder[numbers] = rank
         rows_of = [np.flatnonzero(holder[direction.anchor] == rank) for rank in range(len(owned))]
-        candidate = direction.candidate
-        everywhere = slice(candidate[0], candidate[-1] + 1)
-        rows = rows_of[self.groups.dp_rank]
+        candidate, rows = direction.candidate, rows_of[self.groups.dp_rank]
         anchor = direction.anchor[rows]
-        targets = direction.targets(rows, np.arange(len(candidate)), self.masks)
-        found = score_rows(
-            vectors[on_device(anchor)], vectors[everywhere], *targets, self.masks, scale, with_columns=not recompute
+        place, columns = np.arange(num_texts), None  # of each text, its row of the gradient
+        if recompute:
+            mine = owned[self.groups.dp_rank]
+            place = np.full(num_texts, -1)
+            place[mine] = np.arange(len(mine))
+            numbers = np.flatnonzero(place[candidate] >= 0)
+            columns = _OwnColumns(
+                anchors=on_device(direction.anchor),
+                candidates=on_device(candidate[numbers]),
+                places=on_device(place[candidate[numbers]]),
+                targets=direction.targets(np.arange(len(direction.anchor)), numbers, self.masks),
+            )
+        return _Share(
+            anchors=on_device(anchor),
+            places=on_device(place[anchor]),
+            candidates=slice(candidate[0], candidate[-1] + 1),
+            targets=direction.targets(rows, np.arange(len(candidate)), self.masks),
+            rows_of=rows_of,
+            columns=columns,
         )
-        if not recompute:
-            grad.index_add_(0, on_device(anchor), found.grad_rows)
-            grad[everywhere] += found.grad_columns
-            return found.loss, found.correct, found.grad_log_scale
-        place = np.full(len(vectors), -1)  # of each text of this rank, its place among them
-        place[owned[self.groups.dp_rank]] = np.arange(len(grad))
-        grad.index_add_(0, on_device(place[anchor]), found.grad_rows)
-        softmax = torch.stack([found.softmax.log_sum, found.softmax.of_positive], dim=1)
-        softmax = Softmax(*gather_rows(softmax, rows_of, self.groups.dp).unbind(1))
-        columns = np.flatnonzero(place[candidate] >= 0)
-        targets = direction.targets(np.arange(len(direction.anchor)), columns, self.masks)
-        grad_columns = score_columns(
-            vectors[on_device(direction.anchor)],
-            vectors[on_device(candidate[columns])],
-            *targets,
-            self.masks,
-            scale,
-            softmax,
-        )
-        grad.index_add_(0, on_device(place[candidate[columns]]), grad_columns)
+
+    def _score(self, share: _Share, vectors: Tensor, scale: float, grad: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Loss, correct rows and gradient to log(scale) of this rank's rows of one direction; adds to `grad`.
+
+        `vectors` [N, d] of all texts. `grad` [N, d] takes this rank's part for all texts, or where it makes its own
+        columns' gradients [n, d] everything for its own.
+        """
+        own = share.columns
+        anchors, candidates = vectors[share.anchors], vectors[share.candidates]
+        found = score_rows(anchors, candidates, *share.targets, self.masks, scale, with_columns=own is None)
+        grad.index_add_(0, share.places, found.grad_rows)
+        if own is None:
+            grad[share.candidates] += found.grad_columns
+        else:
+            softmax = torch.stack([found.softmax.log_sum, found.softmax.of_positive], dim=1)
+            softmax = Softmax(*gather_rows(softmax, share.rows_of, self.groups.dp).T.contiguous())
+            anchors, candidates = vectors[own.anchors], vectors[own.candidates]
+            columns = score_columns(anchors, candidates, *own.targets, self.masks, scale, softmax)
+            grad.index_add_(0, own.places, columns)
         return found.loss, found.correct, found.grad_log_scale
 
     def _recomputes(self, batch: Batch, owned: list[np.ndarray], size: int) -> bool:
         """Whether each rank makes its texts' gradients alone; every rank decides alike, because all know the plan."""
         if self.exchange != "auto":
             return self.exchange == "recompute"
+        if self.masks.margin is not None:
+            return False  # a score computed twice may fall on both sides of the margin
         num_texts, ranks = len(batch.texts), self.groups.dp_size
         passages = max(int((numbers >= batch.num_queries).sum()) for numbers in owned)
         pairs = int(batch.is_positive.sum())

@@ -98,7 +98,7 @@ class ContrastiveStep:
         """Take optimizer step number `step`.
 
         Raises:
-            ConfigError: `step.way` does not suit the layout or the batch.
+            ConfigError: `step.way` is `single`, and the batch needs more than one pack.
             NonFiniteLossError: the loss (before any update) or the gradient is not a number; raised on every rank.
         """
         plan = plan_texts(batch.lengths, self.chunks, self.groups, self.config.tokens_per_microbatch)
@@ -106,7 +106,7 @@ class ContrastiveStep:
         for chunk in self.chunks:
             chunk.zero_grad_buffer()
         self.optimizer.zero_grad()
-        way = self._way(plan, batch.lengths, packs)
+        way = self._way(plan, batch.lengths, packs, step)
         traffic = Traffic(self.groups) if self._is_first else nullcontext()
         with traffic:
             if self.groups.pp_size > 1:
@@ -147,15 +147,15 @@ class ContrastiveStep:
         last = torch.tensor([temperature], dtype=torch.float64, device=totals.device)
         return share_from_last_stage(torch.cat([sums, last]), self.groups).tolist()
 
-    def _way(self, plan: Plan, lengths: np.ndarray, packs: list[Pack]) -> str:
+    def _way(self, plan: Plan, lengths: np.ndarray, packs: list[Pack], step: int) -> str:
         """`single`, `retain` or `cached`; every rank decides alike, because all know the whole plan."""
         way, stages = self.config.way, self.groups.pp_size
         is_single = plan.max_microbatches == 1 and stages == 1
-        if (way == "single" and not is_single) or (way == "retain" and stages > 1):
-            needs = "one pack a rank and one pipeline stage" if way == "single" else "one pipeline stage"
+        assert stages == 1 or way in ("auto", "cached"), (stages, way)
+        if way == "single" and not is_single:
             raise ConfigError(
-                f"step.way {way!r} needs {needs}; this batch needs {plan.max_microbatches} pack(s) of "
-                f"{self.config.tokens_per_microbatch} tokens on {stages} stage(s). Use 'auto' or 'cached'"
+                f"step.way 'single' needs one pack a rank, but the batch of step {step} needs {plan.max_microbatches} "
+                f"of step.tokens_per_microbatch = {self.config.tokens_per_microbatch}. Use 'auto' or 'retain'"
             )
         if way != "auto":
             return way

@@ -43,7 +43,7 @@ def train(config: RunConfig) -> None:
 
     Raises:
         ConfigError, DataError, CheckpointError: something that the user gave cannot work; raised on every rank
-            before any step is taken.
+            before any step is taken (but `step.way: single` at the first batch that needs more than one pack).
         NonFiniteLossError: the loss of a step is not a number.
     """
     groups = initialize(config.parallel)

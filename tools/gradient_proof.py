@@ -20,11 +20,11 @@ from tests.helpers.world import World
 INTRODUCTION = """# The gradient in every layout
 
 Each line is two optimizer steps on real processes over gloo, in float32, held against one process that has the whole
-batch: Hugging Face's Mistral, the pooling head in its plain order of operations, a loss that computes one score after
-the other, torch's AdamW, all in float64 (`tests/helpers/plain.py`). The batch has 7 queries
-(another number where a line says so), which no number of ranks divides; unequal numbers of negatives; a query with two
-positives; a document that two queries share; queries with and without in-batch negatives; two data sets. Clipping is
-on and active, unless a line says so.
+batch: Hugging Face's Mistral, the pooling head in its plain order of operations, a loss that computes one score
+after the other, torch's AdamW, all in float64 (`tests/helpers/plain.py`). The batch has 7 queries (another number
+where a line says so), which neither 2 nor 4 ranks divide; unequal numbers of negatives; a query with two positives;
+a document that two queries share; queries with and without in-batch negatives; two data sets. Clipping is on and
+active, unless a line says so.
 
 Differences are the largest of both steps and all ranks. Loss and clip norm: relative. Gradient and parameters: the
 largest difference of a tensor over the largest value of that tensor (or over 0.0001, parameters 0.001, where all are
@@ -39,10 +39,11 @@ sums, so there the gradient shows in norm and parameters. Bound: {bound:g}.
 Tests of the test (`tests/distributed/test_step.py`): without the factor W, or without what other ranks say of a
 passage, gradient and parameters are off by more than 1e-3.
 
-Largest difference of all {count} lines: **{worst:.1e}**. Written by `tools/gradient_proof.py` on {date}, commit
-{commit};
-{processor}, Python {python}, torch {torch}, megatron-core {megatron}, transformers {transformers}. The suite runs the
-same lines.
+Largest difference of all {count} lines: **{worst:.1e}**.
+
+Written by `tools/gradient_proof.py` on {date}, commit {commit};
+{processor}, Python {python}, torch {torch}, megatron-core {megatron}, transformers {transformers}.
+The suite runs the same lines.
 """
 HEADER = """
 | processes | TP | SP | PP | chunks | W | way | packs | reduction | else | loss | clip norm | gradient | parameters |

@@ -69,7 +69,8 @@ class Batch:
 def make_batch(samples: Sequence[Sample]) -> Batch:
     """Flatten samples into a batch."""
     counts = np.array([len(sample.passages) for sample in samples], dtype=np.int64)
-    widest = max(len(sample.positive_ids) for sample in samples)
+    # A power of two: a GPU compiles its kernel for each width.
+    widest = 1 << (max(len(sample.positive_ids) for sample in samples) - 1).bit_length()
     return Batch(
         texts=[sample.query for sample in samples] + [text for sample in samples for text in sample.passages],
         num_queries=len(samples),

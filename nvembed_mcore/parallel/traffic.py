@@ -12,7 +12,7 @@ from nvembed_mcore.parallel.groups import Groups
 
 
 class Traffic(TorchDispatchMode):
-    """While it is active, every c10d operation of this process is counted.
+    """While it is active, the collectives and sends of this process are counted (those of `_KINDS`).
 
         with Traffic(groups) as traffic:
             step(...)

@@ -1,10 +1,13 @@
 """`step.way: auto`: what a graph keeps, and the choice that follows from it and from the free memory."""
 
+import weakref
 from pathlib import Path
 
 import pytest
+import torch
 
 from nvembed_mcore.checkpoint.store import Checkpoint
+from nvembed_mcore.memory import graph_bytes
 from nvembed_mcore.train import _retain_tokens
 from tests.helpers import cases
 from tests.helpers.cases import Case
@@ -16,6 +19,18 @@ def test_a_graph_is_measured_without_the_weights_and_grows_with_its_tokens(world
     # 32 tokens, 4 layers of width 32 and 64: some dozens of float32 a token, layer and unit of width.
     assert 32 * 4 * 32 * 4 * 10 < found["one"] < 32 * 4 * 32 * 4 * 100
     assert found["two"] == pytest.approx(2 * found["one"], rel=0.02), "weights would count once"
+
+
+def test_a_measured_graph_is_freed():
+    weight, states = torch.nn.Parameter(torch.ones(100)), []
+
+    def forward() -> torch.Tensor:
+        state = weight.exp()  # whose backward keeps its own output
+        states.append(weakref.ref(state))
+        return state.sum()
+
+    assert graph_bytes(forward, [weight]) == 400
+    assert states[0]() is None
 
 
 PLENTY, LITTLE = 1e12, 3e5

@@ -95,6 +95,23 @@ def test_a_learned_temperature_is_saved_and_goes_on_in_another_layout(world, inp
     assert line["temperature"] == pytest.approx(expected[-1], rel=0.05) and line["temperature"] != pytest.approx(0.1)
 
 
+def test_bfloat16_weights_beside_a_float32_temperature_go_on_by_bits(world, inputs, tmp_path):
+    config = runs.run_config(inputs, tmp_path / "straight", parallel=layout(), steps=4)
+    config = dataclasses.replace(
+        config,
+        model=dataclasses.replace(config.model, precision="bfloat16"),
+        loss=LossConfig(temperature=0.1, learn_temperature=True),
+        eval=dataclasses.replace(config.eval, path=None),
+    )
+    world(2).run(train, config)
+    config = dataclasses.replace(config, run_dir=str(tmp_path / "again"))
+    world(2).run(train, dataclasses.replace(config, stop_at=2))
+    world(2).run(train, config)
+    runs_of = [read_metrics(tmp_path / name / "metrics.jsonl") for name in ("straight", "again")]
+    straight, again = ([(line["loss"], line["temperature"]) for line in lines] for lines in runs_of)
+    assert straight == again and len({temperature for _, temperature in straight}) == 4
+
+
 def weights_of(run_dir) -> dict[str, torch.Tensor]:
     from nvembed_mcore.checkpoint.names import name_table
     from nvembed_mcore.checkpoint.store import open_weights

@@ -117,12 +117,15 @@ def test_loss_and_gradients_equal_a_double_loop(masks):
 
 
 @pytest.mark.parametrize(("way", "budget"), [("single", 100_000), ("retain", 200), ("cached", 200)])
-@pytest.mark.parametrize("option", ["learned temperature", "everything"])
-def test_step_equals_one_process_on_the_cpu(way, budget, option):
+@pytest.mark.parametrize(
+    ("option", "exchange"),
+    [("learned temperature", "recompute"), ("learned temperature", "reduce_scatter"), ("everything", "auto")],
+)
+def test_step_equals_one_process_on_the_cpu(way, budget, option, exchange):
     """Two steps in float32: loss, clip norm, gradients, parameters."""
     from nvembed_mcore.parallel.groups import shutdown
 
-    case = cases.Case(way=way, budget=budget, distributed=False, loss=OPTIONS[option])
+    case = cases.Case(way=way, budget=budget, distributed=False, exchange=exchange, loss=OPTIONS[option])
     found = cases.training_steps(case)
     shutdown()
     assert max(found[name] for name in ("loss", "norm", "gradient", "parameters")) <= 1e-4, found

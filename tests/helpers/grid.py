@@ -64,10 +64,13 @@ def uneven_batches() -> Iterator[Case]:
         yield Case(world=4, way=way, budget=budget_for(2, 4, 5, uneven=True), queries=5, distributed=False)
         # No learned temperature: over three scores its gradient is the small difference of large numbers.
         yield Case(world=4, way=way, queries=1, distributed=False, overlap=True)
+        yield Case(world=4, way=way, queries=1, distributed=False, exchange="reduce_scatter")
         yield Case(world=4, way=way, queries=1, distributed=True, overlap=True)
     yield Case(world=4, pp=2, way="cached", budget=budget_for(3, 2, 7, uneven=True), distributed=False)
     budget = budget_for(4, 2, 7, multiple=2, uneven=True)
     yield Case(world=4, pp=2, chunks=2, way="cached", budget=budget, distributed=False)
+    for layout in (dict(pp=2), dict(tp=2, sp=True)):
+        yield Case(world=4, **layout, way="cached", budget=200, distributed=False, exchange="reduce_scatter")
     yield Case(world=2, way="single", clip=0.0, distributed=False)
     yield Case(world=2, way="single", clip=0.0, distributed=True)
 
@@ -94,9 +97,12 @@ OPTIONS = {
 def loss_options() -> Iterator[Case]:
     """Each option of the loss, with gradients exchanged both ways."""
     for option in OPTIONS.values():
-        for exchange in ("reduce_scatter", "recompute"):
+        # With a margin, scores that are computed twice could fall on both sides of it: the configuration refuses that.
+        for exchange in ("reduce_scatter", "recompute")[: 1 if "false_negative_margin" in option else 2]:
             yield Case(world=2, way="retain", budget=200, distributed=False, exchange=exchange, loss=option)
-    yield Case(world=4, tp=2, sp=True, way="cached", budget=200, exchange="recompute", loss=OPTIONS["everything"])
+    yield Case(world=4, tp=2, sp=True, way="cached", budget=200, loss=OPTIONS["everything"])
+    budget = budget_for(4, 2, 7, multiple=2)
+    yield Case(world=4, pp=2, chunks=2, way="cached", budget=budget, distributed=False, loss=OPTIONS["everything"])
 
 
 def heads() -> Iterator[Case]:

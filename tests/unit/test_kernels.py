@@ -130,7 +130,8 @@ def run(case: Case, function, dtype: torch.dtype) -> dict[str, Tensor]:
     known = None
     if case.part is not None:
         known, _ = reference.softmax_gradient_(scores.double(), rows, columns, case.masks)
-        known = Softmax(known.log_sum.to(dtype), known.of_positive.to(dtype))
+        # As they come out of a gather of two numbers a row: not contiguous.
+        known = Softmax(*torch.stack([known.log_sum, known.of_positive], dim=1).to(dtype).unbind(1))
         scores = scores[:, case.part]
         rows, columns = part_of(case.part, rows, columns)
     wide = torch.full((len(scores), scores.size(1) + case.gap), 5.0, dtype=dtype)

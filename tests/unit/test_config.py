@@ -1,0 +1,51 @@
+"""Combinations of fields that cannot work are refused where they are set, with both values."""
+
+import pytest
+
+from nvembed_mcore.config import (
+    ConfigError,
+    DataConfig,
+    DatasetConfig,
+    LossConfig,
+    ModelConfig,
+    ParallelConfig,
+    RunConfig,
+    StepConfig,
+)
+
+
+def run_config(**changes) -> RunConfig:
+    data = DataConfig(tokenizer="tokenizer", datasets=[DatasetConfig(path="train.jsonl")])
+    return RunConfig(
+        run_dir="run", steps=1, batch_size=1, data=data, model=ModelConfig(config="model.json"), **changes
+    )
+
+
+@pytest.mark.parametrize(
+    ("make", "words"),
+    [
+        (lambda: ParallelConfig(chunks_per_stage=2), ["parallel.chunks_per_stage = 2", "parallel.pp above 1, got 1"]),
+        (lambda: ParallelConfig(bucket_size=9), ["parallel.bucket_size", "overlap_grad_reduce", "9 and False"]),
+        (
+            lambda: LossConfig(learn_temperature=True, temperature=2.5),
+            ["loss.temperature_range", "loss.temperature 2.5", "0.005 to 1.0"],
+        ),
+        (lambda: LossConfig(matryoshka_dims=[8, 8]), ["loss.matryoshka_dims", "[8, 8]"]),
+        (lambda: DatasetConfig(path="a", num_positives=0), ["data.datasets.num_positives", "got 0"]),
+        (
+            lambda: run_config(parallel=ParallelConfig(pp=2), step=StepConfig(way="retain")),
+            ["step.way 'retain'", "parallel.pp is 2"],
+        ),
+        (
+            lambda: run_config(
+                loss=LossConfig(false_negative_margin=0.25), step=StepConfig(gradient_exchange="recompute")
+            ),
+            ["step.gradient_exchange 'recompute'", "loss.false_negative_margin 0.25"],
+        ),
+    ],
+)
+def test_what_cannot_work_together(make, words):
+    with pytest.raises(ConfigError) as caught:
+        make()
+    for word in words:
+        assert word in str(caught.value)
