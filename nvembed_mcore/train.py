@@ -271,11 +271,15 @@ def _resume(
     """Restore the run's newest checkpoint, if there is one, and return it.
 
     Raises:
-        CheckpointError: the checkpoint is of a run that would go on differently.
+        CheckpointError: the checkpoint is of a run that would go on differently, or of an older version.
     """
     found = store.find_checkpoint(config.run_dir)
     if not found:
         return None
+    if "retain_tokens" not in found.facts:
+        raise store.CheckpointError(
+            f"{found.path} was written by an older version and lacks what a run needs to go on; give a new run_dir"
+        )
     # Through JSON, so that what was stored and what is now have the same types.
     changed = store.differences(_identity(found.facts), _identity(json.loads(json.dumps(facts))))
     if changed:

@@ -151,7 +151,7 @@ def load_weights(checkpoint: Checkpoint, encoders: list[torch.nn.Module]) -> Non
 
     A learned temperature goes on where the stage before learned one, and otherwise starts anew.
     """
-    has_temperature = checkpoint.facts["config"]["loss"]["learn_temperature"]
+    has_temperature = checkpoint.facts["config"]["loss"].get("learn_temperature", False)
     sharded = {str(number): _weights(encoder) for number, encoder in enumerate(encoders)}
     if not has_temperature:
         for weights in sharded.values():

@@ -6,10 +6,11 @@ from pathlib import Path
 import pytest
 import torch
 
+from nvembed_mcore.checkpoint import store
 from nvembed_mcore.checkpoint.store import Checkpoint
 from nvembed_mcore.memory import graph_bytes
-from nvembed_mcore.train import _retain_tokens
-from tests.helpers import cases
+from nvembed_mcore.train import _resume, _retain_tokens
+from tests.helpers import cases, runs
 from tests.helpers.cases import Case
 from tests.helpers.grid import budget_for
 
@@ -68,3 +69,10 @@ def test_a_resumed_run_keeps_the_limit_of_its_hardware_and_layout():
     assert _retain_tokens(saved, facts) == 777
     assert _retain_tokens(saved, facts | {"hardware": {"device": "cpu", "world_size": 4}}) is None
     assert _retain_tokens(saved, facts | {"config": layout | {"parallel": {"tp": 2}}}) is None
+
+
+def test_a_checkpoint_of_an_older_version_is_refused(tmp_path, monkeypatch):
+    old = Checkpoint(tmp_path / "step-00000003", 3, {"config": {}})
+    monkeypatch.setattr(store, "find_checkpoint", lambda run_dir: old)
+    with pytest.raises(store.CheckpointError, match="step-00000003 was written by an older version"):
+        _resume(runs.run_config(tmp_path, tmp_path), [], None, {})
