@@ -40,6 +40,44 @@ class PoolingConfig:
             _require(getattr(self, name) >= 1, f"model.pooling.{name} must be at least 1, got {getattr(self, name)}")
 
 
+LORA_TARGETS = ("q", "k", "v", "o", "gate", "up", "down")
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoraConfig:
+    """Low-rank adapters (arXiv 2106.09685): a linear with weight `W` computes `W x + (alpha / rank) B A dropout(x)`.
+
+    Only adapters and the head train, and only they have optimizer state.
+    """
+
+    rank: int = 16
+    """Rows of A and columns of B."""
+    alpha: float = 32.0
+    """The adapters' share is alpha / rank."""
+    dropout: float = 0.1
+    """Probability of dropping an element of the adapters' input."""
+    targets: list[Literal["q", "k", "v", "o", "gate", "up", "down"]] = field(default_factory=lambda: [*LORA_TARGETS])
+    """Projections with adapters: of attention (queries, keys, values, output) and of the feed-forward block. The paper
+    does not state its own."""
+    init_from: str | None = None
+    """A PEFT folder of adapters (and of the head's weights, if it has them) to start with; null: A is random and B is
+    zero."""
+
+    def __post_init__(self) -> None:
+        _require(self.rank >= 1, f"model.lora.rank must be at least 1, got {self.rank}")
+        _require(self.alpha > 0, f"model.lora.alpha must be above 0, got {self.alpha}")
+        _require(0 <= self.dropout < 1, f"model.lora.dropout must be from 0 to below 1, got {self.dropout}")
+        _require(
+            len(self.targets) > 0 and set(self.targets) <= {*LORA_TARGETS},
+            f"model.lora.targets must be one or more of {', '.join(LORA_TARGETS)}, got {self.targets}",
+        )
+        _require(len(set(self.targets)) == len(self.targets), f"model.lora.targets must differ, got {self.targets}")
+
+    @property
+    def scale(self) -> float:
+        return self.alpha / self.rank
+
+
 @dataclass(frozen=True, kw_only=True)
 class ModelConfig:
     """The encoder: Mistral layers and a pooling head."""
@@ -56,6 +94,8 @@ class ModelConfig:
     Gradients are reduced and the optimizer works in float32 always."""
     pooling: PoolingConfig = field(default_factory=PoolingConfig)
     """The head that pools token states."""
+    lora: LoraConfig | None = None
+    """Adapters to train instead of the backbone's weights; null: all weights train."""
 
     def __post_init__(self) -> None:
         _require(

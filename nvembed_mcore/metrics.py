@@ -17,7 +17,8 @@ from dataclasses import dataclass
 import torch
 from transformers import MistralConfig
 
-from nvembed_mcore.config import PoolingConfig
+from nvembed_mcore.config import LoraConfig, PoolingConfig
+from nvembed_mcore.model.lora import adapted_linears
 
 # Dense peaks in FLOP/s for bfloat16 and float16 on tensor cores, from NVIDIA's data sheets (half of the figure
 # "with sparsity"). A row fits when all its words are in the device's name; the more special rows come first.
@@ -48,7 +49,12 @@ def device_peak_flops(device_name: str, dtype: torch.dtype) -> float | None:
 
 
 def pack_flops(
-    hf_config: MistralConfig, pooling: PoolingConfig, lengths: Sequence[int], *, causal: bool = False
+    hf_config: MistralConfig,
+    pooling: PoolingConfig,
+    lengths: Sequence[int],
+    *,
+    causal: bool = False,
+    lora: LoraConfig | None = None,
 ) -> float:
     """Model FLOPs of one forward and backward pass over a pack whose texts have `lengths` tokens.
 
@@ -59,6 +65,7 @@ def pack_flops(
         linears      6 T L (2 a d H + 2 g d H + 3 F H)
         attention    12 L a d sum(s^2)            (scores and values, 2 s^2 a d each; `causal`: s (s + 1) / 2 for s^2)
         head         see `_head_flops`
+        adapters     6 T L r (in + out) of each; the linears' weights then have no gradient, and 6 becomes 4
 
     Not counted, as usual: embedding look-up, norms, rotary, softmax, activations, biases, the loss, the optimizer,
     and any forward pass done again.
@@ -68,12 +75,19 @@ def pack_flops(
         pooling: the head.
         lengths: tokens of each real text; dummies and padding do not belong here.
         causal: whether the backbone's mask is causal.
+        lora: the adapters, if only they and the head train.
     """
     hidden, heads, groups = hf_config.hidden_size, hf_config.num_attention_heads, hf_config.num_key_value_heads
     width = getattr(hf_config, "head_dim", None) or hidden // heads
     tokens = sum(lengths)
     weights = 2 * heads * width * hidden + 2 * groups * width * hidden + 3 * hf_config.intermediate_size * hidden
     linears = 6 * tokens * weights
+    if lora:
+        shapes = adapted_linears(hidden, hf_config.intermediate_size, heads, groups, width)
+        adapted = sum(
+            one.inputs + rows for one in shapes for target, rows in one.rows.items() if target in lora.targets
+        )
+        linears = 4 * tokens * weights + 6 * tokens * lora.rank * adapted
     attention = 12 * heads * width * _attended_pairs(lengths, causal)
     return float(hf_config.num_hidden_layers * (linears + attention) + _head_flops(hidden, pooling, lengths, causal))
 

@@ -19,9 +19,10 @@ from torch.nn.functional import normalize
 from transformers import MistralConfig
 
 from nvembed_mcore import device
-from nvembed_mcore.config import ModelConfig, ParallelConfig
+from nvembed_mcore.config import ModelConfig, ParallelConfig, PoolingConfig
 from nvembed_mcore.data.packing import Pack
 from nvembed_mcore.model.attention import Packing, RotaryTable, packing_of
+from nvembed_mcore.model.lora import attach_adapters
 from nvembed_mcore.model.mistral import check_layout, head_dim, layer_specs, padded_vocabulary, transformer_config
 from nvembed_mcore.model.pooling import build_head, segment_sum, weights_of
 from nvembed_mcore.parallel.groups import Groups
@@ -80,18 +81,26 @@ class Encoder(MegatronModule):
             pg_collection=groups.collection,
             vp_stage=chunk if parallel.chunks_per_stage > 1 else None,
         )
-        self.pooling = build_head(hf_config.hidden_size, model.pooling) if self.post_process else None
+        self._mark_sharded_weights()
+        if model.lora:
+            # Before the head is there, which trains whole.
+            self.requires_grad_(False)
+            attach_adapters(self.decoder.layers, model.lora, config)
+        self.pooling = self._head(model.pooling) if self.post_process else None
         self.log_scale = None
         if temperature is not None and self.post_process:
             # float32 in every precision: its steps are smaller than what bfloat16 can tell apart.
             start = torch.full((1,), -math.log(temperature), dtype=torch.float32, device=device.current())
             self.log_scale = torch.nn.Parameter(start)
-        self._mark_sharded_weights()
-        if self.pooling is not None:
-            self.pooling.to(device=device.current(), dtype=config.params_dtype)
-            for parameter in self.pooling.parameters():
+
+    def _head(self, pooling: PoolingConfig) -> torch.nn.Module | None:
+        head = build_head(self.config.hidden_size, pooling)
+        if head is not None:
+            head.to(device=device.current(), dtype=self.config.params_dtype)
+            for parameter in head.parameters():
                 # Where a rank sees only its shard of the tokens, the head's gradients are summed over tensor ranks.
-                parameter.sequence_parallel = config.sequence_parallel and not self.pooling.needs_whole_texts
+                parameter.sequence_parallel = self.config.sequence_parallel and not head.needs_whole_texts
+        return head
 
     def _mark_sharded_weights(self) -> None:
         """Tell the clip norm which weights are parts: Megatron does so only when it draws them itself."""
@@ -110,15 +119,18 @@ class Encoder(MegatronModule):
 
     def parameters_by_global_name(self) -> dict[str, torch.nn.Parameter]:
         """This rank's parameters, with layers numbered over all pipeline stages from 0."""
-        numbers = {f"decoder.layers.{i}.": layer.layer_number - 1 for i, layer in enumerate(self.decoder.layers)}
-        named = {}
-        for name, parameter in self.named_parameters():
-            for local, number in numbers.items():
-                if name.startswith(local):
-                    name = f"decoder.layers.{number}." + name.removeprefix(local)
-                    break
-            named[name] = parameter
-        return named
+        return {self._global_name(name): parameter for name, parameter in self.named_parameters()}
+
+    def local_names(self, global_names: set[str]) -> set[str]:
+        """Names in this stage's state dict of those of its parameters that are among `global_names`."""
+        return {name for name, _ in self.named_parameters() if self._global_name(name) in global_names}
+
+    def _global_name(self, name: str) -> str:
+        prefix = "decoder.layers."
+        if not name.startswith(prefix):
+            return name
+        number, rest = name.removeprefix(prefix).split(".", 1)
+        return f"{prefix}{self.decoder.layers[int(number)].layer_number - 1}.{rest}"
 
     def forward(self, pack: Pack) -> Tensor:
         """Hidden states [T or T / TP, 1, H] for the next stage; on the last stage unit vectors, float32 [B, H]."""

@@ -112,11 +112,30 @@ def heads() -> Iterator[Case]:
         yield Case(world=2, tp=2, sp=True, kind=kind, distributed=False)
 
 
+ALL_TARGETS = ("q", "k", "v", "o", "gate", "up", "down")
+
+
+def adapters() -> Iterator[Case]:
+    """Low-rank adapters on all projections and on some, with a head that trains whole and one without weights."""
+    yield Case(targets=ALL_TARGETS, distributed=False)
+    yield Case(targets=ALL_TARGETS, kind="mean", loss=LEARNED)
+    for sp in (False, True):
+        yield Case(world=2, tp=2, sp=sp, targets=ALL_TARGETS, distributed=False)
+        yield Case(world=2, tp=2, sp=sp, targets=ALL_TARGETS, distributed=True, way="cached", budget=200)
+        yield Case(world=2, tp=2, sp=sp, targets=("k", "up", "o"), kind="mean", distributed=False)
+        yield Case(world=4, tp=2, sp=sp, targets=("q", "v", "down"), distributed=False, way="retain", budget=200)
+        yield Case(world=4, tp=2, sp=sp, pp=2, targets=ALL_TARGETS, distributed=False, way="cached", budget=200)
+    yield Case(world=2, targets=ALL_TARGETS, distributed=True, overlap=True)
+    budget = budget_for(4, 2, 7, multiple=2)
+    yield Case(world=4, pp=2, chunks=2, way="cached", budget=budget, targets=ALL_TARGETS, distributed=False)
+
+
 GRID = {
     "Layouts and ways": list(layouts_and_ways()),
     "Uneven batches": list(uneven_batches()),
     "Options of the loss": list(loss_options()),
     "Pooling heads": list(heads()),
+    "Low-rank adapters": list(adapters()),
 }
 
 

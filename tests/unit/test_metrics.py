@@ -8,8 +8,10 @@ import torch.nn.functional as F
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import MistralConfig, MistralModel
 
-from nvembed_mcore.config import PoolingConfig
+from nvembed_mcore.checkpoint.names import name_table
+from nvembed_mcore.config import LoraConfig, PoolingConfig
 from nvembed_mcore.metrics import PhaseTimer, StepMetrics, device_peak_flops, flops_per_token, pack_flops
+from tests.helpers.plain import add_adapters
 
 TINY = MistralConfig(
     vocab_size=32,
@@ -37,6 +39,19 @@ def test_backbone_flops_are_those_that_run():
     texts = [torch.randint(0, 32, (1, length)) for length in lengths]
     flops = sum(counted(lambda text=text: model(text, use_cache=False).last_hidden_state) for text in texts)
     assert pack_flops(TINY, MEAN, lengths) == flops
+
+
+def test_flops_with_adapters_are_those_that_run():
+    """Weights of linears have no gradient then; the adapters' have."""
+    lora = LoraConfig(rank=3, targets=["q", "v", "o", "up", "down"])
+    model, adapters = MistralModel(TINY).requires_grad_(False), {}
+    for entry in name_table(TINY, MEAN, lora):
+        if entry.is_adapter:
+            adapters |= {name: torch.randn(shape, requires_grad=True) for name, shape in entry.hf.items()}
+    add_adapters(model, adapters, lora.scale)
+    states = torch.randn(1, 9, 24, requires_grad=True)
+    flops = counted(lambda: model(inputs_embeds=states, use_cache=False).last_hidden_state)
+    assert pack_flops(TINY, MEAN, [9], lora=lora) == flops
 
 
 def test_latent_head_flops_are_those_that_run():
