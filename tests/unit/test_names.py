@@ -62,7 +62,7 @@ def test_the_published_model_has_these_names_and_this_size():
     assert shapes["embedding_model.layers.31.self_attn.k_proj.weight"] == (1024, 4096)
 
 
-@pytest.mark.parametrize("kind", ["latent", "self_attention", "mean", "last"])
+@pytest.mark.parametrize("kind", ["latent", "self_attention", "mean", "last", "multi_layer"])
 @pytest.mark.parametrize("tp_size", [1, 2, 4])
 def test_round_trip_is_exact(kind, tp_size):
     entries = name_table(CONFIG, PoolingConfig(kind=kind, num_latents=5, num_heads=2, head_width=12))

@@ -12,11 +12,11 @@ from nvembed_mcore.model.attention import packing_of
 from nvembed_mcore.model.pooling import build_head, segment_sum, weights_of
 from tests.helpers import cases, models, plain
 
-HIDDEN, LENGTHS = 24, [5, 1, 17, 9]
+HIDDEN, LENGTHS, LAYERS = 24, [5, 1, 17, 9], 3
 
 
 def head_with_random_weights(config: PoolingConfig, dtype: torch.dtype) -> torch.nn.Module:
-    head = build_head(HIDDEN, config).to(dtype)
+    head = build_head(HIDDEN, config, LAYERS).to(dtype)
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for parameter in head.parameters():
@@ -69,7 +69,8 @@ def test_the_fold_is_exact(config, monkeypatch):
 
 
 def test_kinds_without_parameters_have_no_head():
-    assert build_head(HIDDEN, PoolingConfig(kind="mean")) is build_head(HIDDEN, PoolingConfig(kind="last")) is None
+    mean, last = (build_head(HIDDEN, PoolingConfig(kind=kind), LAYERS) for kind in ("mean", "last"))
+    assert mean is last is None
 
 
 def test_weights_by_hand():
@@ -111,9 +112,9 @@ def encoder_of(kind: str, mask: str = "bidirectional"):
 
 
 @torch.no_grad()
-def neighbours_of_a_text(kind: str) -> dict[str, float]:
+def neighbours_of_a_text(kind: str, mask: str) -> dict[str, float]:
     """Largest differences of embeddings between packings, and from Hugging Face's backbone with the plain head."""
-    encoder, reference, head = encoder_of(kind)
+    encoder, reference, head = encoder_of(kind, mask)
     lengths = [12, 3, 30, 1, 16, 17, 2, 45, 8, 31, 64, 5]
     texts = models.random_texts(lengths, 250)
     alone = torch.cat([encoder(make_pack([text])) for text in texts])
@@ -131,9 +132,13 @@ def neighbours_of_a_text(kind: str) -> dict[str, float]:
     }
 
 
-@pytest.mark.parametrize("kind", ["latent", "self_attention", "mean", "last"])
-def test_an_embedding_does_not_depend_on_its_pack(world, kind):
-    (differences,) = world(1).run(neighbours_of_a_text, kind)
+@pytest.mark.parametrize(
+    ("kind", "mask"),
+    [(kind, "bidirectional") for kind in ("latent", "self_attention", "mean", "last", "multi_layer")]
+    + [("multi_layer", "causal")],
+)
+def test_an_embedding_does_not_depend_on_its_pack(world, kind, mask):
+    (differences,) = world(1).run(neighbours_of_a_text, kind, mask)
     assert max(differences["together"], differences["shuffled"]) <= 1e-6, differences
     assert differences["plain"] <= 5e-6, differences
     assert differences["spread"] < 0.999, "embeddings that are all alike would prove nothing"
