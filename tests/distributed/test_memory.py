@@ -22,6 +22,14 @@ def test_a_graph_is_measured_without_the_weights_and_grows_with_its_tokens(world
     assert found["two"] == pytest.approx(2 * found["one"], rel=0.02), "weights would count once"
 
 
+def test_what_multi_layer_keeps_does_not_grow_with_the_texts(world):
+    """So that counting by the token is right: sixteen texts of two tokens are about one of thirty-two."""
+    one, many = (
+        world(1).run(cases.kept_by_texts, Case(kind="multi_layer"), lengths)[0] for lengths in ([32], [2] * 16)
+    )
+    assert many == pytest.approx(one, rel=0.1)
+
+
 def test_a_measured_graph_is_freed():
     weight, states = torch.nn.Parameter(torch.ones(100)), []
 

@@ -11,7 +11,16 @@ import torch
 from nvembed_mcore.config import LossConfig, ModelConfig, OptimConfig, ParallelConfig, StepConfig
 from nvembed_mcore.data.packing import make_pack
 from tests.helpers import models
-from tests.helpers.plain import TEMPERATURE, pooling_config, random_head, run_plainly, step_config, training_batch
+from tests.helpers.plain import (
+    HEADS,
+    LATENTS,
+    TEMPERATURE,
+    pooling_config,
+    random_head,
+    run_plainly,
+    step_config,
+    training_batch,
+)
 
 _layouts: dict = {}
 
@@ -326,6 +335,39 @@ def graph_of_a_pack(case: Case) -> dict[str, float]:
     one, two = (graph_bytes(lambda: chunk(make_pack(texts)), parameters) for texts in (text, text * 2))  # noqa: B023
     weights = sum(parameter.numel() * 4 for parameter in parameters)
     return {"one": one, "two": two, "weights": weights}
+
+
+def kept_by_texts(case: Case, lengths: list[int]) -> int:
+    """Bytes that the graph of a pack of these texts keeps."""
+    from nvembed_mcore.memory import graph_bytes
+
+    step, *_ = build_step(case)
+    (chunk,) = step.chunks
+    pack = make_pack(models.random_texts(lengths, 250))
+    return graph_bytes(lambda: chunk(pack), list(chunk.module.parameters()))
+
+
+def few_texts_at_once(case: Case) -> dict[str, float]:
+    """`training_steps` where multi-layer pooling computes two texts at a time."""
+    from nvembed_mcore.model import pooling
+
+    with mock.patch.object(pooling, "ROWS_AT_ONCE", 2 * LATENTS):
+        return training_steps(case)
+
+
+def embeddings_of_texts(case: Case, num_texts: int) -> tuple[float, int]:
+    """As evaluation embeds texts: largest difference from the reference, and number of embeddings on this rank."""
+    from nvembed_mcore.schedule import embed_texts
+
+    step, groups, *_ = build_step(case)
+    hf_config = step_config()
+    reference, head = models.hf_reference(hf_config), random_head(hf_config.hidden_size, case.kind)
+    texts = models.random_texts([3 + 5 * i % 17 for i in range(num_texts)], hf_config.vocab_size)
+    found = embed_texts(step.chunks, groups, texts, case.budget)
+    if found is None:
+        return 0.0, 0
+    expected = torch.stack([models.reference_embedding(reference, head, text, case.kind, HEADS) for text in texts])
+    return (found - expected).abs().max().item(), len(found)
 
 
 def ways_by_free_memory(case: Case, free: list[float]) -> tuple[list[str], list[str]]:

@@ -8,6 +8,7 @@ import torch
 
 from nvembed_mcore.config import PoolingConfig
 from nvembed_mcore.data.packing import Text, make_pack
+from nvembed_mcore.model import pooling
 from nvembed_mcore.model.attention import packing_of
 from nvembed_mcore.model.pooling import build_head, segment_sum, weights_of
 from tests.helpers import cases, models, plain
@@ -66,6 +67,41 @@ def test_the_fold_is_exact(config, monkeypatch):
     monkeypatch.setattr(torch.Tensor, "float", torch.Tensor.double)
     differences = compare_with_plain(config, torch.float64)
     assert max(differences.values()) <= 1e-12, differences
+
+
+@pytest.mark.parametrize("at_once", [1, 2 * 7, 4096], ids=["one text", "two texts", "all texts"])
+def test_multi_layer_equals_the_plain_order_of_operations(monkeypatch, at_once):
+    """Values go through `to_out` before they are weighted, and a few texts at a time are computed again."""
+    monkeypatch.setattr(pooling, "ROWS_AT_ONCE", at_once)
+    config = PoolingConfig(kind="multi_layer", num_latents=7, num_heads=3, head_width=10)
+    head = head_with_random_weights(config, torch.float32)
+    generator = torch.Generator().manual_seed(1)
+    summaries = torch.randn(LAYERS, 5, HIDDEN, generator=generator, dtype=torch.float64)
+    upstream = torch.randn(5, HIDDEN, generator=generator, dtype=torch.float64)
+    plain_summaries = summaries.clone().requires_grad_()
+    weights = {name: value.detach().double().requires_grad_() for name, value in head.named_parameters()}
+    texts = plain_summaries.unbind(1)
+    expected = torch.stack([models.reference_multi_layer(text, weights, config.num_heads) for text in texts])
+    (expected * upstream).sum().backward()
+
+    summaries = summaries.float().requires_grad_()
+    found = head(summaries)
+    (found * upstream).sum().backward()
+    pairs = {"output": (found, expected), "summaries": (summaries.grad, plain_summaries.grad)}
+    pairs |= {name: (value.grad, weights[name].grad) for name, value in head.named_parameters()}
+    assert len(pairs) == 2 + 15 and "layer_embedding.weight" in pairs
+    for name, (one, truth) in pairs.items():
+        assert (one - truth).abs().max() <= 1e-5 * truth.abs().max(), name
+        assert truth.abs().max() > 1e-3, name
+
+
+def test_multi_layer_in_bfloat16():
+    config = PoolingConfig(kind="multi_layer", num_latents=7, num_heads=3, head_width=10)
+    summaries = torch.randn(LAYERS, 5, HIDDEN, generator=torch.Generator().manual_seed(1))
+    exact = head_with_random_weights(config, torch.float32)(summaries)
+    rounded = head_with_random_weights(config, torch.bfloat16)(summaries.bfloat16())
+    assert rounded.dtype == torch.float32
+    assert torch.cosine_similarity(exact, rounded).min() > 0.999
 
 
 def test_kinds_without_parameters_have_no_head():
