@@ -172,8 +172,8 @@ class MultiLayerPooling(Mlp):
         query = self.to_q(self.norm_query(self.latents)).unflatten(-1, (self.num_heads, self.head_width))
         few = max(1, ROWS_AT_ONCE // len(self.latents))
         parts = summaries.transpose(0, 1).split(few)
-        # Not Megatron's own checkpointing: it would reach the weights once for each part, and gradients that are
-        # reduced while the backward pass runs must be whole when they get there.
+        # Not reentrant, as Megatron's own is: gradients would then reach a weight once for each part, and where they
+        # are reduced while the backward pass runs they must do so as often in every step as in the first.
         pooled = [checkpoint(self._pool, query, part, use_reentrant=False, preserve_rng_state=False) for part in parts]
         return torch.cat(pooled)
 
