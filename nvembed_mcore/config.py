@@ -23,13 +23,14 @@ def _require(condition: bool, message: str) -> None:
 class PoolingConfig:
     """How token states become one vector a text (NV-Embed section 3.2)."""
 
-    kind: Literal["latent", "mean", "last", "self_attention"] = "latent"
+    kind: Literal["latent", "mean", "last", "self_attention", "multi_layer"] = "latent"
     """`latent`: NV-Embed's latent attention. `self_attention`: the paper's ablation, tokens of the text as keys and
-    values. `mean`: mean over the pooled positions. `last`: the state of `</s>`."""
+    values. `mean`: mean over the pooled positions. `last`: the state of `</s>`. `multi_layer`: latents attend to the
+    text's mean after each layer (causal: to its last state), arXiv 2409.02727; there 768 latents, 32 heads of 2048."""
     num_latents: int = 512
-    """Rows of the trained dictionary that tokens attend to (`latent`)."""
+    """Rows of the trained dictionary that tokens attend to (`latent`), or that attend to layers (`multi_layer`)."""
     num_heads: int = 8
-    """Heads of the cross or self attention (`latent`, `self_attention`)."""
+    """Heads of the cross or self attention (`latent`, `self_attention`, `multi_layer`)."""
     head_width: int | None = None
     """Width of one head; null means the hidden size of the backbone, as in NV-Embed (8 heads of 4096)."""
     initializer_range: float | None = None

@@ -107,10 +107,11 @@ class HfFolder:
 class RandomWeights:
     """Initial weights that depend on the seed and on a tensor's Hugging Face name alone, not on the layout.
 
-    Backbone: normal(0, `initializer_range`) for the embedding and linears. Head: latents normal(0, 1) and linears as
-    torch makes them (uniform within 1/sqrt(inputs), weights and biases), which is what NV-Embed's code does; with
-    `pooling.initializer_range` set, linears of the head are normal with that deviation and their biases zero. Norms
-    are one, and zero where they have a bias. Adapters as PEFT makes them: A like torch's linears, B zero.
+    Backbone: normal(0, `initializer_range`) for the embedding and linears. Head: latents and the embedding of layers
+    normal(0, 1) and linears as torch makes them (uniform within 1/sqrt(inputs), weights and biases), which is what
+    NV-Embed's code does; with `pooling.initializer_range` set, linears and the embedding of layers are normal with
+    that deviation and biases zero. Norms are one, and zero where they have a bias. Adapters as PEFT makes them: A like
+    torch's linears, B zero.
     """
 
     may_lack = ()
@@ -133,6 +134,8 @@ class RandomWeights:
         if kind == "latents":
             return torch.randn(shape, generator=self._generator(hf_name))
         deviation = self.pooling.initializer_range if hf_name.startswith(HEAD) else self.initializer_range
+        if module.endswith(".layer_embedding"):
+            return self._normal(hf_name, shape, 1.0 if deviation is None else deviation)
         if deviation is not None and not hf_name.endswith(LORA_A):
             is_bias = kind == "bias"
             return torch.zeros(shape) if is_bias else self._normal(hf_name, shape, deviation)

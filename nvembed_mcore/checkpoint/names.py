@@ -85,7 +85,7 @@ def name_table(hf_config: MistralConfig, pooling: PoolingConfig, lora: LoraConfi
     for layer in range(hf_config.num_hidden_layers):
         entries += _layer_entries(hf_config, layer) + (_adapter_entries(hf_config, layer, lora) if lora else [])
     entries.append(_same("decoder.final_layernorm.weight", f"{BACKBONE}norm.weight", (hidden,)))
-    return entries + _head_entries(hidden, pooling)
+    return entries + _head_entries(hidden, hf_config.num_hidden_layers, pooling)
 
 
 def local_shard(entry: Entry, read: Callable[[str], Any], tp_rank: int, tp_size: int) -> torch.Tensor:
@@ -215,15 +215,19 @@ def _adapter(linear: AdaptedLinear, target: str, rank: int, layer: int) -> list[
     ]
 
 
-def _head_entries(hidden: int, pooling: PoolingConfig) -> list[Entry]:
+def _head_entries(hidden: int, num_layers: int, pooling: PoolingConfig) -> list[Entry]:
     """The pooling head, replicated over tensor ranks. `to_kv` has the rows of K first on both sides, `mlp_in` those of
     the value half before those of the gate half."""
-    if pooling.kind not in ("latent", "self_attention"):
+    if pooling.kind in ("mean", "last"):
         return []
     inner = pooling.num_heads * (pooling.head_width or hidden)
     cross, feed_forward = f"{HEAD}cross_attend_blocks.0.", f"{HEAD}cross_attend_blocks.1."
-    latents = [_same("pooling.latents", f"{HEAD}latents", (pooling.num_latents, hidden))]
-    return (latents if pooling.kind == "latent" else []) + [
+    own = []
+    if pooling.kind != "self_attention":
+        own.append(_same("pooling.latents", f"{HEAD}latents", (pooling.num_latents, hidden)))
+    if pooling.kind == "multi_layer":
+        own.append(_same("pooling.layer_embedding.weight", f"{HEAD}layer_embedding.weight", (num_layers, hidden)))
+    return own + [
         *_weight_and_bias("norm_query", f"{cross}norm", (hidden,)),
         *_weight_and_bias("norm_context", f"{cross}norm_context", (hidden,)),
         _same("pooling.to_q.weight", f"{cross}fn.to_q.weight", (inner, hidden)),

@@ -49,6 +49,18 @@ def test_each_option_changes_the_loss(name):
     assert abs(plain - changed) > 10 * BOUND * plain
 
 
+@pytest.mark.parametrize(
+    "layout",
+    [dict(world=2, way="retain", overlap=True), dict(world=4, tp=2, sp=True, pp=2, chunks=2, way="cached")],
+    ids=str,
+)
+def test_multi_layer_pools_a_few_texts_at_a_time(world, layout):
+    """Two and four parts of a pack in the two steps: a weight's gradient must come once all the same."""
+    case = Case(**layout, kind="multi_layer", budget=140, distributed=False)
+    found = worst(world(case.world).run(cases.few_texts_at_once, case))
+    assert max(found.values()) <= BOUND, found
+
+
 @pytest.mark.parametrize("sabotage", ["factor", "detached"])
 def test_a_wrong_gradient_does_not_pass(world, sabotage):
     """Tests of the test: without the factor W (which clipping would hide), and without what other ranks say."""

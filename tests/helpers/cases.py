@@ -13,6 +13,8 @@ from nvembed_mcore.config import LossConfig, ModelConfig, OptimConfig, ParallelC
 from nvembed_mcore.data.packing import make_pack
 from tests.helpers import models
 from tests.helpers.plain import (
+    HEADS,
+    LATENTS,
     TEMPERATURE,
     lora_config,
     pooling_config,
@@ -340,36 +342,24 @@ def dropout_without_replay() -> tuple[float, float, float]:
     return tuple(norms)
 
 
-def graph_of_a_pack(case: Case) -> dict[str, float]:
-    """Bytes that the graph of a pack keeps by our measure, of twice the tokens, and what lies in memory by torch's."""
-    from nvembed_mcore.memory import graph_bytes
+def few_texts_at_once(case: Case) -> dict[str, float]:
+    """`training_steps` where multi-layer pooling computes two texts at a time."""
+    from nvembed_mcore.model import pooling
 
-    step, *_ = build_step(case)
-    (chunk,) = step.chunks
-    parameters = list(chunk.module.parameters())
-    text = models.random_texts([32], 250)
-    one, two = (graph_bytes(lambda: chunk(make_pack(texts)), parameters) for texts in (text, text * 2))  # noqa: B023
-    weights = sum(parameter.numel() * 4 for parameter in parameters)
-    return {"one": one, "two": two, "weights": weights}
+    with mock.patch.object(pooling, "ROWS_AT_ONCE", 2 * LATENTS):
+        return training_steps(case)
 
 
-def ways_by_free_memory(case: Case, free: list[float]) -> tuple[list[str], list[str]]:
-    """Ways of a step under `auto` where rank r finds `free[r]` bytes, and what it logged of them."""
-    import logging
+def embeddings_of_texts(case: Case, num_texts: int) -> tuple[float, int]:
+    """As evaluation embeds texts: largest difference from the reference, and number of embeddings on this rank."""
+    from nvembed_mcore.schedule import embed_texts
 
-    from nvembed_mcore import device
-    from nvembed_mcore.metrics import PhaseTimer
-
-    lines: list[str] = []
-    handler = logging.Handler()
-    handler.emit = lambda record: lines.append(record.getMessage())
-    loggers = [logging.getLogger(f"nvembed_mcore.{name}") for name in ("step", "memory")]
     step, groups, *_ = build_step(case)
-    for logger in loggers:
-        logger.addHandler(handler)
-        logger.setLevel(logging.INFO)
-    with mock.patch.object(device, "free_memory_bytes", lambda: free[groups.dp_rank]):
-        ways = [step(training_batch(case.queries, number), number, PhaseTimer()).way for number in (1, 2)]
-    for logger in loggers:
-        logger.removeHandler(handler)
-    return ways, lines
+    hf_config = step_config()
+    reference, head = models.hf_reference(hf_config), random_head(hf_config.hidden_size, case.kind)
+    texts = models.random_texts([3 + 5 * i % 17 for i in range(num_texts)], hf_config.vocab_size)
+    found = embed_texts(step.chunks, groups, texts, case.budget)
+    if found is None:
+        return 0.0, 0
+    expected = torch.stack([models.reference_embedding(reference, head, text, case.kind, HEADS) for text in texts])
+    return (found - expected).abs().max().item(), len(found)

@@ -106,10 +106,20 @@ def loss_options() -> Iterator[Case]:
 
 
 def heads() -> Iterator[Case]:
-    """The other pooling heads."""
+    """The other pooling heads, and multi-layer pooling in every layout and way."""
     for kind in ("mean", "last", "self_attention"):
         yield Case(kind=kind, distributed=False)
         yield Case(world=2, tp=2, sp=True, kind=kind, distributed=False)
+    # Only this one has something to carry from stage to stage.
+    for number, (world, tp, sp, pp, chunks) in enumerate(LAYOUTS):
+        ranks, multiple = world // (tp * pp), pp if chunks > 1 else 1
+        layout = dict(world=world, tp=tp, sp=sp, pp=pp, chunks=chunks, kind="multi_layer", overlap=number % 2 == 0)
+        budget = budget_for(2 * multiple if chunks > 1 else 3, ranks, 7, multiple)
+        yield Case(**layout, way="cached", budget=budget, distributed=False)
+        if pp == 1:
+            yield Case(**layout, way="retain", budget=budget, distributed=True)
+            yield Case(**layout, way="single", distributed=False)
+    yield Case(world=4, way="cached", kind="multi_layer", queries=1, distributed=False, overlap=True)
 
 
 ALL_TARGETS = ("q", "k", "v", "o", "gate", "up", "down")

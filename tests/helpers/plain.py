@@ -28,11 +28,11 @@ def pooling_config(kind: str) -> PoolingConfig:
     return PoolingConfig(kind=kind, num_latents=LATENTS, num_heads=HEADS, head_width=12)
 
 
-def random_head(hidden: int, kind: str) -> dict[str, torch.Tensor]:
+def random_head(hidden: int, kind: str, num_layers: int = 4) -> dict[str, torch.Tensor]:
     """Random weights of a head, by the trainer's own names; empty for kinds without."""
     from nvembed_mcore.model.pooling import build_head
 
-    head = build_head(hidden, pooling_config(kind))
+    head = build_head(hidden, pooling_config(kind), num_layers)
     if head is None:
         return {}
     torch.manual_seed(3)

@@ -11,6 +11,7 @@ from transformers import MistralConfig, MistralModel
 from nvembed_mcore.checkpoint.names import name_table
 from nvembed_mcore.config import LoraConfig, PoolingConfig
 from nvembed_mcore.metrics import PhaseTimer, StepMetrics, device_peak_flops, flops_per_token, pack_flops
+from nvembed_mcore.model.pooling import build_head
 from tests.helpers.plain import add_adapters
 
 TINY = MistralConfig(
@@ -89,6 +90,15 @@ def test_self_attention_head_flops_by_hand():
     head = pack_flops(TINY, pooling, [3, 4]) - pack_flops(TINY, MEAN, [3, 4])
     projections, attention, mlp = 6 * 7 * 4 * 24 * 10, 12 * 10 * (9 + 16), 6 * 7 * 12 * 24 * 24
     assert head == projections + attention + mlp
+
+
+def test_multi_layer_head_flops_are_those_that_run():
+    pooling = PoolingConfig(kind="multi_layer", num_latents=5, num_heads=2, head_width=7)
+    head = build_head(24, pooling, TINY.num_hidden_layers)
+    with FlopCounterMode(display=False) as counter:  # forward: the backward pass would count what is computed again
+        head(torch.randn(3, 4, 24))
+    lengths = [3, 1, 9, 4]
+    assert pack_flops(TINY, pooling, lengths) - pack_flops(TINY, MEAN, lengths) == 3 * counter.get_total_flops()
 
 
 def test_causal_attention_has_the_pairs_below_the_diagonal():
