@@ -10,12 +10,11 @@ import importlib.resources
 import json
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
 from transformers import MistralConfig
 
 from nvembed_mcore.checkpoint.export_metadata import (
@@ -26,6 +25,7 @@ from nvembed_mcore.checkpoint.export_metadata import (
 )
 from nvembed_mcore.checkpoint.hf_import import INDEX_FILE, SINGLE_FILE
 from nvembed_mcore.checkpoint.names import Entry, name_table, to_hf
+from nvembed_mcore.checkpoint.safetensors_stream import SUMS_FILE, bytes_of, write_safetensors
 from nvembed_mcore.config import PoolingConfig
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -50,7 +50,7 @@ def export(
     card_facts: dict[str, Any],
     max_shard_bytes: int = 5_000_000_000,
 ) -> None:
-    """Write the folder `output_dir`; at most one shard of weights is in memory at a time.
+    """Write the folder `output_dir`; at most one parameter is in memory at a time.
 
     Args:
         read_global: parameter name of the encoder -> its whole tensor, on any device and of any floating dtype.
@@ -118,12 +118,12 @@ def _checked_tokenizer_files(tokenizer_dir: Path, hf_config: MistralConfig, max_
     return files
 
 
-def _plan_shards(entries: list[Entry], bytes_per_value: int, max_shard_bytes: int) -> list[list[Entry]]:
+def _plan_shards(entries: list[Entry], dtype: torch.dtype, max_shard_bytes: int) -> list[list[Entry]]:
     """Parameters in order, cut into files; one that is larger than the limit gets a file of its own."""
     shards: list[list[Entry]] = [[]]
     filled = 0
     for entry in entries:
-        size = sum(torch.Size(shape).numel() for shape in entry.hf.values()) * bytes_per_value
+        size = sum(bytes_of(shape, dtype) for shape in entry.hf.values())
         if shards[-1] and filled + size > max_shard_bytes:
             shards.append([])
             filled = 0
@@ -139,19 +139,28 @@ def _write_weights(
     dtype: torch.dtype,
     max_shard_bytes: int,
 ) -> None:
-    shards = _plan_shards(entries, dtype.itemsize, max_shard_bytes)
+    """Safetensors files, their index where there are several, and their sums; one parameter is in memory at a time."""
+    shards = _plan_shards(entries, dtype, max_shard_bytes)
     weight_map: dict[str, str] = {}
-    total = 0
+    parameters, sums = 0, ""
     for number, shard in enumerate(shards, start=1):
         file = SINGLE_FILE if len(shards) == 1 else f"model-{number:05d}-of-{len(shards):05d}.safetensors"
-        tensors = {}
-        for entry in shard:
-            # A copy: the parts of one parameter must not share memory with it, or it would stay alive.
-            parts = to_hf(entry, read_global(entry.name).detach())
-            tensors |= {name: part.to("cpu", dtype, copy=True) for name, part in parts.items()}
-        save_file(tensors, directory / file, metadata={"format": "pt"})
-        weight_map |= dict.fromkeys(tensors, file)
-        total += sum(tensor.nbytes for tensor in tensors.values())
+        shapes = {name: shape for entry in shard for name, shape in entry.hf.items()}
+        digest = write_safetensors(directory / file, shapes, dtype, _tensors(read_global, shard))
+        weight_map |= dict.fromkeys(shapes, file)
+        parameters += sum(torch.Size(shape).numel() for shape in shapes.values())
+        sums += f"{digest}  {file}\n"
+    (directory / SUMS_FILE).write_text(sums)
     if len(shards) > 1:
-        index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
+        metadata = {"total_parameters": parameters, "total_size": parameters * dtype.itemsize}
+        index = {"metadata": metadata, "weight_map": dict(sorted(weight_map.items()))}
         (directory / INDEX_FILE).write_text(json.dumps(index, indent=2) + "\n")
+
+
+def _tensors(read_global: Callable[[str], torch.Tensor], entries: list[Entry]) -> Iterator[tuple[str, torch.Tensor]]:
+    """Hugging Face tensors of parameters; a parameter is let go before the next one is read."""
+    for entry in entries:
+        parts = to_hf(entry, read_global(entry.name).detach())
+        while parts:
+            name = next(iter(parts))
+            yield name, parts.pop(name)
