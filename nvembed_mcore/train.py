@@ -9,7 +9,6 @@ import os
 from pathlib import Path
 from typing import Any
 
-import torch
 import yaml
 from megatron.core.distributed import DistributedDataParallel
 from megatron.core.optimizer import MegatronOptimizer
@@ -211,17 +210,14 @@ def _fill(encoder: Encoder, config: RunConfig, hf_config: MistralConfig, groups:
     parameters = encoder.parameters_by_global_name()
     entries = [entry for entry in name_table(hf_config, config.model.pooling) if entry.name in parameters]
 
-    def assign(name: str, tensor: torch.Tensor) -> None:
-        with torch.no_grad():
-            parameters[name].copy_(tensor)
-
     shard = (groups.tp_rank, groups.tp_size)
     if config.model.init_from:
-        missing = hf_import.load_hf_weights(config.model.init_from, entries, assign, *shard)
+        folder, pooling = config.model.init_from, config.model.pooling
+        missing = hf_import.load_hf_weights(folder, pooling, entries, parameters, *shard)
         entries = [entry for entry in entries if entry.name in missing]
     if entries:
         random = hf_import.RandomWeights(entries, config.seed, hf_config.initializer_range, config.model.pooling)
-        hf_import.load_weights(random, entries, assign, *shard)
+        hf_import.load_weights(random, entries, parameters, *shard)
 
 
 def _facts(config: RunConfig, hf_config: MistralConfig, data: _Data, groups: Groups) -> dict[str, Any]:

@@ -8,9 +8,8 @@ from transformers import MistralConfig
 
 from nvembed_mcore.checkpoint import store
 from nvembed_mcore.checkpoint.hf_export import export
-from nvembed_mcore.config import ParallelConfig, PoolingConfig
+from nvembed_mcore.config import PoolingConfig
 from nvembed_mcore.log import read_metrics
-from nvembed_mcore.parallel.groups import initialize
 
 
 def export_run(source: str, output: str, *, dtype: str, instruction: str | None) -> None:
@@ -23,14 +22,17 @@ def export_run(source: str, output: str, *, dtype: str, instruction: str | None)
         instruction: query instruction; None takes that of the run's first data set.
 
     Raises:
-        CheckpointError: there is no complete checkpoint.
+        CheckpointError: there is no complete checkpoint, or it was imported without a tokenizer.
         ExportError: `output` exists.
     """
     found = store.find_checkpoint(source)
     if found is None:
         raise store.CheckpointError(f"no complete checkpoint in {source}")
-    initialize(ParallelConfig())
     config = found.facts["config"]
+    if config["data"]["tokenizer"] is None:
+        raise store.CheckpointError(f"{found.path} knows no tokenizer; import it again with --tokenizer")
+    if instruction is None:
+        instruction = next((one["instruction"] for one in config["data"]["datasets"]), "")
     export(
         store.open_weights(found),
         MistralConfig.from_dict(found.facts["hf_config"]),
@@ -40,7 +42,7 @@ def export_run(source: str, output: str, *, dtype: str, instruction: str | None)
         attention_mask=config["model"]["attention_mask"],
         dtype=dtype,
         max_tokens=max(config["data"]["max_query_tokens"], config["data"]["max_document_tokens"]),
-        instruction=config["data"]["datasets"][0]["instruction"] if instruction is None else instruction,
+        instruction=instruction,
         card_facts=_card_facts(found),
     )
 
@@ -48,6 +50,8 @@ def export_run(source: str, output: str, *, dtype: str, instruction: str | None)
 def _card_facts(found: store.Checkpoint) -> dict[str, Any]:
     """What the model card says of the run."""
     config = found.facts["config"]
+    if "imported_from" in found.facts:
+        return {"Imported from": found.facts["imported_from"]}
     facts: dict[str, Any] = {
         "Training": {
             "step": found.step,

@@ -23,7 +23,7 @@ from nvembed_mcore.checkpoint.export_metadata import (
     sentence_transformers_files,
     tokenizer_files,
 )
-from nvembed_mcore.checkpoint.hf_import import INDEX_FILE, SINGLE_FILE
+from nvembed_mcore.checkpoint.hf_folder import INDEX_FILE, SINGLE_FILE
 from nvembed_mcore.checkpoint.names import Entry, name_table, to_hf
 from nvembed_mcore.checkpoint.safetensors_stream import SUMS_FILE, bytes_of, write_safetensors
 from nvembed_mcore.config import PoolingConfig

@@ -51,7 +51,7 @@ def write_safetensors(
 
         write(_header(shapes, dtype))
         for name, tensor in tensors:
-            assert (name, tuple(tensor.shape)) == next(expected), f"{name} {tuple(tensor.shape)} is not what comes next"
+            assert (name, tuple(tensor.shape)) == next(expected), f"{name} is not what comes next"
             for block in tensor.detach().view(-1).split(_BLOCK):
                 write(memoryview(block.to("cpu", dtype).view(torch.uint8).numpy()))
             del tensor, block

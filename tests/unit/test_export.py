@@ -12,7 +12,8 @@ import torch
 from safetensors.torch import load_file
 
 from nvembed_mcore.checkpoint.hf_export import ExportError, export
-from nvembed_mcore.checkpoint.hf_import import RandomWeights, WeightsError
+from nvembed_mcore.checkpoint.hf_folder import WeightsError
+from nvembed_mcore.checkpoint.hf_import import RandomWeights
 from nvembed_mcore.checkpoint.hf_load import load_exported
 from nvembed_mcore.checkpoint.names import local_shard, name_table
 from nvembed_mcore.config import PoolingConfig
