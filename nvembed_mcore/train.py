@@ -28,7 +28,7 @@ from nvembed_mcore.metrics import PhaseTimer, StepMetrics, device_peak_flops, pa
 from nvembed_mcore.model.encoder import Encoder, wrap_data_parallel
 from nvembed_mcore.model.mistral import read_mistral_config
 from nvembed_mcore.optim import build_optimizer, learning_rate, set_learning_rate
-from nvembed_mcore.parallel.groups import Groups, first_rank_does, initialize
+from nvembed_mcore.parallel.groups import Groups, every_rank_does, first_rank_does, initialize
 from nvembed_mcore.step import ContrastiveStep, StepOutput
 
 log = logging.getLogger(__name__)
@@ -192,8 +192,9 @@ def build_model(config: RunConfig, hf_config: MistralConfig, groups: Groups) -> 
         store.load_weights(start, encoders)
         log.info("weights from step %d of %s", start.step, start.path)
     else:
-        for encoder in encoders:
-            _fill(encoder, config, hf_config, groups)
+        if config.model.init_from:
+            hf_import.verify_sums(hf_import.open_hf_model(config.model.init_from).folder)
+        every_rank_does(lambda: [_fill(encoder, config, hf_config, groups) for encoder in encoders])
     return wrap_data_parallel(encoders, config.parallel, distributed_optimizer=config.optim.distributed)
 
 

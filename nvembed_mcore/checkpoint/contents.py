@@ -13,14 +13,13 @@ from rich.table import Column, Table
 
 from nvembed_mcore.checkpoint import store
 from nvembed_mcore.checkpoint.hf_folder import (
-    INDEX_FILE,
     StoredTensor,
     WeightsError,
     read_header,
     read_headers,
     read_index,
 )
-from nvembed_mcore.checkpoint.safetensors_stream import SUMS_FILE
+from nvembed_mcore.checkpoint.safetensors_stream import INDEX_FILE, SUMS_FILE
 
 ADAPTER_CONFIG, ADAPTER_FILE = "adapter_config.json", "adapter_model.safetensors"
 EMBEDDINGS = ("embed_tokens.", "embedding.word_embeddings.")

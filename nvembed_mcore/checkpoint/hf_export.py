@@ -10,7 +10,7 @@ import importlib.resources
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -23,9 +23,8 @@ from nvembed_mcore.checkpoint.export_metadata import (
     sentence_transformers_files,
     tokenizer_files,
 )
-from nvembed_mcore.checkpoint.hf_folder import INDEX_FILE, SINGLE_FILE
-from nvembed_mcore.checkpoint.names import Entry, name_table, to_hf
-from nvembed_mcore.checkpoint.safetensors_stream import SUMS_FILE, bytes_of, write_safetensors
+from nvembed_mcore.checkpoint.names import name_table
+from nvembed_mcore.checkpoint.safetensors_stream import MAX_SHARD_BYTES, write_weights
 from nvembed_mcore.config import PoolingConfig
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -48,7 +47,7 @@ def export(
     max_tokens: int,
     instruction: str = "",
     card_facts: dict[str, Any],
-    max_shard_bytes: int = 5_000_000_000,
+    max_shard_bytes: int = MAX_SHARD_BYTES,
 ) -> None:
     """Write the folder `output_dir`; at most one parameter is in memory at a time.
 
@@ -87,7 +86,7 @@ def export(
     aside = output_dir.with_name(f".{output_dir.name}.{os.getpid()}.partial")
     aside.mkdir(parents=True)
     try:
-        _write_weights(read_global, name_table(hf_config, pooling), aside, DTYPES[dtype], max_shard_bytes)
+        write_weights(read_global, name_table(hf_config, pooling), aside, DTYPES[dtype], max_shard_bytes)
         for name, text in texts.items():
             file = aside / name
             file.parent.mkdir(exist_ok=True)
@@ -116,51 +115,3 @@ def _checked_tokenizer_files(tokenizer_dir: Path, hf_config: MistralConfig, max_
             f"the model's vocab_size is {hf_config.vocab_size}"
         )
     return files
-
-
-def _plan_shards(entries: list[Entry], dtype: torch.dtype, max_shard_bytes: int) -> list[list[Entry]]:
-    """Parameters in order, cut into files; one that is larger than the limit gets a file of its own."""
-    shards: list[list[Entry]] = [[]]
-    filled = 0
-    for entry in entries:
-        size = sum(bytes_of(shape, dtype) for shape in entry.hf.values())
-        if shards[-1] and filled + size > max_shard_bytes:
-            shards.append([])
-            filled = 0
-        shards[-1].append(entry)
-        filled += size
-    return shards
-
-
-def _write_weights(
-    read_global: Callable[[str], torch.Tensor],
-    entries: list[Entry],
-    directory: Path,
-    dtype: torch.dtype,
-    max_shard_bytes: int,
-) -> None:
-    """Safetensors files, their index where there are several, and their sums; one parameter is in memory at a time."""
-    shards = _plan_shards(entries, dtype, max_shard_bytes)
-    weight_map: dict[str, str] = {}
-    parameters, sums = 0, ""
-    for number, shard in enumerate(shards, start=1):
-        file = SINGLE_FILE if len(shards) == 1 else f"model-{number:05d}-of-{len(shards):05d}.safetensors"
-        shapes = {name: shape for entry in shard for name, shape in entry.hf.items()}
-        digest = write_safetensors(directory / file, shapes, dtype, _tensors(read_global, shard))
-        weight_map |= dict.fromkeys(shapes, file)
-        parameters += sum(torch.Size(shape).numel() for shape in shapes.values())
-        sums += f"{digest}  {file}\n"
-    (directory / SUMS_FILE).write_text(sums)
-    if len(shards) > 1:
-        metadata = {"total_parameters": parameters, "total_size": parameters * dtype.itemsize}
-        index = {"metadata": metadata, "weight_map": dict(sorted(weight_map.items()))}
-        (directory / INDEX_FILE).write_text(json.dumps(index, indent=2) + "\n")
-
-
-def _tensors(read_global: Callable[[str], torch.Tensor], entries: list[Entry]) -> Iterator[tuple[str, torch.Tensor]]:
-    """Hugging Face tensors of parameters; a parameter is let go before the next one is read."""
-    for entry in entries:
-        parts = to_hf(entry, read_global(entry.name).detach())
-        while parts:
-            name = next(iter(parts))
-            yield name, parts.pop(name)

@@ -20,9 +20,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from nvembed_mcore.checkpoint.names import BACKBONE
-from nvembed_mcore.checkpoint.safetensors_stream import SUMS_FILE
+from nvembed_mcore.checkpoint.safetensors_stream import INDEX_FILE, SINGLE_FILE, SUMS_FILE
 
-SINGLE_FILE, INDEX_FILE = "model.safetensors", "model.safetensors.index.json"
 PICKLED = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 PREFIXES = (BACKBONE, "model.", "")

@@ -12,11 +12,13 @@ import os
 from collections.abc import Iterable, Mapping
 
 import torch
+import torch.distributed as dist
 
-from nvembed_mcore.checkpoint.hf_folder import HfFolder
+from nvembed_mcore.checkpoint.hf_folder import HfFolder, check_sums
 from nvembed_mcore.checkpoint.hf_model import check_pooling, open_hf_model
 from nvembed_mcore.checkpoint.names import HEAD, Entry, copy_shard
 from nvembed_mcore.config import PoolingConfig
+from nvembed_mcore.parallel.groups import every_rank_does
 
 
 class RandomWeights:
@@ -113,3 +115,16 @@ def load_hf_weights(
     model = open_hf_model(path)
     check_pooling(model, pooling)
     return load_weights(model.folder, entries, parameters, tp_rank, tp_size)
+
+
+def verify_sums(folder: HfFolder) -> int:
+    """Compare the folder's weight files with the SHA-256 that it lists; every rank calls this and reads its share.
+
+    Returns:
+        How many files are listed and were compared.
+
+    Raises:
+        WeightsError: on every rank, when a file has other bytes than those that were written.
+    """
+    mine = folder.files[dist.get_rank() :: dist.get_world_size()]
+    return sum(every_rank_does(lambda: check_sums(folder.path, mine)))

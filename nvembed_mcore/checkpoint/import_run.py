@@ -14,13 +14,14 @@ import torch
 import torch.distributed as dist
 
 from nvembed_mcore import device
-from nvembed_mcore.checkpoint.hf_folder import WeightsError, check_sums
+from nvembed_mcore.checkpoint.hf_folder import WeightsError
+from nvembed_mcore.checkpoint.hf_import import verify_sums
 from nvembed_mcore.checkpoint.hf_model import HfModel, largest_token_id, open_hf_model
 from nvembed_mcore.checkpoint.names import copy_shard
 from nvembed_mcore.checkpoint.weights_store import save_weights
 from nvembed_mcore.config import ParallelConfig, PoolingConfig
 from nvembed_mcore.data.tokenizer import load_tokenizer, tokenizer_fingerprint
-from nvembed_mcore.parallel.groups import every_rank_does, initialize
+from nvembed_mcore.parallel.groups import initialize
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -58,8 +59,7 @@ def import_hf(source: str, output: str, *, tokenizer: str | None = None, dtype: 
     initialize(ParallelConfig())
     model = open_hf_model(source)
     facts = _facts(model, source, tokenizer)
-    files = model.folder.files[dist.get_rank() :: dist.get_world_size()]
-    checked = every_rank_does(lambda: check_sums(model.path, files))
+    num_checked = verify_sums(model.folder)
     entries = {entry.name: entry for entry in model.entries()}
     tensors = {name: (entry.shape, _dtype(model, list(entry.hf), dtype)) for name, entry in entries.items()}
 
@@ -78,7 +78,7 @@ def import_hf(source: str, output: str, *, tokenizer: str | None = None, dtype: 
         sum(len(entry.hf) for entry in entries.values()),
         sum(torch.Size(shape).numel() for entry in entries.values() for shape in entry.hf.values()),
         sum(numbers * itemsize for numbers, itemsize in sizes),
-        sum(checked),
+        num_checked,
         time.perf_counter() - start,
     )
 

@@ -157,13 +157,13 @@ def load_weights(checkpoint: Checkpoint, encoders: list[torch.nn.Module]) -> Non
     A learned temperature goes on where the stage before learned one, and otherwise starts anew.
     """
     has_temperature = checkpoint.facts["config"]["loss"].get("learn_temperature", False)
-    sharded = {str(number): _weights(encoder) for number, encoder in enumerate(encoders)}
+    sharded = {str(number): _tensors(_weights(encoder)) for number, encoder in enumerate(encoders)}
     if not has_temperature:
         for weights in sharded.values():
             weights.pop(TEMPERATURE, None)
     loaded = dist_checkpointing.load(sharded, checkpoint.state_dir)
     for number, encoder in enumerate(encoders):
-        missing = encoder.load_state_dict(loaded[str(number)], strict=False).missing_keys
+        missing = _tensors(dict.fromkeys(encoder.load_state_dict(loaded[str(number)], strict=False).missing_keys))
         assert set(missing) <= ({TEMPERATURE} if not has_temperature else set()), missing
 
 
@@ -226,6 +226,11 @@ def _reader(checkpoint: Checkpoint) -> CachedMetadataFileSystemReader:
 
 def _weights(encoder: torch.nn.Module) -> dict:
     return encoder.sharded_state_dict(metadata=dict(_METADATA))
+
+
+def _tensors(state: dict) -> dict:
+    """Without what linears keep of FP8 beside their weights: an imported checkpoint has none, a stage starts anew."""
+    return {name: value for name, value in state.items() if not name.endswith("._extra_state")}
 
 
 def _sharded_state(chunks: list[DistributedDataParallel], optimizer: MegatronOptimizer, *, is_loading: bool) -> dict:
