@@ -209,10 +209,12 @@ def _indexed_tensors(path: Path) -> dict[str, StoredTensor]:
     """The tensors that the index names, which are those of its files."""
     index = path / INDEX_FILE
     wanted = read_index(index)
-    tensors: dict[str, StoredTensor] = {}
-    for file in sorted(set(wanted.values())):
+    files = sorted(set(wanted.values()))
+    for file in files:
         if not (path / file).is_file():
             raise WeightsError(f"{index} names {file}, which is not in the folder")
+    tensors: dict[str, StoredTensor] = {}
+    for file in files:
         for name, tensor in read_header(path / file).items():
             if name not in wanted:
                 raise WeightsError(f"{path / file} holds tensor {name!r}, which {index} does not name")

@@ -1,5 +1,7 @@
 """Hugging Face -> Megatron -> Hugging Face, not a bit changed, in every layout; through a run and import-hf."""
 
+import shutil
+
 import pytest
 import torch
 from transformers import MistralConfig
@@ -99,7 +101,15 @@ SECONDS = 600
 def large_folder(tmp_path_factory):
     path = tmp_path_factory.mktemp("large") / "nv-embed"
     transfer.write_folder(path, MISTRAL, PoolingConfig(), torch.bfloat16)
-    return path
+    yield path
+    shutil.rmtree(path)
+
+
+@pytest.fixture
+def room(tmp_path):
+    """A folder that is emptied at once: pytest would keep some gigabytes of each test."""
+    yield tmp_path
+    shutil.rmtree(tmp_path)
 
 
 def assert_same_files(found, expected):
@@ -120,22 +130,22 @@ def assert_same_files(found, expected):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("tp", "pp"), LARGE_LAYOUTS)
-def test_true_shapes_through_a_run(world, large_folder, tmp_path, tp, pp):
+def test_true_shapes_through_a_run(world, large_folder, room, tp, pp):
     assert {(4096, 14336), (65536, 4096), (512, 4096), (32000, 4096)} <= {
         shape for entry in name_table(MISTRAL, PoolingConfig()) for shape in entry.hf.values()
     }
-    saved = tmp_path / "saved"
+    saved = room / "saved"
     world(tp * pp).run(
         transfer.import_and_save, large_folder, saved, PoolingConfig(), "bfloat16", tp, pp, timeout_seconds=SECONDS
     )
-    transfer.export_weights(saved, tmp_path / "back", MISTRAL, PoolingConfig(), torch.bfloat16)
-    assert_same_files(tmp_path / "back", large_folder)
+    transfer.export_weights(saved, room / "back", MISTRAL, PoolingConfig(), torch.bfloat16)
+    assert_same_files(room / "back", large_folder)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("tp", "pp"), LARGE_LAYOUTS)
-def test_true_shapes_through_import_hf(world, large_folder, tmp_path, tp, pp):
-    saved = tmp_path / "saved"
+def test_true_shapes_through_import_hf(world, large_folder, room, tp, pp):
+    saved = room / "saved"
     world(tp * pp).run(transfer.imported, large_folder, saved, timeout_seconds=SECONDS)
     for different in world(tp * pp).run(
         transfer.load_and_compare,
@@ -148,5 +158,5 @@ def test_true_shapes_through_import_hf(world, large_folder, tmp_path, tp, pp):
         timeout_seconds=SECONDS,
     ):
         assert not different
-    transfer.export_weights(saved, tmp_path / "back", MISTRAL, PoolingConfig(), torch.bfloat16)
-    assert_same_files(tmp_path / "back", large_folder)
+    transfer.export_weights(saved, room / "back", MISTRAL, PoolingConfig(), torch.bfloat16)
+    assert_same_files(room / "back", large_folder)
