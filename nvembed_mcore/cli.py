@@ -162,7 +162,7 @@ def _inspect(arguments: argparse.Namespace) -> None:
     found = inspect_folder(arguments.folder)
     if arguments.json:
         Path(arguments.json).write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
-    console = Console()
+    console = Console(width=None if sys.stdout.isatty() else 140)
     for table in tables(found, all_tensors=arguments.tensors):
         console.print(table)
 

@@ -166,7 +166,7 @@ def _checkpoint(checkpoint: store.Checkpoint) -> dict[str, Any]:
     return {
         "kind": "checkpoint",
         "path": str(checkpoint.path),
-        "architecture": (facts["hf_config"].get("architectures") or ["Mistral encoder"])[0],
+        "architecture": facts.get("imported_from", {}).get("architecture", "Mistral encoder"),
         **described,
         "bytes": sum(files.values()),
         "files": files,

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import mmap
 import os
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -38,6 +39,8 @@ class StoredTensor:
     file: str
     shape: tuple[int, ...]
     dtype: torch.dtype
+    begin: int
+    """Its first byte in the file."""
 
     @property
     def num_bytes(self) -> int:
@@ -95,22 +98,19 @@ class HfFolder:
                 f"{list(shape)}"
             )
 
-    def read(self, hf_name: str, shape: tuple[int, ...]) -> Any:
-        """A safetensors slice of a tensor: nothing is read before it is indexed.
-
-        The file is mapped for this one tensor, so that its pages are let go with it.
+    def read(self, hf_name: str, shape: tuple[int, ...]) -> torch.Tensor:
+        """A tensor whose pages are read from the file where it is used, and let go with it.
 
         Raises:
-            WeightsError: the tensor is missing, its file is damaged, or it has another shape.
+            WeightsError: it is missing, has another shape, or cannot be read.
         """
         self.check(hf_name, shape)
         stored = self.stored_name(hf_name)
-        file = self.path / self.tensors[stored].file
+        tensor = self.tensors[stored]
         try:
-            with safe_open(file, framework="pt") as opened:
-                return opened.get_slice(stored)
-        except (OSError, SafetensorError) as error:
-            raise WeightsError(f"cannot read tensor {stored!r} from {file}: {error}") from error
+            return _mapped(self.path / tensor.file, tensor)
+        except (OSError, ValueError) as error:
+            raise WeightsError(f"cannot read tensor {stored!r} from {self.path / tensor.file}: {error}") from error
 
     def check_finite(self, hf_names: Iterable[str], tensor: torch.Tensor) -> None:
         """Raise a `WeightsError` when a number of `tensor`, which was made from these, is infinite or none at all."""
@@ -167,20 +167,40 @@ def read_header(file: Path) -> dict[str, StoredTensor]:
     Raises:
         WeightsError: it is cut short or damaged, or a tensor is not of floating-point numbers.
     """
-    tensors = {}
     try:
-        with safe_open(file, framework="pt") as opened:
-            for name in opened.keys():  # noqa: SIM118
-                piece = opened.get_slice(name)
-                dtype = piece.get_dtype()
-                if dtype not in DTYPES:
-                    raise WeightsError(
-                        f"{file}: tensor {name!r} is of type {dtype}; only {', '.join(DTYPES)} can be read"
-                    )
-                tensors[name] = StoredTensor(file.name, tuple(piece.get_shape()), DTYPES[dtype])
-    except (OSError, SafetensorError) as error:
-        raise WeightsError(f"cannot read {file}: {error} (the file has {_size(file)} bytes)") from error
+        # The library's checks of lengths, gaps and overlaps. In this framework it maps a file to be read only, which
+        # may then be larger than the memory.
+        with safe_open(file, framework="np"), open(file, "rb") as opened:
+            length = int.from_bytes(opened.read(8), "little")
+            header = json.loads(opened.read(length))
+    except (OSError, ValueError, SafetensorError) as error:
+        size = f"{file.stat().st_size:,}" if file.is_file() else "no"
+        raise WeightsError(f"cannot read {file}: {error} (the file has {size} bytes)") from error
+    tensors = {}
+    for name, tensor in header.items():
+        if name == "__metadata__":
+            continue
+        if tensor["dtype"] not in DTYPES:
+            raise WeightsError(
+                f"{file}: tensor {name!r} is of type {tensor['dtype']}; only {', '.join(DTYPES)} can be read"
+            )
+        shape, begin = tuple(tensor["shape"]), 8 + length + tensor["data_offsets"][0]
+        tensors[name] = StoredTensor(file.name, shape, DTYPES[tensor["dtype"]], begin)
     return tensors
+
+
+def _mapped(file: Path, tensor: StoredTensor) -> torch.Tensor:
+    """A tensor that is a part of the file: of this part alone, so that memory need not hold the file."""
+    skipped = tensor.begin % mmap.ALLOCATIONGRANULARITY
+    with open(file, "rb") as opened:
+        pages = mmap.mmap(
+            opened.fileno(),
+            skipped + tensor.num_bytes,
+            access=mmap.ACCESS_COPY,  # torch takes no memory that cannot be written to
+            offset=tensor.begin - skipped,
+        )
+    count = torch.Size(tensor.shape).numel()
+    return torch.frombuffer(pages, dtype=tensor.dtype, count=count, offset=skipped).view(tensor.shape)
 
 
 def check_sums(path: Path, files: Iterable[str]) -> int:
@@ -246,7 +266,3 @@ def _sha256(file: Any) -> str:
     while block := file.read(1 << 22):
         digest.update(block)
     return digest.hexdigest()
-
-
-def _size(file: Path) -> str:
-    return f"{file.stat().st_size:,}" if file.is_file() else "no"
