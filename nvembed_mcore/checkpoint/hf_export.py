@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
 from transformers import MistralConfig
 
 from nvembed_mcore.checkpoint.export_metadata import (
@@ -24,8 +23,8 @@ from nvembed_mcore.checkpoint.export_metadata import (
     sentence_transformers_files,
     tokenizer_files,
 )
-from nvembed_mcore.checkpoint.hf_import import INDEX_FILE, SINGLE_FILE
-from nvembed_mcore.checkpoint.names import Entry, name_table, to_hf
+from nvembed_mcore.checkpoint.names import name_table
+from nvembed_mcore.checkpoint.safetensors_stream import MAX_SHARD_BYTES, write_weights
 from nvembed_mcore.config import PoolingConfig
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -48,9 +47,9 @@ def export(
     max_tokens: int,
     instruction: str = "",
     card_facts: dict[str, Any],
-    max_shard_bytes: int = 5_000_000_000,
+    max_shard_bytes: int = MAX_SHARD_BYTES,
 ) -> None:
-    """Write the folder `output_dir`; at most one shard of weights is in memory at a time.
+    """Write the folder `output_dir`; at most one parameter is in memory at a time.
 
     Args:
         read_global: parameter name of the encoder -> its whole tensor, on any device and of any floating dtype.
@@ -87,7 +86,7 @@ def export(
     aside = output_dir.with_name(f".{output_dir.name}.{os.getpid()}.partial")
     aside.mkdir(parents=True)
     try:
-        _write_weights(read_global, name_table(hf_config, pooling), aside, DTYPES[dtype], max_shard_bytes)
+        write_weights(read_global, name_table(hf_config, pooling), aside, DTYPES[dtype], max_shard_bytes)
         for name, text in texts.items():
             file = aside / name
             file.parent.mkdir(exist_ok=True)
@@ -116,42 +115,3 @@ def _checked_tokenizer_files(tokenizer_dir: Path, hf_config: MistralConfig, max_
             f"the model's vocab_size is {hf_config.vocab_size}"
         )
     return files
-
-
-def _plan_shards(entries: list[Entry], bytes_per_value: int, max_shard_bytes: int) -> list[list[Entry]]:
-    """Parameters in order, cut into files; one that is larger than the limit gets a file of its own."""
-    shards: list[list[Entry]] = [[]]
-    filled = 0
-    for entry in entries:
-        size = sum(torch.Size(shape).numel() for shape in entry.hf.values()) * bytes_per_value
-        if shards[-1] and filled + size > max_shard_bytes:
-            shards.append([])
-            filled = 0
-        shards[-1].append(entry)
-        filled += size
-    return shards
-
-
-def _write_weights(
-    read_global: Callable[[str], torch.Tensor],
-    entries: list[Entry],
-    directory: Path,
-    dtype: torch.dtype,
-    max_shard_bytes: int,
-) -> None:
-    shards = _plan_shards(entries, dtype.itemsize, max_shard_bytes)
-    weight_map: dict[str, str] = {}
-    total = 0
-    for number, shard in enumerate(shards, start=1):
-        file = SINGLE_FILE if len(shards) == 1 else f"model-{number:05d}-of-{len(shards):05d}.safetensors"
-        tensors = {}
-        for entry in shard:
-            # A copy: the parts of one parameter must not share memory with it, or it would stay alive.
-            parts = to_hf(entry, read_global(entry.name).detach())
-            tensors |= {name: part.to("cpu", dtype, copy=True) for name, part in parts.items()}
-        save_file(tensors, directory / file, metadata={"format": "pt"})
-        weight_map |= dict.fromkeys(tensors, file)
-        total += sum(tensor.nbytes for tensor in tensors.values())
-    if len(shards) > 1:
-        index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
-        (directory / INDEX_FILE).write_text(json.dumps(index, indent=2) + "\n")

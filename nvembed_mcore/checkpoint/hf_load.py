@@ -7,7 +7,7 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from nvembed_mcore.checkpoint.hf_import import WeightsError, open_hf_folder
+from nvembed_mcore.checkpoint.hf_folder import WeightsError, open_hf_folder
 
 if TYPE_CHECKING:
     from nvembed_mcore.checkpoint.hf_files.modeling_nvembed import NVEmbedModel

@@ -23,7 +23,7 @@ from safetensors.torch import save_file
 from transformers import MistralConfig
 
 from nvembed_mcore.checkpoint.hf_export import DTYPES, ExportError
-from nvembed_mcore.checkpoint.hf_import import HfFolder, WeightsError, list_tensors, open_slice
+from nvembed_mcore.checkpoint.hf_folder import HfFolder, WeightsError, read_header
 from nvembed_mcore.checkpoint.names import BACKBONE, HEAD, PROJECTIONS, name_table, to_hf
 from nvembed_mcore.config import LoraConfig, PoolingConfig
 
@@ -46,31 +46,9 @@ _PLAIN = {
 }
 
 
-class PeftFolder:
-    """The tensors of a PEFT folder by NV-Embed's names; a source for `hf_import.load_weights`."""
-
-    may_lack = ("backbone", "head")
-
-    def __init__(self, path: Path, places: dict[str, tuple[Path, str]]) -> None:
-        """`places`: NV-Embed's name -> file and the tensor's name in it."""
-        self.path, self.places = path, places
-        self._open: dict[Path, Any] = {}
-
-    def has(self, hf_name: str) -> bool:
-        """Whether the folder has the tensor."""
-        return hf_name in self.places
-
-    def read(self, hf_name: str, shape: tuple[int, ...]) -> Any:
-        """A safetensors slice; raises `WeightsError` where the tensor is missing, damaged or of another shape."""
-        if hf_name not in self.places:
-            raise WeightsError(f"{self.path} has no tensor for {hf_name!r} of shape {list(shape)}")
-        file, stored = self.places[hf_name]
-        return open_slice(file, stored, shape, self._open)
-
-
 def open_peft_folder(
     path: str | os.PathLike, lora: LoraConfig, hf_config: MistralConfig, base: HfFolder | None
-) -> PeftFolder:
+) -> HfFolder:
     """Open a folder of adapters for `lora` on a model of this architecture.
 
     Args:
@@ -90,27 +68,20 @@ def open_peft_folder(
         has_pickled = (path / "adapter_model.bin").is_file()
         raise WeightsError(f"{path} has no {ADAPTERS_FILE}{pickled if has_pickled else ''}")
     _check_base(path / FACTS_FILE, hf_config, base)
-    wanted = {name for entry in name_table(hf_config, PoolingConfig(), lora) if entry.is_adapter for name in entry.hf}
-    places = {}
-    for stored in list_tensors(path / ADAPTERS_FILE):
-        name = BACKBONE + _within_backbone(stored)
-        if name not in wanted:
+    tensors = read_header(path / ADAPTERS_FILE)
+    fitting = [prefix for prefix in _PREFIXES if all(name.startswith(f"{prefix}layers.") for name in tensors)]
+    prefix = (fitting or _PREFIXES)[0]
+    table = name_table(hf_config, PoolingConfig(kind="mean"), lora)
+    wanted = {name for entry in table if entry.is_adapter for name in entry.hf}
+    for stored in tensors:
+        if BACKBONE + stored.removeprefix(prefix) not in wanted:
             raise WeightsError(
                 f"{path / ADAPTERS_FILE}: tensor {stored!r} is no adapter of a model with "
                 f"{hf_config.num_hidden_layers} layers and model.lora.targets {', '.join(lora.targets)}"
             )
-        places[name] = (path / ADAPTERS_FILE, stored)
     if (path / HEAD_FILE).is_file():
-        places |= {name: (path / HEAD_FILE, name) for name in list_tensors(path / HEAD_FILE)}
-    return PeftFolder(path, places)
-
-
-def _within_backbone(stored: str) -> str:
-    """A PEFT tensor's name without the prefix that its base's class gives it."""
-    for prefix in reversed(_PREFIXES):
-        if stored.startswith(prefix):
-            return stored.removeprefix(prefix)
-    return stored
+        tensors |= read_header(path / HEAD_FILE)
+    return HfFolder(path, tensors, prefix, may_lack=("backbone", "head"))
 
 
 def _check_settings(file: Path, lora: LoraConfig) -> None:

@@ -12,7 +12,8 @@ import torch
 from safetensors.torch import load_file
 
 from nvembed_mcore.checkpoint.hf_export import ExportError, export
-from nvembed_mcore.checkpoint.hf_import import RandomWeights, WeightsError
+from nvembed_mcore.checkpoint.hf_folder import WeightsError
+from nvembed_mcore.checkpoint.hf_import import RandomWeights
 from nvembed_mcore.checkpoint.hf_load import load_exported
 from nvembed_mcore.checkpoint.names import local_shard, name_table
 from nvembed_mcore.config import PoolingConfig
@@ -236,7 +237,7 @@ def test_what_the_folder_holds(cases):
     folder = cases["latent"].folder
     names = {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()}
     assert names == {
-        *("config.json", "model.safetensors", "modeling_nvembed.py", "README.md", "modules.json"),
+        *("config.json", "model.safetensors", "SHA256SUMS", "modeling_nvembed.py", "README.md", "modules.json"),
         *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"),
         *("config_sentence_transformers.json", "sentence_bert_config.json", "1_Pooling/config.json"),
     }
