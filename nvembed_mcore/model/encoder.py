@@ -80,7 +80,8 @@ class Encoder(MegatronModule):
             pg_collection=groups.collection,
             vp_stage=chunk if parallel.chunks_per_stage > 1 else None,
         )
-        self.pooling = build_head(hf_config.hidden_size, model.pooling) if self.post_process else None
+        with torch.device("meta"):  # torch would draw three gigabytes for NV-Embed's head, to be written over
+            self.pooling = build_head(hf_config.hidden_size, model.pooling) if self.post_process else None
         self.log_scale = None
         if temperature is not None and self.post_process:
             # float32 in every precision: its steps are smaller than what bfloat16 can tell apart.
@@ -88,7 +89,7 @@ class Encoder(MegatronModule):
             self.log_scale = torch.nn.Parameter(start)
         self._mark_sharded_weights()
         if self.pooling is not None:
-            self.pooling.to(device=device.current(), dtype=config.params_dtype)
+            self.pooling.to(config.params_dtype).to_empty(device=device.current())
             for parameter in self.pooling.parameters():
                 # Where a rank sees only its shard of the tokens, the head's gradients are summed over tensor ranks.
                 parameter.sequence_parallel = config.sequence_parallel and not self.pooling.needs_whole_texts

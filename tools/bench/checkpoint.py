@@ -26,17 +26,18 @@ from nvembed_mcore.config import PoolingConfig
 from tests.helpers import transfer
 from tests.helpers.world import World
 
-FIGURES = """keys of the figures (MODEL is thin or full):
-  MODEL_files_bytes               bytes of the folder's weight files
-  MODEL_largest_bytes             largest parameter, which is made of one Hugging Face tensor or of several
-  MODEL_read_seconds              reading the files by one process, from the page cache
-  MODEL_copy_seconds              reading and writing them, with fsync
-  MODEL_WORK_peak_bytes           highest memory of a rank beyond what was resident before
-  MODEL_WORK_bound_bytes          what it may be: init: the rank's parameters and one tensor; import: a parameter and the
-                                  tensor that it is made of; export: a parameter, and as it was stored; each and ALLOWANCE
-  MODEL_WORK_seconds              of the slowest rank, median of the repeats
-WORK is init_tpT_ppP (the encoder filled as a run does it), import_rR (nvembed import-hf by R processes), or export (the
-weights of export-hf, by one process).
+FIGURES = """keys of the figures (MODEL is thin or full, WORK as below):
+  MODEL_files_bytes         bytes of the folder's weight files
+  MODEL_largest_bytes       largest parameter, which is made of one Hugging Face tensor or of several
+  MODEL_read_seconds        reading the files to nowhere by one process, from the page cache
+  MODEL_load_seconds        reading them into memory that is kept
+  MODEL_copy_seconds        reading and writing them, with fsync
+  MODEL_WORK_peak_bytes     highest memory of a rank beyond what was resident before
+  MODEL_WORK_bound_bytes    what it may be. init: the rank's parameters and one tensor. import: a parameter and one
+                            tensor. export: a parameter, and as it was stored. Each with the allowance
+  MODEL_WORK_seconds        of the slowest rank, median of the repeats
+WORK: init_tpT_ppP builds the encoder and fills it, as a run does; import_rR is nvembed import-hf by R processes;
+export writes the weights as export-hf does, by one process.
 """
 ALLOWANCE = 48 << 20
 """Bytes for libraries that are loaded late, buffers, the writer's blocks and gaps of the heap."""
@@ -98,17 +99,21 @@ def measured(work: Callable[[], Any]) -> dict[str, float]:
 
 
 def init(folder: Path, tp: int, pp: int) -> dict[str, float]:
-    """Fill this rank's part of the encoder; `partition`: its bytes."""
+    """Build this rank's part of the encoder and fill it; `partition`: its bytes."""
     from nvembed_mcore.checkpoint.hf_import import load_hf_weights
     from nvembed_mcore.checkpoint.hf_model import open_hf_model
 
-    found = open_hf_model(folder)
-    encoder, _, groups = transfer.build_encoder(found.hf_config, found.pooling, "bfloat16", tp, pp)
-    parameters = encoder.parameters_by_global_name()
-    entries = [entry for entry in found.entries() if entry.name in parameters]
-    shard = (groups.tp_rank, groups.tp_size)
-    result = measured(lambda: load_hf_weights(folder, found.pooling, entries, parameters, *shard))
-    return result | {"partition": sum(parameter.nbytes for parameter in parameters.values())}
+    transfer.layout(tp, pp, False)
+    parameters: dict[str, torch.nn.Parameter] = {}
+
+    def work() -> None:
+        found = open_hf_model(folder)
+        encoder, _, groups = transfer.build_encoder(found.hf_config, found.pooling, "bfloat16", tp, pp)
+        parameters.update(encoder.parameters_by_global_name())
+        entries = [entry for entry in found.entries() if entry.name in parameters]
+        load_hf_weights(folder, found.pooling, entries, parameters, groups.tp_rank, groups.tp_size)
+
+    return measured(work) | {"partition": sum(parameter.nbytes for parameter in parameters.values())}
 
 
 def import_hf(folder: Path, output: Path) -> dict[str, float]:
@@ -145,6 +150,15 @@ def read_files(files: list[Path], output: Path | None = None) -> float:
     return time.perf_counter() - start
 
 
+def load_files(files: list[Path]) -> float:
+    """Seconds of reading files into memory."""
+    start = time.perf_counter()
+    kept = [file.read_bytes() for file in files]
+    seconds = time.perf_counter() - start
+    del kept
+    return seconds
+
+
 # The tables
 
 
@@ -167,6 +181,7 @@ def bench(model: str, room: Path, repeats: int) -> dict[str, float]:
     figures: dict[str, float] = {"files_bytes": sum(sizes), "largest_bytes": largest}
     read_files(files)  # warms the page cache
     figures["read_seconds"] = sorted(read_files(files) for _ in range(repeats))[repeats // 2]
+    figures["load_seconds"] = sorted(load_files(files) for _ in range(repeats))[repeats // 2]
     (room / "copy").mkdir()
     figures["copy_seconds"] = read_files(files, room / "copy")
     shutil.rmtree(room / "copy")
@@ -205,19 +220,17 @@ def _emptied(path: Path) -> Path:
 
 
 def show(model: str, figures: dict[str, float]) -> None:
-    size = figures["files_bytes"]
-    print(
-        f"\n{model}: {size / 1e6:,.0f} MB in files, largest parameter {figures['largest_bytes'] / 1e6:,.0f} MB; read in "
-        f"{figures['read_seconds']:.2f} s, copied in {figures['copy_seconds']:.2f} s"
-    )
-    print(f"{'work':>14} {'peak MB':>9} {'bound MB':>9} {'seconds':>9} {'x read':>7} {'x copy':>7}")
+    size, largest = figures["files_bytes"], figures["largest_bytes"]
+    seconds = ", ".join(f"{how} {figures[f'{how}_seconds']:.2f} s" for how in ("read", "load", "copy"))
+    print(f"\n{model}: {size / 1e6:,.0f} MB in files, largest parameter {largest / 1e6:,.0f} MB; {seconds}")
+    print(f"{'work':>14} {'peak MB':>9} {'bound MB':>9} {'seconds':>9} {'x read':>7} {'x load':>7} {'x copy':>7}")
     for key in figures:
         if key.endswith("_peak_bytes"):
             work = key.removesuffix("_peak_bytes")
             seconds = figures[f"{work}_seconds"]
             print(
-                f"{work:>14} {figures[key] / 1e6:9,.0f} {figures[f'{work}_bound_bytes'] / 1e6:9,.0f} {seconds:9.2f} "
-                f"{seconds / figures['read_seconds']:7.1f} {seconds / figures['copy_seconds']:7.1f}",
+                f"{work:>14} {figures[key] / 1e6:9,.0f} {figures[f'{work}_bound_bytes'] / 1e6:9,.0f} {seconds:9.2f}"
+                + "".join(f" {seconds / figures[f'{how}_seconds']:7.1f}" for how in ("read", "load", "copy")),
                 flush=True,
             )
 
