@@ -29,8 +29,6 @@ from nvembed_mcore.parallel.groups import first_rank_does
 
 Shapes = Mapping[str, tuple[tuple[int, ...], torch.dtype]]
 """Shape and dtype of parameters, by the encoder's names."""
-RELEASE_FROM_BYTES = 1 << 24
-"""A freed tensor of this size is given back to the kernel: the heap would keep gaps that the next one does not fit."""
 
 
 def save_weights(
@@ -113,16 +111,19 @@ class _Planner(torch_checkpoint.DefaultSavePlanner):
     def __init__(self, tensors: list[ShardedTensor], make: Callable[[str], torch.Tensor]) -> None:
         super().__init__(flatten_state_dict=False)
         self.tensors, self.make = tensors, make
+        self.last: torch.Tensor | None = None
 
     def create_local_plan(self) -> SavePlan:
         self.plan = SavePlan([_whole(one) for one in self.tensors])
         return self.plan
 
     def resolve_data(self, write_item: WriteItem) -> torch.Tensor:
-        item = write_item.tensor_data
-        if torch.Size(item.size).numel() * item.properties.dtype.itemsize >= RELEASE_FROM_BYTES:
-            device.release_unused_memory()  # of the one before
-        return self.make(write_item.index.fqn)
+        if self.last is not None:
+            # The writer keeps what it has written until the end, and does not look at it again.
+            self.last.untyped_storage().resize_(0)
+            device.release_unused_memory()
+        self.last = self.make(write_item.index.fqn)
+        return self.last
 
 
 def _whole(tensor: ShardedTensor) -> WriteItem:
