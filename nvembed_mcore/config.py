@@ -23,9 +23,10 @@ def _require(condition: bool, message: str) -> None:
 class PoolingConfig:
     """How token states become one vector a text (NV-Embed section 3.2)."""
 
-    kind: Literal["latent", "mean", "last", "self_attention"] = "latent"
+    kind: Literal["latent", "mean", "last", "self_attention", "multi_layer"] = "latent"
     """`latent`: NV-Embed's latent attention. `self_attention`: the paper's ablation, tokens of the text as keys and
-    values. `mean`: mean over the pooled positions. `last`: the state of `</s>`."""
+    values. `mean`: mean over the pooled positions. `last`: the state of `</s>`. `multi_layer`: latents attend to a
+    summary of every layer (arXiv 2409.02727)."""
     num_latents: int = 512
     """Rows of the trained dictionary that tokens attend to (`latent`)."""
     num_heads: int = 8

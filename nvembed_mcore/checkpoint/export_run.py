@@ -13,7 +13,7 @@ from nvembed_mcore.log import read_metrics
 from nvembed_mcore.parallel.groups import initialize
 
 
-def export_run(source: str, output: str, *, dtype: str, instruction: str | None) -> None:
+def export_run(source: str, output: str, *, dtype: str, instruction: str | None, format: str = "nv-embed") -> None:
     """Export the newest checkpoint of a run folder, or one checkpoint folder, whatever layout wrote it.
 
     Args:
@@ -21,10 +21,11 @@ def export_run(source: str, output: str, *, dtype: str, instruction: str | None)
         output: folder to write.
         dtype: `float32`, `bfloat16` or `float16`.
         instruction: query instruction; None takes that of the run's first data set.
+        format: `nv-embed` or `mean`.
 
     Raises:
         CheckpointError: there is no complete checkpoint.
-        ExportError: `output` exists.
+        ExportError: `output` exists, or the format cannot hold the run's pooling.
     """
     found = store.find_checkpoint(source)
     if found is None:
@@ -38,6 +39,7 @@ def export_run(source: str, output: str, *, dtype: str, instruction: str | None)
         output,
         tokenizer_dir=config["data"]["tokenizer"],
         attention_mask=config["model"]["attention_mask"],
+        format=format,
         dtype=dtype,
         max_tokens=max(config["data"]["max_query_tokens"], config["data"]["max_document_tokens"]),
         instruction=config["data"]["datasets"][0]["instruction"] if instruction is None else instruction,

@@ -186,7 +186,7 @@ def test_a_model_of_half_precision_pools_in_float32(cases, tmp_path, dtype):
     embeddings = model.encode(TEXTS, instruction=PROMPT, max_length=LIMIT)
     assert embeddings.dtype == torch.float32 and (embeddings.norm(dim=1) - 1).abs().max() < 1e-5
     cosine = torch.cosine_similarity(embeddings, cases["latent"].expected(TEXTS, INSTRUCTION))
-    assert cosine.min() > (0.999 if dtype == "bfloat16" else 0.99999)
+    assert cosine.min() > (0.999 if dtype == "bfloat16" else 0.9999)
 
 
 # Tokens
