@@ -33,6 +33,7 @@ setup(
         "eval": ["sentence-transformers>=5.1,<7"],
         "track": ["tensorboard>=2.16"],
         "test": [
+            "peft>=0.17,<0.22",
             "pytest>=8",
             "ruff>=0.15,<0.18",
             "sentencepiece>=0.2",

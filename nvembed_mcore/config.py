@@ -25,12 +25,12 @@ class PoolingConfig:
 
     kind: Literal["latent", "mean", "last", "self_attention", "multi_layer"] = "latent"
     """`latent`: NV-Embed's latent attention. `self_attention`: the paper's ablation, tokens of the text as keys and
-    values. `mean`: mean over the pooled positions. `last`: the state of `</s>`. `multi_layer`: latents attend to a
-    summary of every layer (arXiv 2409.02727)."""
+    values. `mean`: mean over the pooled positions. `last`: the state of `</s>`. `multi_layer`: latents attend to the
+    text's mean after each layer (causal: to its last state), arXiv 2409.02727; there 768 latents, 32 heads of 2048."""
     num_latents: int = 512
-    """Rows of the trained dictionary that tokens attend to (`latent`)."""
+    """Rows of the trained dictionary that tokens attend to (`latent`), or that attend to layers (`multi_layer`)."""
     num_heads: int = 8
-    """Heads of the cross or self attention (`latent`, `self_attention`)."""
+    """Heads of the cross or self attention (`latent`, `self_attention`, `multi_layer`)."""
     head_width: int | None = None
     """Width of one head; null means the hidden size of the backbone, as in NV-Embed (8 heads of 4096)."""
     initializer_range: float | None = None
@@ -39,6 +39,44 @@ class PoolingConfig:
     def __post_init__(self) -> None:
         for name in ("num_latents", "num_heads"):
             _require(getattr(self, name) >= 1, f"model.pooling.{name} must be at least 1, got {getattr(self, name)}")
+
+
+LORA_TARGETS = ("q", "k", "v", "o", "gate", "up", "down")
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoraConfig:
+    """Low-rank adapters (arXiv 2106.09685): a linear with weight `W` computes `W x + (alpha / rank) B A dropout(x)`.
+
+    Only adapters and the head train, and only they have optimizer state.
+    """
+
+    rank: int = 16
+    """Rows of A and columns of B."""
+    alpha: float = 32.0
+    """The adapters' share is alpha / rank."""
+    dropout: float = 0.1
+    """Probability of dropping an element of the adapters' input."""
+    targets: list[Literal["q", "k", "v", "o", "gate", "up", "down"]] = field(default_factory=lambda: [*LORA_TARGETS])
+    """Projections with adapters: of attention (queries, keys, values, output) and of the feed-forward block. The paper
+    does not state its own."""
+    init_from: str | None = None
+    """A PEFT folder of adapters (and of the head's weights, if it has them) to start with; null: A is random and B is
+    zero."""
+
+    def __post_init__(self) -> None:
+        _require(self.rank >= 1, f"model.lora.rank must be at least 1, got {self.rank}")
+        _require(self.alpha > 0, f"model.lora.alpha must be above 0, got {self.alpha}")
+        _require(0 <= self.dropout < 1, f"model.lora.dropout must be from 0 to below 1, got {self.dropout}")
+        _require(
+            len(self.targets) > 0 and set(self.targets) <= {*LORA_TARGETS},
+            f"model.lora.targets must be one or more of {', '.join(LORA_TARGETS)}, got {self.targets}",
+        )
+        _require(len(set(self.targets)) == len(self.targets), f"model.lora.targets must differ, got {self.targets}")
+
+    @property
+    def scale(self) -> float:
+        return self.alpha / self.rank
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,6 +95,8 @@ class ModelConfig:
     Gradients are reduced and the optimizer works in float32 always."""
     pooling: PoolingConfig = field(default_factory=PoolingConfig)
     """The head that pools token states."""
+    lora: LoraConfig | None = None
+    """Adapters to train instead of the backbone's weights; null: all weights train."""
 
     def __post_init__(self) -> None:
         _require(

@@ -17,7 +17,8 @@ from dataclasses import dataclass
 import torch
 from transformers import MistralConfig
 
-from nvembed_mcore.config import PoolingConfig
+from nvembed_mcore.config import LoraConfig, PoolingConfig
+from nvembed_mcore.model.lora import adapted_linears
 
 # Dense peaks in FLOP/s for bfloat16 and float16 on tensor cores, from NVIDIA's data sheets (half of the figure
 # "with sparsity"). A row fits when all its words are in the device's name; the more special rows come first.
@@ -48,7 +49,12 @@ def device_peak_flops(device_name: str, dtype: torch.dtype) -> float | None:
 
 
 def pack_flops(
-    hf_config: MistralConfig, pooling: PoolingConfig, lengths: Sequence[int], *, causal: bool = False
+    hf_config: MistralConfig,
+    pooling: PoolingConfig,
+    lengths: Sequence[int],
+    *,
+    causal: bool = False,
+    lora: LoraConfig | None = None,
 ) -> float:
     """Model FLOPs of one forward and backward pass over a pack whose texts have `lengths` tokens.
 
@@ -59,6 +65,7 @@ def pack_flops(
         linears      6 T L (2 a d H + 2 g d H + 3 F H)
         attention    12 L a d sum(s^2)            (scores and values, 2 s^2 a d each; `causal`: s (s + 1) / 2 for s^2)
         head         see `_head_flops`
+        adapters     6 T L r (in + out) of each; the linears' weights then have no gradient, and 6 becomes 4
 
     Not counted, as usual: embedding look-up, norms, rotary, softmax, activations, biases, the loss, the optimizer,
     and any forward pass done again.
@@ -68,14 +75,23 @@ def pack_flops(
         pooling: the head.
         lengths: tokens of each real text; dummies and padding do not belong here.
         causal: whether the backbone's mask is causal.
+        lora: the adapters, if only they and the head train.
     """
     hidden, heads, groups = hf_config.hidden_size, hf_config.num_attention_heads, hf_config.num_key_value_heads
     width = getattr(hf_config, "head_dim", None) or hidden // heads
     tokens = sum(lengths)
     weights = 2 * heads * width * hidden + 2 * groups * width * hidden + 3 * hf_config.intermediate_size * hidden
     linears = 6 * tokens * weights
+    if lora:
+        shapes = adapted_linears(hidden, hf_config.intermediate_size, heads, groups, width)
+        adapted = sum(
+            one.inputs + rows for one in shapes for target, rows in one.rows.items() if target in lora.targets
+        )
+        linears = 4 * tokens * weights + 6 * tokens * lora.rank * adapted
     attention = 12 * heads * width * _attended_pairs(lengths, causal)
-    return float(hf_config.num_hidden_layers * (linears + attention) + _head_flops(hidden, pooling, lengths, causal))
+    return float(
+        hf_config.num_hidden_layers * (linears + attention) + _head_flops(hf_config, pooling, lengths, causal)
+    )
 
 
 def flops_per_token(
@@ -97,18 +113,25 @@ def _attended_pairs(lengths: Sequence[int], causal: bool) -> int:
     return sum(s * (s + 1) // 2 if causal else s * s for s in lengths)
 
 
-def _head_flops(hidden: int, pooling: PoolingConfig, lengths: Sequence[int], causal: bool) -> float:
+def _head_flops(hf_config: MistralConfig, pooling: PoolingConfig, lengths: Sequence[int], causal: bool) -> float:
     """FLOPs of the pooling head, forward and backward.
 
     `latent`, folded (docs/design.md): `6 T (2 H A R)` for the two matrices `[H, A R]` and `[A R, H]`, `6 T 12 H^2`
     for the GEGLU (`H -> 8H`, `4H -> H`), and once a pack `24 R H A w` for making the two matrices: four products of
     `2 R H A w` (keys, values, and their products with the query's and the output's projection).
-    `self_attention`: `6 T (4 H A w)` for its projections, `12 A w sum(s^2)` and the GEGLU. The others have no weights.
+    `self_attention`: `6 T (4 H A w)` for its projections, `12 A w sum(s^2)` and the GEGLU.
+    `multi_layer`, for each of `B` texts with `L` layers: `18 L H A w` for keys, values and the values' way through the
+    output's projection, `6 R L (A w + A H)` for scores and weighted values, `6 R 12 H^2` for the GEGLU; and once a
+    pack `6 R H A w` for the queries. The others have no weights.
     """
     if pooling.kind in ("mean", "last"):
         return 0.0
-    tokens = sum(lengths)
+    tokens, hidden = sum(lengths), hf_config.hidden_size
     inner = pooling.num_heads * (pooling.head_width or hidden)
+    if pooling.kind == "multi_layer":
+        layers, latents = hf_config.num_hidden_layers, pooling.num_latents
+        attention = 18 * layers * hidden * inner + 6 * latents * layers * (inner + pooling.num_heads * hidden)
+        return len(lengths) * (attention + 6 * latents * 12 * hidden**2) + 6 * latents * hidden * inner
     mlp = 6 * tokens * 12 * hidden**2
     if pooling.kind == "self_attention":
         return 6 * tokens * 4 * hidden * inner + 12 * inner * _attended_pairs(lengths, causal) + mlp

@@ -9,16 +9,15 @@ import os
 from pathlib import Path
 from typing import Any
 
-import torch
 import yaml
 from megatron.core.distributed import DistributedDataParallel
 from megatron.core.optimizer import MegatronOptimizer
 from transformers import MistralConfig
 
 from nvembed_mcore import device
-from nvembed_mcore.checkpoint import hf_import, store
-from nvembed_mcore.checkpoint.names import name_table
-from nvembed_mcore.config import ConfigError, ModelConfig, PoolingConfig, RunConfig
+from nvembed_mcore.build import base_of, build_model, read_architecture
+from nvembed_mcore.checkpoint import store
+from nvembed_mcore.config import ConfigError, RunConfig
 from nvembed_mcore.data.batch import Batch
 from nvembed_mcore.data.source import BatchSource
 from nvembed_mcore.data.tokenizer import load_tokenizer, tokenizer_fingerprint
@@ -26,8 +25,6 @@ from nvembed_mcore.data.tokens import TokenStore
 from nvembed_mcore.evaluation.encode import RetrievalEvaluation
 from nvembed_mcore.log import MetricLog, setup_logging
 from nvembed_mcore.metrics import PhaseTimer, StepMetrics, device_peak_flops, pack_flops
-from nvembed_mcore.model.encoder import Encoder, wrap_data_parallel
-from nvembed_mcore.model.mistral import read_mistral_config
 from nvembed_mcore.optim import build_optimizer, learning_rate, set_learning_rate
 from nvembed_mcore.parallel.groups import Groups, first_rank_does, initialize
 from nvembed_mcore.step import ContrastiveStep, StepOutput
@@ -133,21 +130,6 @@ def _plain(config: RunConfig) -> dict[str, Any]:
     return tree
 
 
-def read_architecture(model: ModelConfig) -> MistralConfig:
-    """The backbone's configuration, from wherever the weights or the architecture come."""
-    if model.config is not None:
-        return read_mistral_config(model.config)
-    start = store.find_checkpoint(model.init_from)
-    if start:
-        return MistralConfig.from_dict(start.facts["hf_config"])
-    if not (Path(model.init_from) / "config.json").is_file():
-        raise ConfigError(
-            f"model.init_from: {model.init_from} is neither a run or checkpoint folder with a complete checkpoint "
-            f"nor a Hugging Face folder with a config.json"
-        )
-    return read_mistral_config(model.init_from)
-
-
 def _check_vocabulary(config: RunConfig, hf_config: MistralConfig, data: _Data) -> None:
     if data.num_ids > hf_config.vocab_size:
         raise ConfigError(
@@ -174,61 +156,12 @@ def open_data(config: RunConfig) -> _Data:
     return _Data(source, evaluation, tokenizer_fingerprint(tokenizer), len(tokenizer))
 
 
-def build_model(config: RunConfig, hf_config: MistralConfig, groups: Groups) -> list[DistributedDataParallel]:
-    """This stage's chunks of the encoder with their initial weights, under data parallelism."""
-    if any(dim >= hf_config.hidden_size for dim in config.loss.matryoshka_dims):
-        raise ConfigError(
-            f"loss.matryoshka_dims must be below the model's hidden_size {hf_config.hidden_size}, got "
-            f"{config.loss.matryoshka_dims}"
-        )
-    start = store.find_checkpoint(config.model.init_from) if config.model.init_from else None
-    if start:
-        _check_head(start, config, hf_config)
-    temperature = config.loss.temperature if config.loss.learn_temperature else None
-    encoders = [
-        Encoder(hf_config, config.model, config.parallel, groups, chunk=chunk, temperature=temperature)
-        for chunk in range(config.parallel.chunks_per_stage)
-    ]
-    if start:
-        store.load_weights(start, encoders)
-        log.info("weights from step %d of %s", start.step, start.path)
-    else:
-        for encoder in encoders:
-            _fill(encoder, config, hf_config, groups)
-    return wrap_data_parallel(encoders, config.parallel, distributed_optimizer=config.optim.distributed)
-
-
-def _check_head(start: store.Checkpoint, config: RunConfig, hf_config: MistralConfig) -> None:
-    """The head of the stage before must have this one's parameters."""
-    saved, now = PoolingConfig(**start.facts["config"]["model"]["pooling"]), config.model.pooling
-    if name_table(hf_config, saved) != name_table(hf_config, now):
-        changed = "\n  ".join(store.differences(dataclasses.asdict(saved), dataclasses.asdict(now), "model.pooling"))
-        raise ConfigError(f"the head of model.init_from {start.path} is another one (saved -> now):\n  {changed}")
-
-
-def _fill(encoder: Encoder, config: RunConfig, hf_config: MistralConfig, groups: Groups) -> None:
-    """Weights by name, from a Hugging Face folder or drawn at random; the same in every layout."""
-    parameters = encoder.parameters_by_global_name()
-    entries = [entry for entry in name_table(hf_config, config.model.pooling) if entry.name in parameters]
-
-    def assign(name: str, tensor: torch.Tensor) -> None:
-        with torch.no_grad():
-            parameters[name].copy_(tensor)
-
-    shard = (groups.tp_rank, groups.tp_size)
-    if config.model.init_from:
-        missing = hf_import.load_hf_weights(config.model.init_from, entries, assign, *shard)
-        entries = [entry for entry in entries if entry.name in missing]
-    if entries:
-        random = hf_import.RandomWeights(entries, config.seed, hf_config.initializer_range, config.model.pooling)
-        hf_import.load_weights(random, entries, assign, *shard)
-
-
 def _facts(config: RunConfig, hf_config: MistralConfig, data: _Data, groups: Groups) -> dict[str, Any]:
     """What a checkpoint says of its run, as JSON values."""
     return {
         "config": _plain(config),
         "hf_config": hf_config.to_dict(),
+        "base": first_rank_does(lambda: base_of(config.model, hf_config)),
         "data": data.source.fingerprint,
         "tokenizer": data.tokenizer,
         "hardware": {"device": device.name(), "world_size": groups.world_size},
@@ -259,6 +192,7 @@ def _identity(facts: dict[str, Any]) -> dict[str, Any]:
         **datasets,
         "model.attention_mask": config["model"]["attention_mask"],
         "model.pooling": config["model"]["pooling"],
+        "model.lora": store.adapters_of(facts),
         "hf_config": {key: value for key, value in facts["hf_config"].items() if key != "transformers_version"},
         "data.fingerprint": facts["data"],
         "tokenizer": facts["tokenizer"],
@@ -305,7 +239,7 @@ def _metrics(
 ) -> dict[str, float]:
     """The line of `metrics.jsonl` for a step."""
     peak = device_peak_flops(device.name(), device.default_dtype(config.model.precision))
-    causal = config.model.attention_mask == "causal"
+    how = {"causal": config.model.attention_mask == "causal", "lora": config.model.lora}
     line = StepMetrics(
         step=step,
         loss=output.loss,
@@ -314,7 +248,7 @@ def _metrics(
         real_tokens=output.real_tokens,
         padded_tokens=output.padded_tokens,
         seconds=seconds,
-        flops=pack_flops(hf_config, config.model.pooling, batch.lengths.tolist(), causal=causal),
+        flops=pack_flops(hf_config, config.model.pooling, batch.lengths.tolist(), **how),
         peak_flops=None if peak is None else peak * groups.world_size,
     ).as_dict()
     line |= {"accuracy": output.accuracy, "microbatches": output.num_microbatches}

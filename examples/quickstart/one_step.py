@@ -16,6 +16,7 @@ from jsonargparse import ArgumentParser
 from safetensors.torch import save_file
 
 from nvembed_mcore import train
+from nvembed_mcore.build import build_model, read_architecture
 from nvembed_mcore.config import EvalConfig, OptimConfig, ParallelConfig, RunConfig, StepConfig
 from nvembed_mcore.metrics import PhaseTimer
 from nvembed_mcore.optim import build_optimizer
@@ -34,9 +35,9 @@ def main() -> None:
     torch.set_num_threads(1)
     config = _read(arguments.config, ParallelConfig(tp=arguments.tp, pp=arguments.pp))
     groups = initialize(config.parallel)
-    hf_config = train.read_architecture(config.model)
+    hf_config = read_architecture(config.model)
     data = train.open_data(config)
-    chunks = train.build_model(config, hf_config, groups)
+    chunks = build_model(config, hf_config, groups)
     step = ContrastiveStep(
         chunks, build_optimizer(config.optim, chunks), groups, step=config.step, loss=config.loss, seed=config.seed
     )

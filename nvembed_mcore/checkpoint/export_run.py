@@ -7,8 +7,10 @@ from typing import Any
 from transformers import MistralConfig
 
 from nvembed_mcore.checkpoint import store
-from nvembed_mcore.checkpoint.hf_export import export
-from nvembed_mcore.config import ParallelConfig, PoolingConfig
+from nvembed_mcore.checkpoint.adapters import merged
+from nvembed_mcore.checkpoint.hf_export import ExportError, export
+from nvembed_mcore.checkpoint.peft import export_peft
+from nvembed_mcore.config import LoraConfig, ParallelConfig, PoolingConfig
 from nvembed_mcore.log import read_metrics
 from nvembed_mcore.parallel.groups import initialize
 
@@ -27,15 +29,17 @@ def export_run(source: str, output: str, *, dtype: str, instruction: str | None,
         CheckpointError: there is no complete checkpoint.
         ExportError: `output` exists, or the format cannot hold the run's pooling.
     """
-    found = store.find_checkpoint(source)
-    if found is None:
-        raise store.CheckpointError(f"no complete checkpoint in {source}")
-    initialize(ParallelConfig())
+    found = _open(source)
     config = found.facts["config"]
+    hf_config = MistralConfig.from_dict(found.facts["hf_config"])
+    pooling = PoolingConfig(**config["model"]["pooling"])
+    read, lora = store.open_weights(found), config["model"].get("lora")
+    if lora:
+        read = merged(read, hf_config, pooling, LoraConfig(**lora))
     export(
-        store.open_weights(found),
-        MistralConfig.from_dict(found.facts["hf_config"]),
-        PoolingConfig(**config["model"]["pooling"]),
+        read,
+        hf_config,
+        pooling,
         output,
         tokenizer_dir=config["data"]["tokenizer"],
         attention_mask=config["model"]["attention_mask"],
@@ -45,6 +49,37 @@ def export_run(source: str, output: str, *, dtype: str, instruction: str | None,
         instruction=config["data"]["datasets"][0]["instruction"] if instruction is None else instruction,
         card_facts=_card_facts(found),
     )
+
+
+def export_adapters(source: str, output: str, *, dtype: str) -> None:
+    """Write the adapters and the head of a run's newest checkpoint, or of a checkpoint folder, as a PEFT folder.
+
+    Raises:
+        CheckpointError: there is no complete checkpoint.
+        ExportError: the run trained no adapters, or `output` exists.
+    """
+    found = _open(source)
+    model = found.facts["config"]["model"]
+    if not model.get("lora"):
+        raise ExportError(f"{found.path} has no adapters (model.lora is null), so there is no PEFT folder to write")
+    export_peft(
+        store.open_weights(found),
+        MistralConfig.from_dict(found.facts["hf_config"]),
+        PoolingConfig(**model["pooling"]),
+        LoraConfig(**model["lora"]),
+        output,
+        attention_mask=model["attention_mask"],
+        base=found.facts.get("base"),
+        dtype=dtype,
+    )
+
+
+def _open(source: str) -> store.Checkpoint:
+    found = store.find_checkpoint(source)
+    if found is None:
+        raise store.CheckpointError(f"no complete checkpoint in {source}")
+    initialize(ParallelConfig())
+    return found
 
 
 def _card_facts(found: store.Checkpoint) -> dict[str, Any]:

@@ -12,19 +12,52 @@ import math
 import os
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors import SafetensorError, safe_open
 
-from nvembed_mcore.checkpoint.names import BACKBONE, HEAD, Entry, local_shard
+from nvembed_mcore.checkpoint.names import BACKBONE, HEAD, LORA_A, LORA_B, Entry, local_shard
 from nvembed_mcore.config import PoolingConfig
+
+if TYPE_CHECKING:
+    from nvembed_mcore.checkpoint.peft import PeftFolder
 
 SINGLE_FILE, INDEX_FILE = "model.safetensors", "model.safetensors.index.json"
 
 
 class WeightsError(ValueError):
     """A folder of weights cannot be used; the message names the file, the tensor and both values."""
+
+
+def list_tensors(file: Path) -> list[str]:
+    """Names of a safetensors file's tensors; raises `WeightsError` where it cannot be read."""
+    try:
+        with safe_open(file, framework="pt") as opened:
+            return list(opened.keys())
+    except (OSError, SafetensorError) as error:
+        raise WeightsError(f"cannot read {file}: {error}") from error
+
+
+def open_slice(file: Path, name: str, shape: tuple[int, ...], opened: dict[Path, Any]) -> Any:
+    """A safetensors slice of a tensor: nothing is read before it is indexed.
+
+    Args:
+        opened: files that stay open between calls.
+
+    Raises:
+        WeightsError: the tensor or its file is missing, damaged or of another shape.
+    """
+    try:
+        if file not in opened:
+            opened[file] = safe_open(file, framework="pt")
+        tensor = opened[file].get_slice(name)
+    except (OSError, SafetensorError) as error:
+        raise WeightsError(f"cannot read tensor {name!r} from {file}: {error}") from error
+    found = tuple(tensor.get_shape())
+    if found != tuple(shape):
+        raise WeightsError(f"{file}: tensor {name!r} has shape {list(found)}, the model needs {list(shape)}")
+    return tensor
 
 
 class HfFolder:
@@ -34,11 +67,13 @@ class HfFolder:
     `MistralModel` bare names; `lm_head.weight` is left alone.
     """
 
+    may_lack = ("head", "adapters")
+
     def __init__(self, path: Path, files: dict[str, str]) -> None:
         """`files`: tensor name -> file name inside `path`."""
         self.path, self.files = path, files
         self.prefix = self._backbone_prefix()
-        self._open: dict[str, Any] = {}
+        self._open: dict[Path, Any] = {}
 
     def _backbone_prefix(self) -> str:
         for prefix in (BACKBONE, "model.", ""):
@@ -66,27 +101,20 @@ class HfFolder:
         stored = self._stored_name(hf_name)
         if stored not in self.files:
             raise WeightsError(f"{self.path} has no tensor {stored!r} of shape {list(shape)}")
-        file = self.path / self.files[stored]
-        try:
-            if file.name not in self._open:
-                self._open[file.name] = safe_open(file, framework="pt")
-            tensor = self._open[file.name].get_slice(stored)
-        except (OSError, SafetensorError) as error:
-            raise WeightsError(f"cannot read tensor {stored!r} from {file}: {error}") from error
-        found = tuple(tensor.get_shape())
-        if found != tuple(shape):
-            raise WeightsError(f"{file}: tensor {stored!r} has shape {list(found)}, the model needs {list(shape)}")
-        return tensor
+        return open_slice(self.path / self.files[stored], stored, shape, self._open)
 
 
 class RandomWeights:
     """Initial weights that depend on the seed and on a tensor's Hugging Face name alone, not on the layout.
 
-    Backbone: normal(0, `initializer_range`) for the embedding and linears. Head: latents normal(0, 1) and linears as
-    torch makes them (uniform within 1/sqrt(inputs), weights and biases), which is what NV-Embed's code does; with
-    `pooling.initializer_range` set, linears of the head are normal with that deviation and their biases zero. Norms
-    are one, and zero where they have a bias.
+    Backbone: normal(0, `initializer_range`) for the embedding and linears. Head: latents and the embedding of layers
+    normal(0, 1) and linears as torch makes them (uniform within 1/sqrt(inputs), weights and biases), which is what
+    NV-Embed's code does; with `pooling.initializer_range` set, linears and the embedding of layers are normal with
+    that deviation and biases zero. Norms are one, and zero where they have a bias. Adapters as PEFT makes them: A like
+    torch's linears, B zero.
     """
+
+    may_lack = ()
 
     def __init__(self, entries: Iterable[Entry], seed: int, initializer_range: float, pooling: PoolingConfig) -> None:
         self.shapes = {name: shape for entry in entries for name, shape in entry.hf.items()}
@@ -98,13 +126,17 @@ class RandomWeights:
 
     def read(self, hf_name: str, shape: tuple[int, ...]) -> torch.Tensor:
         """The whole tensor, float32 on the CPU."""
+        if hf_name.endswith(LORA_B):  # so that the model starts as its base
+            return torch.zeros(shape)
         module, kind = hf_name.rsplit(".", 1)
         if "norm" in module.rsplit(".", 1)[-1]:
             return torch.ones(shape) if kind == "weight" else torch.zeros(shape)
         if kind == "latents":
             return torch.randn(shape, generator=self._generator(hf_name))
         deviation = self.pooling.initializer_range if hf_name.startswith(HEAD) else self.initializer_range
-        if deviation is not None:
+        if module.endswith(".layer_embedding"):
+            return self._normal(hf_name, shape, 1.0 if deviation is None else deviation)
+        if deviation is not None and not hf_name.endswith(LORA_A):
             is_bias = kind == "bias"
             return torch.zeros(shape) if is_bias else self._normal(hf_name, shape, deviation)
         bound = 1 / math.sqrt(self.shapes[f"{module}.weight"][1])
@@ -133,11 +165,7 @@ def open_hf_folder(path: str | os.PathLike) -> HfFolder:
     if (path / INDEX_FILE).is_file():
         return HfFolder(path, _read_index(path))
     if (path / SINGLE_FILE).is_file():
-        try:
-            with safe_open(path / SINGLE_FILE, framework="pt") as file:
-                return HfFolder(path, dict.fromkeys(file.keys(), SINGLE_FILE))
-        except (OSError, SafetensorError) as error:
-            raise WeightsError(f"cannot read {path / SINGLE_FILE}: {error}") from error
+        return HfFolder(path, dict.fromkeys(list_tensors(path / SINGLE_FILE), SINGLE_FILE))
     if any(path.glob("*.bin")):
         raise WeightsError(
             f"{path} has only pickled weights (.bin), which can run code when loaded; convert them to safetensors"
@@ -163,7 +191,7 @@ def _read_index(path: Path) -> dict[str, str]:
 
 
 def load_weights(
-    source: HfFolder | RandomWeights,
+    source: HfFolder | PeftFolder | RandomWeights,
     entries: Iterable[Entry],
     assign: Callable[[str, torch.Tensor], None],
     tp_rank: int,
@@ -176,17 +204,17 @@ def load_weights(
         assign: called with the parameter's name and its local tensor, in the source's dtype.
 
     Returns:
-        Names of the head's parameters that the source does not have; `assign` was not called for them. A base Mistral
-        folder has none of them; a folder with some and not all is an error.
+        Names of the parameters that the source does not have; `assign` was not called for them. They are those of
+        whole parts (backbone, head, adapters) that it may lack; some of a part and not all is an error.
 
     Raises:
-        WeightsError: a tensor of the backbone is missing, or any tensor has the wrong shape.
+        WeightsError: a tensor of a part that the source has or must have is missing, or it has the wrong shape.
     """
     entries = list(entries)
-    has_head = any(source.has(name) for entry in entries if entry.is_head for name in entry.hf)
+    has = {entry.part for entry in entries if any(source.has(name) for name in entry.hf)}
     missing = set()
     for entry in entries:
-        if entry.is_head and not has_head:
+        if entry.part not in has and entry.part in source.may_lack:
             missing.add(entry.name)
             continue
         assign(entry.name, local_shard(entry, lambda name, e=entry: source.read(name, e.hf[name]), tp_rank, tp_size))

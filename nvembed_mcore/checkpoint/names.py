@@ -11,6 +11,8 @@ neighbouring pairs), so the rows of a head keep their order. What differs:
   ranks' shards put one after the other are *not* the global matrix.
 - the embedding has rows of zeros up to a multiple of 128 rows.
 
+Low-rank adapters have PEFT's last two words (`q_proj.lora_A.weight`), one pair a projection on both sides.
+
 Hugging Face names are NV-Embed's (`embedding_model.*`, `latent_attention_model.*`); other prefixes are the reader's
 affair (`hf_import`).
 """
@@ -24,12 +26,17 @@ from typing import Any, Literal
 import torch
 from transformers import MistralConfig
 
-from nvembed_mcore.config import PoolingConfig
+from nvembed_mcore.config import LORA_TARGETS, LoraConfig, PoolingConfig
+from nvembed_mcore.model.lora import AdaptedLinear, adapted_linears
 from nvembed_mcore.model.mistral import head_dim, padded_vocabulary
 
 BACKBONE, HEAD = "embedding_model.", "latent_attention_model."
 
-Layout = Literal["replicated", "vocabulary", "qkv", "gate_up", "columns"]
+LORA_A, LORA_B = ".lora_A.weight", ".lora_B.weight"
+PROJECTIONS = {name: f"{'self_attn' if name in 'qkvo' else 'mlp'}.{name}_proj" for name in LORA_TARGETS}
+"""Hugging Face's projections in a layer, by the short names that `model.lora.targets` has."""
+
+Layout = Literal["replicated", "vocabulary", "qkv", "gate_up", "columns", "rows"]
 
 
 @dataclass(frozen=True)
@@ -41,7 +48,8 @@ class Entry:
         shape: its global shape.
         hf: Hugging Face name -> shape, in the order in which `layout` puts them together.
         layout: how they are put together and split over tensor ranks. `replicated`: equal everywhere. `vocabulary`:
-            rows, padded with zeros. `qkv`, `gate_up`: as in the module's text. `columns`: split over dimension 1.
+            rows, padded with zeros. `qkv`, `gate_up`: as in the module's text. `rows`, `columns`: split over dimension
+            0 or 1.
         groups: G (`qkv` only).
     """
 
@@ -52,20 +60,32 @@ class Entry:
     groups: int = 1
 
     @property
+    def part(self) -> Literal["backbone", "head", "adapters"]:
+        """What it is a parameter of."""
+        if self.name.startswith("pooling."):
+            return "head"
+        return "adapters" if ".lora_" in self.name else "backbone"
+
+    @property
     def is_head(self) -> bool:
         """Whether it belongs to the pooling head."""
-        return self.name.startswith("pooling.")
+        return self.part == "head"
+
+    @property
+    def is_adapter(self) -> bool:
+        """Whether it is part of a low-rank adapter."""
+        return self.part == "adapters"
 
 
-def name_table(hf_config: MistralConfig, pooling: PoolingConfig) -> list[Entry]:
-    """Every parameter of the encoder, in the order of the forward pass."""
+def name_table(hf_config: MistralConfig, pooling: PoolingConfig, lora: LoraConfig | None = None) -> list[Entry]:
+    """Every parameter of the encoder, in the order of the forward pass; a layer's adapters behind its weights."""
     hidden = hf_config.hidden_size
     table = {f"{BACKBONE}embed_tokens.weight": (hf_config.vocab_size, hidden)}
     entries = [Entry("embedding.word_embeddings.weight", (padded_vocabulary(hf_config), hidden), table, "vocabulary")]
     for layer in range(hf_config.num_hidden_layers):
-        entries += _layer_entries(hf_config, layer)
+        entries += _layer_entries(hf_config, layer) + (_adapter_entries(hf_config, layer, lora) if lora else [])
     entries.append(_same("decoder.final_layernorm.weight", f"{BACKBONE}norm.weight", (hidden,)))
-    return entries + _head_entries(hidden, pooling)
+    return entries + _head_entries(hidden, hf_config.num_hidden_layers, pooling)
 
 
 def local_shard(entry: Entry, read: Callable[[str], Any], tp_rank: int, tp_size: int) -> torch.Tensor:
@@ -83,6 +103,9 @@ def local_shard(entry: Entry, read: Callable[[str], Any], tp_rank: int, tp_size:
     if entry.layout == "columns":
         begin, end = _part(entry.shape[1], tp_rank, tp_size)
         return read(*entry.hf)[:, begin:end]
+    if entry.layout == "rows":
+        begin, end = _part(entry.shape[0], tp_rank, tp_size)
+        return read(*entry.hf)[begin:end]
     if entry.layout == "gate_up":
         begin, end = _part(entry.shape[0] // 2, tp_rank, tp_size)
         return torch.cat([read(name)[begin:end] for name in entry.hf])
@@ -171,15 +194,40 @@ def _layer_entries(config: MistralConfig, layer: int) -> list[Entry]:
     ]
 
 
-def _head_entries(hidden: int, pooling: PoolingConfig) -> list[Entry]:
+def _adapter_entries(config: MistralConfig, layer: int, lora: LoraConfig) -> list[Entry]:
+    heads, groups, width = config.num_attention_heads, config.num_key_value_heads, head_dim(config)
+    linears = adapted_linears(config.hidden_size, config.intermediate_size, heads, groups, width)
+    entries = []
+    for linear in linears:
+        for target in (target for target in linear.rows if target in lora.targets):
+            entries += _adapter(linear, target, lora.rank, layer)
+    return entries
+
+
+def _adapter(linear: AdaptedLinear, target: str, rank: int, layer: int) -> list[Entry]:
+    ours = f"decoder.layers.{layer}.lora_{linear.name}"
+    theirs = f"{BACKBONE}layers.{layer}.{PROJECTIONS[target]}"
+    layouts = ("columns", "replicated") if linear.is_row_parallel else ("replicated", "rows")
+    shapes = (rank, linear.inputs), (linear.rows[target], rank)
+    return [
+        _same(f"{ours}.{part}.{target}", theirs + suffix, shape, layout)
+        for part, suffix, shape, layout in zip("ab", (LORA_A, LORA_B), shapes, layouts, strict=True)
+    ]
+
+
+def _head_entries(hidden: int, num_layers: int, pooling: PoolingConfig) -> list[Entry]:
     """The pooling head, replicated over tensor ranks. `to_kv` has the rows of K first on both sides, `mlp_in` those of
     the value half before those of the gate half."""
-    if pooling.kind not in ("latent", "self_attention"):
+    if pooling.kind in ("mean", "last"):
         return []
     inner = pooling.num_heads * (pooling.head_width or hidden)
     cross, feed_forward = f"{HEAD}cross_attend_blocks.0.", f"{HEAD}cross_attend_blocks.1."
-    latents = [_same("pooling.latents", f"{HEAD}latents", (pooling.num_latents, hidden))]
-    return (latents if pooling.kind == "latent" else []) + [
+    own = []
+    if pooling.kind != "self_attention":
+        own.append(_same("pooling.latents", f"{HEAD}latents", (pooling.num_latents, hidden)))
+    if pooling.kind == "multi_layer":
+        own.append(_same("pooling.layer_embedding.weight", f"{HEAD}layer_embedding.weight", (num_layers, hidden)))
+    return own + [
         *_weight_and_bias("norm_query", f"{cross}norm", (hidden,)),
         *_weight_and_bias("norm_context", f"{cross}norm_context", (hidden,)),
         _same("pooling.to_q.weight", f"{cross}fn.to_q.weight", (inner, hidden)),

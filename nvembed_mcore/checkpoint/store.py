@@ -12,7 +12,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -146,20 +146,36 @@ def load_checkpoint(
     optimizer.load_state_dict(state["optimizer"])
 
 
-def load_weights(checkpoint: Checkpoint, encoders: list[torch.nn.Module]) -> None:
+def load_weights(checkpoint: Checkpoint, encoders: list[torch.nn.Module], but: Collection[str] = ()) -> None:
     """Fill encoders' weights only, as the next stage of a recipe does; every rank calls this.
 
     A learned temperature goes on where the stage before learned one, and otherwise starts anew.
+
+    Args:
+        but: global names of parameters that the checkpoint has not; they are left alone.
     """
     has_temperature = checkpoint.facts["config"]["loss"].get("learn_temperature", False)
-    sharded = {str(number): _weights(encoder) for number, encoder in enumerate(encoders)}
-    if not has_temperature:
-        for weights in sharded.values():
-            weights.pop(TEMPERATURE, None)
+    but = {*but} if has_temperature else {*but, TEMPERATURE}
+    left = [encoder.local_names(but) for encoder in encoders]
+    sharded = {
+        str(number): {name: value for name, value in _weights(encoder).items() if name not in left[number]}
+        for number, encoder in enumerate(encoders)
+    }
     loaded = dist_checkpointing.load(sharded, checkpoint.state_dir)
     for number, encoder in enumerate(encoders):
         missing = encoder.load_state_dict(loaded[str(number)], strict=False).missing_keys
-        assert set(missing) <= ({TEMPERATURE} if not has_temperature else set()), missing
+        assert set(missing) <= left[number], missing
+
+
+def adapters_of(facts: dict[str, Any]) -> dict[str, Any] | None:
+    """Settings of the low-rank adapters that a checkpoint's run trains; None without."""
+    lora = facts["config"]["model"].get("lora")
+    return adapter_settings(lora) if lora else None
+
+
+def adapter_settings(lora: dict[str, Any]) -> dict[str, Any]:
+    """What makes adapters what they are: all of `model.lora` but where they started."""
+    return {name: value for name, value in lora.items() if name != "init_from"}
 
 
 def open_weights(checkpoint: Checkpoint) -> Callable[[str], torch.Tensor]:

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from contextlib import nullcontext
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -22,6 +23,9 @@ from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from nvembed_mcore.kernels.varlen import varlen_attention
+
+if TYPE_CHECKING:
+    from nvembed_mcore.model.layer_summaries import LayerSummaries
 
 VARLEN_WIDTHS = range(8, 257, 8)
 """Head widths that FlashAttention computes; wider heads of a pooling head take the padded form."""
@@ -67,12 +71,14 @@ class Packing(PackedSeqParams):
         segment_ids: int64 [T], number of its sequence.
         padding: the padded form.
         rotary: see `RotaryTable`.
+        summaries: of the states after each layer, where the pooling head reads them.
     """
 
     position_ids: torch.Tensor | None = None
     segment_ids: torch.Tensor | None = None
     padding: Padding | None = None
     rotary: tuple[torch.Tensor, torch.Tensor] | None = None
+    summaries: LayerSummaries | None = None
 
 
 def packing_of(lengths: np.ndarray, device: torch.device) -> Packing:

@@ -19,9 +19,11 @@ from torch.nn.functional import normalize
 from transformers import MistralConfig
 
 from nvembed_mcore import device
-from nvembed_mcore.config import ModelConfig, ParallelConfig
+from nvembed_mcore.config import ModelConfig, ParallelConfig, PoolingConfig
 from nvembed_mcore.data.packing import Pack
 from nvembed_mcore.model.attention import Packing, RotaryTable, packing_of
+from nvembed_mcore.model.layer_summaries import LayerSummaries, watch_layers
+from nvembed_mcore.model.lora import attach_adapters
 from nvembed_mcore.model.mistral import check_layout, head_dim, layer_specs, padded_vocabulary, transformer_config
 from nvembed_mcore.model.pooling import build_head, segment_sum, weights_of
 from nvembed_mcore.parallel.groups import Groups
@@ -61,7 +63,9 @@ class Encoder(MegatronModule):
         self.share_embeddings_and_output_weights = False
         self.pre_process = groups.is_first_stage and chunk == 0
         self.post_process = groups.is_last_stage and chunk == parallel.chunks_per_stage - 1
-        self.pooling_kind = model.pooling.kind
+        self.reads_layers = model.pooling.kind == "multi_layer"
+        is_last = model.pooling.kind == "last" or (self.reads_layers and model.attention_mask == "causal")
+        self.pooled_tokens = "last" if is_last else "mean"
         self.tp_rank = groups.tp_rank
         if self.pre_process:
             self.embedding = LanguageModelEmbedding(
@@ -80,18 +84,27 @@ class Encoder(MegatronModule):
             pg_collection=groups.collection,
             vp_stage=chunk if parallel.chunks_per_stage > 1 else None,
         )
-        self.pooling = build_head(hf_config.hidden_size, model.pooling) if self.post_process else None
+        self._mark_sharded_weights()
+        if model.lora:
+            # Before the head is there, which trains whole.
+            self.requires_grad_(False)
+            attach_adapters(self.decoder.layers, model.lora, config)
+        if self.reads_layers:
+            watch_layers(self.decoder.layers, config.num_layers)
+        self.pooling = self._head(model.pooling) if self.post_process else None
         self.log_scale = None
         if temperature is not None and self.post_process:
             # float32 in every precision: its steps are smaller than what bfloat16 can tell apart.
-            start = torch.full((1,), -math.log(temperature), dtype=torch.float32, device=device.current())
-            self.log_scale = torch.nn.Parameter(start)
-        self._mark_sharded_weights()
-        if self.pooling is not None:
-            self.pooling.to(device=device.current(), dtype=config.params_dtype)
-            for parameter in self.pooling.parameters():
+            self.log_scale = torch.nn.Parameter(torch.tensor([-math.log(temperature)], device=device.current()))
+
+    def _head(self, pooling: PoolingConfig) -> torch.nn.Module | None:
+        head = build_head(self.config.hidden_size, pooling, self.config.num_layers)
+        if head is not None:
+            head.to(device=device.current(), dtype=self.config.params_dtype)
+            for parameter in head.parameters():
                 # Where a rank sees only its shard of the tokens, the head's gradients are summed over tensor ranks.
-                parameter.sequence_parallel = config.sequence_parallel and not self.pooling.needs_whole_texts
+                parameter.sequence_parallel = self.config.sequence_parallel and not head.needs_whole_texts
+        return head
 
     def _mark_sharded_weights(self) -> None:
         """Tell the clip norm which weights are parts: Megatron does so only when it draws them itself."""
@@ -110,30 +123,53 @@ class Encoder(MegatronModule):
 
     def parameters_by_global_name(self) -> dict[str, torch.nn.Parameter]:
         """This rank's parameters, with layers numbered over all pipeline stages from 0."""
-        numbers = {f"decoder.layers.{i}.": layer.layer_number - 1 for i, layer in enumerate(self.decoder.layers)}
-        named = {}
-        for name, parameter in self.named_parameters():
-            for local, number in numbers.items():
-                if name.startswith(local):
-                    name = f"decoder.layers.{number}." + name.removeprefix(local)
-                    break
-            named[name] = parameter
-        return named
+        return {self._global_name(name): parameter for name, parameter in self.named_parameters()}
+
+    def local_names(self, global_names: set[str]) -> set[str]:
+        """Names in this stage's state dict of those of its parameters that are among `global_names`."""
+        return {name for name, _ in self.named_parameters() if self._global_name(name) in global_names}
+
+    def _global_name(self, name: str) -> str:
+        prefix = "decoder.layers."
+        if not name.startswith(prefix):
+            return name
+        number, rest = name.removeprefix(prefix).split(".", 1)
+        return f"{prefix}{self.decoder.layers[int(number)].layer_number - 1}.{rest}"
 
     def forward(self, pack: Pack) -> Tensor:
-        """Hidden states [T or T / TP, 1, H] for the next stage; on the last stage unit vectors, float32 [B, H]."""
+        """Hidden states [T or T / TP, 1, H] for the next stage; on the last stage unit vectors, float32 [B, H].
+
+        With `multi_layer` pooling, summaries of the layers so far stand behind the hidden states.
+        """
         packing = packing_of(pack.lengths, device.current())
         packing.rotary = self.rotary(packing.position_ids)
         hidden = None
         if self.pre_process:
             hidden = self.embedding(torch.as_tensor(pack.token_ids).to(device.current())[None], None)
+        if self.reads_layers:
+            weights = self._weights(pack, packing, self.config.sequence_parallel)
+            packing.summaries = LayerSummaries(*weights, len(pack.lengths))
+            if not self.pre_process:
+                self.set_input_tensor(packing.summaries.take_from(self.decoder.input_tensor))
         hidden = self.decoder(hidden, None, rotary_pos_emb=None, packed_seq_params=packing)
-        return self._pool(hidden[:, 0], pack, packing) if self.post_process else hidden
+        if self.post_process:
+            return self._pool(hidden[:, 0], pack, packing)
+        return packing.summaries.append_to(hidden) if self.reads_layers else hidden
+
+    def _weights(self, pack: Pack, packing: Packing, is_sharded: bool) -> tuple[Tensor, Tensor]:
+        """Weight and sequence of each token of the pack, or of this tensor rank's part of them."""
+        weights = weights_of(pack.lengths, pack.pooled_from, len(pack.token_ids), self.pooled_tokens)
+        weights, segments = torch.as_tensor(weights).to(device.current()), packing.segment_ids
+        if not is_sharded:
+            return weights, segments
+        size = len(weights) // self.config.tensor_model_parallel_size
+        mine = slice(self.tp_rank * size, (self.tp_rank + 1) * size)
+        return weights[mine], segments[mine]
 
     def _pool(self, states: Tensor, pack: Pack, packing: Packing) -> Tensor:
         """Token states [T or T / TP, H] -> unit vectors, float32 [B, H]."""
-        weights = weights_of(pack.lengths, pack.pooled_from, len(pack.token_ids), self.pooling_kind)
-        weights, segments = torch.as_tensor(weights).to(states.device), packing.segment_ids
+        if self.reads_layers:
+            return normalize(self._pool_layers(states, pack, packing)[: pack.num_texts], dim=-1)
         is_sharded = self.config.sequence_parallel
         if is_sharded and self.pooling is not None and self.pooling.needs_whole_texts:
             # Every tensor rank then computes the same, so its backward must not sum their gradients.
@@ -141,14 +177,21 @@ class Encoder(MegatronModule):
             is_sharded = False
         if self.pooling is not None:
             states = self.pooling(states, packing)
-        if is_sharded:
-            mine = slice(self.tp_rank * states.size(0), (self.tp_rank + 1) * states.size(0))
-            weights, segments = weights[mine], segments[mine]
-        pooled = segment_sum(states, weights, segments, len(pack.lengths))
+        pooled = segment_sum(states, *self._weights(pack, packing, is_sharded), len(pack.lengths))
         if is_sharded:
             # Forward sums the shards; backward is the identity, since every tensor rank goes on with the same vector.
             pooled = tensor_parallel.reduce_from_tensor_model_parallel_region(pooled)
         return normalize(pooled[: pack.num_texts], dim=-1)
+
+    def _pool_layers(self, states: Tensor, pack: Pack, packing: Packing) -> Tensor:
+        """Token states of the last layer, and the summaries of those before -> vectors, float32 [B, H]."""
+        packing.summaries.add(states)
+        summaries = torch.stack(packing.summaries.layers)
+        if self.config.sequence_parallel:
+            # As above: every tensor rank goes on alike, so the head's gradients must not be summed over them.
+            summaries = tensor_parallel.reduce_from_tensor_model_parallel_region(summaries.float()).to(states.dtype)
+        # A dummy goes in only where there is no text, so that the head's weights still get their gradient, zero.
+        return self.pooling(summaries[:, : max(1, pack.num_texts)])
 
 
 def wrap_data_parallel(

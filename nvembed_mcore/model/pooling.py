@@ -1,9 +1,10 @@
 """Pooling heads: from token states to one vector a text (NV-Embed section 3.2; docs/design.md).
 
-Letters: `T` tokens, `B` texts, `H` hidden size, `R` latents, `A` heads of the head, `w` their width.
+Letters: `T` tokens, `B` texts, `H` hidden size, `R` latents, `A` heads of the head, `w` their width, `L` layers.
 
 A head transforms token states; the pooled mean (or the choice of the last token) is a weighted sum over each text's
-tokens that is the same for all heads and is done by `weights_of` and `segment_sum`.
+tokens that is the same for all heads and is done by `weights_of` and `segment_sum`. Only `MultiLayerPooling` comes
+after that sum: it reads one for each layer (`layer_summaries`).
 """
 
 from __future__ import annotations
@@ -14,9 +15,13 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 from nvembed_mcore.config import PoolingConfig
 from nvembed_mcore.model.attention import Packing, packed_attention
+
+ROWS_AT_ONCE = 4096
+"""Rows that the feed-forward of `MultiLayerPooling` computes together, R a text; some 16 H numbers a row."""
 
 
 def weights_of(lengths: np.ndarray, pooled_from: np.ndarray, num_tokens: int, kind: str) -> np.ndarray:
@@ -136,10 +141,61 @@ class SelfAttentionPooling(Mlp):
         return states + super().forward(self.norm_mlp(states))
 
 
-def build_head(hidden: int, config: PoolingConfig) -> nn.Module | None:
+class MultiLayerPooling(Mlp):
+    """Multi-layer trainable pooling (arXiv 2409.02727): latents are queries, a text's layers are keys and values.
+
+    There are more latents than layers, so values go through `to_out` before they are weighted: exact, and many times
+    fewer operations.
+    """
+
+    needs_whole_texts = True
+
+    def __init__(self, hidden: int, config: PoolingConfig, num_layers: int) -> None:
+        super().__init__(hidden)
+        self.num_heads, self.head_width = config.num_heads, config.head_width or hidden
+        inner = self.num_heads * self.head_width
+        self.latents = nn.Parameter(torch.empty(config.num_latents, hidden))
+        self.layer_embedding = nn.Embedding(num_layers, hidden)
+        self.norm_query = nn.LayerNorm(hidden)
+        self.norm_context = nn.LayerNorm(hidden)
+        self.to_q = nn.Linear(hidden, inner, bias=False)
+        self.to_kv = nn.Linear(hidden, 2 * inner, bias=False)
+        self.to_out = nn.Linear(inner, hidden, bias=False)
+        self.norm_mlp = nn.LayerNorm(hidden)
+
+    def forward(self, summaries: torch.Tensor) -> torch.Tensor:
+        """Summaries [L, B, H] -> vectors, float32 [B, H].
+
+        A few texts at a time, and computed again in the backward pass: a graph keeps nothing here that grows with the
+        number of texts but the summaries, and `memory` may go on counting by the token.
+        """
+        query = self.to_q(self.norm_query(self.latents)).unflatten(-1, (self.num_heads, self.head_width))
+        few = max(1, ROWS_AT_ONCE // len(self.latents))
+        parts = summaries.transpose(0, 1).split(few)
+        # Not reentrant, as Megatron's own is: gradients would then reach a weight once for each part, and where they
+        # are reduced while the backward pass runs they must do so as often in every step as in the first.
+        pooled = [checkpoint(self._pool, query, part, use_reentrant=False, preserve_rng_state=False) for part in parts]
+        return torch.cat(pooled)
+
+    def _pool(self, query: torch.Tensor, texts: torch.Tensor) -> torch.Tensor:
+        """Queries [R, A, w] and texts [b, L, H] -> float32 [b, H]."""
+        heads = (self.num_heads, self.head_width)
+        key, value = self.to_kv(self.norm_context(texts + self.layer_embedding.weight)).chunk(2, dim=-1)
+        key, value = key.unflatten(-1, heads), value.unflatten(-1, heads)  # [b, L, A, w]
+        value = torch.einsum("blaw,haw->balh", value, self.to_out.weight.unflatten(1, heads))
+        logits = torch.einsum("raw,blaw->bral", query, key) / math.sqrt(self.head_width)
+        attention = logits.float().softmax(dim=-1).to(value.dtype)
+        states = self.latents + attention.flatten(2) @ value.flatten(1, 2)  # [b, R, A * L] @ [b, A * L, H]
+        states = states + super().forward(self.norm_mlp(states))
+        return states.float().mean(dim=1)
+
+
+def build_head(hidden: int, config: PoolingConfig, num_layers: int) -> nn.Module | None:
     """The head's module, or None for `mean` and `last`, which have no parameters."""
     if config.kind == "latent":
         return LatentAttention(hidden, config)
     if config.kind == "self_attention":
         return SelfAttentionPooling(hidden, config)
+    if config.kind == "multi_layer":
+        return MultiLayerPooling(hidden, config, num_layers)
     return None

@@ -3,6 +3,7 @@
 import pytest
 
 from tests.helpers import cases
+from tests.helpers.cases import Case
 
 LAYOUTS = {
     1: [(1, 1, False, 1)],
@@ -25,3 +26,16 @@ def test_causal_mask_equals_hugging_face(world):
     (result,) = world(1).run(cases.encoder_states, 1, 1, False, mask="causal")
     assert result["states"] <= STATES
     assert result["gradient"] <= GRADIENT
+
+
+@pytest.mark.parametrize("num_texts", [1, 9])
+@pytest.mark.parametrize(
+    "layout", [dict(world=2), dict(world=4, tp=2, sp=True, pp=2, chunks=2), dict(world=4, pp=2)], ids=str
+)
+def test_multi_layer_embeds_as_the_reference(world, layout, num_texts):
+    """Without graphs, as evaluation does; with one text, all other packs are dummies."""
+    found = world(layout["world"]).run(
+        cases.embeddings_of_texts, Case(**layout, kind="multi_layer", budget=40), num_texts
+    )
+    assert {number for _, number in found} <= {0, num_texts} and any(number for _, number in found)
+    assert max(difference for difference, _ in found) <= 5e-6

@@ -5,7 +5,7 @@ import pytest
 from nvembed_mcore.config import ConfigError
 from tests.helpers import cases
 from tests.helpers.cases import Case
-from tests.helpers.grid import BOUND, GRID, OPTIONS, budget_for, run_grid
+from tests.helpers.grid import ALL_TARGETS, BOUND, GRID, OPTIONS, budget_for, run_grid
 from tests.helpers.plain import TEMPERATURE, run_plainly
 
 CASES = [case for many in GRID.values() for case in many]
@@ -49,6 +49,18 @@ def test_each_option_changes_the_loss(name):
     assert abs(plain - changed) > 10 * BOUND * plain
 
 
+@pytest.mark.parametrize(
+    "layout",
+    [dict(world=2, way="retain", overlap=True), dict(world=4, tp=2, sp=True, pp=2, chunks=2, way="cached")],
+    ids=str,
+)
+def test_multi_layer_pools_a_few_texts_at_a_time(world, layout):
+    """Two and four parts of a pack in the two steps: a weight's gradient must come once all the same."""
+    case = Case(**layout, kind="multi_layer", budget=140, distributed=False)
+    found = worst(world(case.world).run(cases.few_texts_at_once, case))
+    assert max(found.values()) <= BOUND, found
+
+
 @pytest.mark.parametrize("sabotage", ["factor", "detached"])
 def test_a_wrong_gradient_does_not_pass(world, sabotage):
     """Tests of the test: without the factor W (which clipping would hide), and without what other ranks say."""
@@ -86,11 +98,25 @@ def test_gather_keeps_global_order_and_sums(world, rows):
         assert difference <= 1e-6
 
 
+DROPPING_ADAPTERS = dict(targets=ALL_TARGETS, lora_dropout=0.2)
+
+
 @pytest.mark.parametrize(
-    "layout", [dict(world=1), dict(world=2), dict(world=2, tp=2, sp=True), dict(world=2, pp=2, chunks=2)], ids=str
+    "layout",
+    [
+        dict(world=1),
+        dict(world=2),
+        dict(world=2, tp=2, sp=True),
+        dict(world=2, pp=2, chunks=2),
+        dict(world=1, **DROPPING_ADAPTERS),
+        dict(world=2, tp=2, **DROPPING_ADAPTERS),
+        dict(world=2, tp=2, sp=True, **DROPPING_ADAPTERS),
+        dict(world=2, pp=2, **DROPPING_ADAPTERS),
+    ],
+    ids=str,
 )
 def test_cached_replays_dropout(world, layout):
-    """Every way drops the same attention weights, so all give the same loss and gradient."""
+    """Every way drops the same attention weights and inputs of adapters, so all give the same loss and gradient."""
     size, many = layout["world"], 60
     found = []
     for way, budget in (("retain", many), ("cached", many)) if "pp" not in layout else (("cached", many),) * 2:

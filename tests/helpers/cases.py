@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass, field
 from unittest import mock
 
@@ -11,7 +12,18 @@ import torch
 from nvembed_mcore.config import LossConfig, ModelConfig, OptimConfig, ParallelConfig, StepConfig
 from nvembed_mcore.data.packing import make_pack
 from tests.helpers import models
-from tests.helpers.plain import TEMPERATURE, pooling_config, random_head, run_plainly, step_config, training_batch
+from tests.helpers.plain import (
+    HEADS,
+    LATENTS,
+    TEMPERATURE,
+    lora_config,
+    pooling_config,
+    random_adapters,
+    random_head,
+    run_plainly,
+    step_config,
+    training_batch,
+)
 
 _layouts: dict = {}
 
@@ -31,19 +43,31 @@ def layout(tp: int, pp: int, sp: bool, chunks_per_stage: int = 1, **more):
 
 
 def build(
-    hf_config, reference, head, kind, parallel, groups, mask="bidirectional", distributed=False, temperature=None
+    hf_config,
+    reference,
+    head,
+    kind,
+    parallel,
+    groups,
+    mask="bidirectional",
+    distributed=False,
+    temperature=None,
+    lora=None,
 ):
     """Our encoder's chunks with the reference's weights, under Megatron's data parallelism; table and parameters."""
     from nvembed_mcore.checkpoint.names import local_shard, name_table, to_hf
     from nvembed_mcore.model.encoder import Encoder, wrap_data_parallel
 
-    model = ModelConfig(config="unused", attention_mask=mask, precision="float32", pooling=pooling_config(kind))
+    model = ModelConfig(
+        config="unused", attention_mask=mask, precision="float32", pooling=pooling_config(kind), lora=lora
+    )
     encoders = [
         Encoder(hf_config, model, parallel, groups, chunk=chunk, temperature=temperature)
         for chunk in range(parallel.chunks_per_stage)
     ]
-    table = {entry.name: entry for entry in name_table(hf_config, pooling_config(kind))}
+    table = {entry.name: entry for entry in name_table(hf_config, pooling_config(kind), lora)}
     source = {f"embedding_model.{name}": value for name, value in reference.state_dict().items()}
+    source |= random_adapters(hf_config, tuple(lora.targets)) if lora else {}
     for name, value in head.items():
         source.update(to_hf(table[f"pooling.{name}"], value))
     parameters = {}
@@ -139,6 +163,8 @@ class Case:
     kind: str = "latent"
     queries: int = 7
     clip: float = 0.5
+    targets: tuple[str, ...] = ()
+    lora_dropout: float = 0.0
 
     @property
     def layout(self) -> tuple[int, int, bool, int, int]:
@@ -177,6 +203,7 @@ def build_step(case: Case, **changes):
         groups,
         distributed=case.distributed,
         temperature=loss.temperature if loss.learn_temperature else None,
+        lora=dataclasses.replace(lora_config(case.targets), dropout=case.lora_dropout) if case.targets else None,
     )
     optimizer = build_optimizer(OptimConfig(clip_norm=case.clip, distributed=case.distributed, **OPTIM), chunks)
     set_learning_rate(optimizer, OPTIM["lr"])
@@ -204,7 +231,7 @@ def training_steps(case: Case, sabotage: str | None = None) -> dict[str, float]:
         whole = step.scorer
         step.scorer = lambda *args: _shrunk(whole(*args), groups.dp_size)
     result = {"loss": 0.0, "norm": 0.0, "gradient": 0.0}
-    for number, truth in enumerate(run_plainly(case.queries, case.kind, case.clip, **case.loss), 1):
+    for number, truth in enumerate(run_plainly(case.queries, case.kind, case.clip, case.targets, **case.loss), 1):
         batch = training_batch(case.queries, number)
         if sabotage == "detached":
             own = lambda values, owned, group: values[torch.as_tensor(owned[groups.dp_rank])]  # noqa: E731
@@ -215,7 +242,7 @@ def training_steps(case: Case, sabotage: str | None = None) -> dict[str, float]:
         result["loss"] = max(result["loss"], abs(output.loss - truth.loss) / abs(truth.loss))
         result["norm"] = max(result["norm"], abs(output.grad_norm - truth.norm) / truth.norm)
         if not case.distributed:  # the distributed optimizer keeps only a part of each rank's sums
-            found = {name: parameter.main_grad for name, parameter in parameters.items()}
+            found = {name: p.main_grad for name, p in parameters.items() if p.requires_grad}
             result["gradient"] = max(result["gradient"], worst_difference(found, truth.grads, table, groups))
     result["parameters"] = worst_difference(parameters, truth.parameters, table, groups, least=1e-3)
     return result | {"microbatches": output.num_microbatches, "temperature": output.temperature}
@@ -315,36 +342,24 @@ def dropout_without_replay() -> tuple[float, float, float]:
     return tuple(norms)
 
 
-def graph_of_a_pack(case: Case) -> dict[str, float]:
-    """Bytes that the graph of a pack keeps by our measure, of twice the tokens, and what lies in memory by torch's."""
-    from nvembed_mcore.memory import graph_bytes
+def few_texts_at_once(case: Case) -> dict[str, float]:
+    """`training_steps` where multi-layer pooling computes two texts at a time."""
+    from nvembed_mcore.model import pooling
 
-    step, *_ = build_step(case)
-    (chunk,) = step.chunks
-    parameters = list(chunk.module.parameters())
-    text = models.random_texts([32], 250)
-    one, two = (graph_bytes(lambda: chunk(make_pack(texts)), parameters) for texts in (text, text * 2))  # noqa: B023
-    weights = sum(parameter.numel() * 4 for parameter in parameters)
-    return {"one": one, "two": two, "weights": weights}
+    with mock.patch.object(pooling, "ROWS_AT_ONCE", 2 * LATENTS):
+        return training_steps(case)
 
 
-def ways_by_free_memory(case: Case, free: list[float]) -> tuple[list[str], list[str]]:
-    """Ways of a step under `auto` where rank r finds `free[r]` bytes, and what it logged of them."""
-    import logging
+def embeddings_of_texts(case: Case, num_texts: int) -> tuple[float, int]:
+    """As evaluation embeds texts: largest difference from the reference, and number of embeddings on this rank."""
+    from nvembed_mcore.schedule import embed_texts
 
-    from nvembed_mcore import device
-    from nvembed_mcore.metrics import PhaseTimer
-
-    lines: list[str] = []
-    handler = logging.Handler()
-    handler.emit = lambda record: lines.append(record.getMessage())
-    loggers = [logging.getLogger(f"nvembed_mcore.{name}") for name in ("step", "memory")]
     step, groups, *_ = build_step(case)
-    for logger in loggers:
-        logger.addHandler(handler)
-        logger.setLevel(logging.INFO)
-    with mock.patch.object(device, "free_memory_bytes", lambda: free[groups.dp_rank]):
-        ways = [step(training_batch(case.queries, number), number, PhaseTimer()).way for number in (1, 2)]
-    for logger in loggers:
-        logger.removeHandler(handler)
-    return ways, lines
+    hf_config = step_config()
+    reference, head = models.hf_reference(hf_config), random_head(hf_config.hidden_size, case.kind)
+    texts = models.random_texts([3 + 5 * i % 17 for i in range(num_texts)], hf_config.vocab_size)
+    found = embed_texts(step.chunks, groups, texts, case.budget)
+    if found is None:
+        return 0.0, 0
+    expected = torch.stack([models.reference_embedding(reference, head, text, case.kind, HEADS) for text in texts])
+    return (found - expected).abs().max().item(), len(found)

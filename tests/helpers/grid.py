@@ -106,10 +106,38 @@ def loss_options() -> Iterator[Case]:
 
 
 def heads() -> Iterator[Case]:
-    """The other pooling heads."""
+    """The other pooling heads, and multi-layer pooling in every layout and way."""
     for kind in ("mean", "last", "self_attention"):
         yield Case(kind=kind, distributed=False)
         yield Case(world=2, tp=2, sp=True, kind=kind, distributed=False)
+    # Only this one has something to carry from stage to stage.
+    for number, (world, tp, sp, pp, chunks) in enumerate(LAYOUTS):
+        ranks, multiple = world // (tp * pp), pp if chunks > 1 else 1
+        layout = dict(world=world, tp=tp, sp=sp, pp=pp, chunks=chunks, kind="multi_layer", overlap=number % 2 == 0)
+        budget = budget_for(2 * multiple if chunks > 1 else 3, ranks, 7, multiple)
+        yield Case(**layout, way="cached", budget=budget, distributed=False)
+        if pp == 1:
+            yield Case(**layout, way="retain", budget=budget, distributed=True)
+            yield Case(**layout, way="single", distributed=False)
+    yield Case(world=4, way="cached", kind="multi_layer", queries=1, distributed=False, overlap=True)
+
+
+ALL_TARGETS = ("q", "k", "v", "o", "gate", "up", "down")
+
+
+def adapters() -> Iterator[Case]:
+    """Low-rank adapters on all projections and on some, with a head that trains whole and one without weights."""
+    yield Case(targets=ALL_TARGETS, distributed=False)
+    yield Case(targets=ALL_TARGETS, kind="mean", loss=LEARNED)
+    for sp in (False, True):
+        yield Case(world=2, tp=2, sp=sp, targets=ALL_TARGETS, distributed=False)
+        yield Case(world=2, tp=2, sp=sp, targets=ALL_TARGETS, distributed=True, way="cached", budget=200)
+        yield Case(world=2, tp=2, sp=sp, targets=("k", "up", "o"), kind="mean", distributed=False)
+        yield Case(world=4, tp=2, sp=sp, targets=("q", "v", "down"), distributed=False, way="retain", budget=200)
+        yield Case(world=4, tp=2, sp=sp, pp=2, targets=ALL_TARGETS, distributed=False, way="cached", budget=200)
+    yield Case(world=2, targets=ALL_TARGETS, distributed=True, overlap=True)
+    budget = budget_for(4, 2, 7, multiple=2)
+    yield Case(world=4, pp=2, chunks=2, way="cached", budget=budget, targets=ALL_TARGETS, distributed=False)
 
 
 GRID = {
@@ -117,6 +145,7 @@ GRID = {
     "Uneven batches": list(uneven_batches()),
     "Options of the loss": list(loss_options()),
     "Pooling heads": list(heads()),
+    "Low-rank adapters": list(adapters()),
 }
 
 

@@ -71,29 +71,58 @@ def reference_states(model: MistralModel, text: Text) -> torch.Tensor:
     return model(input_ids=ids, use_cache=False).last_hidden_state[0]
 
 
-def reference_head(states: torch.Tensor, weights: dict[str, torch.Tensor], kind: str, heads: int) -> torch.Tensor:
-    """The pooling head in NV-Embed's plain order of operations, on one text's states [length, H]."""
-    if kind in ("mean", "last"):
-        return states
+def reference_blocks(
+    queries: torch.Tensor, context: torch.Tensor, weights: dict[str, torch.Tensor], heads: int
+) -> torch.Tensor:
+    """Cross attention and feed-forward, each with its residual, in NV-Embed's plain order of operations.
+
+    queries [q, H] and context [c, H] -> [q, H].
+    """
 
     def norm(x, name):
         return F.layer_norm(x, x.shape[-1:], weights[f"{name}.weight"], weights[f"{name}.bias"])
 
-    context = norm(weights["latents"] if kind == "latent" else states, "norm_context")
-    q = norm(states, "norm_query") @ weights["to_q.weight"].T
-    k, v = (context @ weights["to_kv.weight"].T).chunk(2, -1)
+    q = norm(queries, "norm_query") @ weights["to_q.weight"].T
+    k, v = (norm(context, "norm_context") @ weights["to_kv.weight"].T).chunk(2, -1)
     outs = []
     for qh, kh, vh in zip(q.chunk(heads, -1), k.chunk(heads, -1), v.chunk(heads, -1), strict=True):
         outs.append((qh @ kh.T / math.sqrt(qh.size(-1))).softmax(-1) @ vh)
-    states = torch.cat(outs, -1) @ weights["to_out.weight"].T + states
+    states = torch.cat(outs, -1) @ weights["to_out.weight"].T + queries
     x, g = (norm(states, "norm_mlp") @ weights["mlp_in.weight"].T + weights["mlp_in.bias"]).chunk(2, -1)
     return (x * F.gelu(g)) @ weights["mlp_out.weight"].T + weights["mlp_out.bias"] + states
+
+
+def reference_head(states: torch.Tensor, weights: dict[str, torch.Tensor], kind: str, heads: int) -> torch.Tensor:
+    """The pooling head on one text's states [length, H]."""
+    if kind in ("mean", "last"):
+        return states
+    return reference_blocks(states, weights["latents"] if kind == "latent" else states, weights, heads)
+
+
+def reference_layers(model: MistralModel, text: Text) -> torch.Tensor:
+    """What multi-layer pooling reads of one text: the mean (causal: the last state) after each layer, [layers, H].
+
+    Hugging Face's last hidden states are those behind the final norm.
+    """
+    ids = torch.as_tensor(text.token_ids.astype(np.int64))[None]
+    _, *layers = model(input_ids=ids, use_cache=False, output_hidden_states=True).hidden_states
+    assert len(layers) == model.config.num_hidden_layers
+    return torch.stack([s[0, -1] if model.config.is_causal else s[0, text.pooled_from :].mean(0) for s in layers])
+
+
+def reference_multi_layer(layers: torch.Tensor, weights: dict[str, torch.Tensor], heads: int) -> torch.Tensor:
+    """Multi-layer pooling of one text's layers [layers, H]: [H]."""
+    context = layers + weights["layer_embedding.weight"]
+    return reference_blocks(weights["latents"], context, weights, heads).mean(0)
 
 
 def reference_embedding(
     model: MistralModel, head: dict[str, torch.Tensor], text: Text, kind: str, heads: int
 ) -> torch.Tensor:
     """Unit vector of one text, float32 [H]."""
-    states = reference_head(reference_states(model, text), head, kind, heads)
-    pooled = states[-1] if kind == "last" else states[text.pooled_from :].mean(0)
+    if kind == "multi_layer":
+        pooled = reference_multi_layer(reference_layers(model, text), head, heads)
+    else:
+        states = reference_head(reference_states(model, text), head, kind, heads)
+        pooled = states[-1] if kind == "last" else states[text.pooled_from :].mean(0)
     return pooled / pooled.norm()

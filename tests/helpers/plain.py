@@ -7,10 +7,10 @@ from functools import lru_cache
 
 import numpy as np
 import torch
-from transformers import MistralConfig
+from transformers import MistralConfig, MistralModel
 
 from nvembed_mcore.checkpoint.names import name_table, to_hf
-from nvembed_mcore.config import PoolingConfig
+from nvembed_mcore.config import LoraConfig, PoolingConfig
 from nvembed_mcore.data.batch import Batch, Sample, make_batch
 from tests.helpers import models
 
@@ -28,15 +28,37 @@ def pooling_config(kind: str) -> PoolingConfig:
     return PoolingConfig(kind=kind, num_latents=LATENTS, num_heads=HEADS, head_width=12)
 
 
-def random_head(hidden: int, kind: str) -> dict[str, torch.Tensor]:
+def random_head(hidden: int, kind: str, num_layers: int = 4) -> dict[str, torch.Tensor]:
     """Random weights of a head, by the trainer's own names; empty for kinds without."""
     from nvembed_mcore.model.pooling import build_head
 
-    head = build_head(hidden, pooling_config(kind))
+    head = build_head(hidden, pooling_config(kind), num_layers)
     if head is None:
         return {}
     torch.manual_seed(3)
     return {name: torch.randn_like(value) * 0.3 for name, value in head.state_dict().items()}
+
+
+def lora_config(targets: tuple[str, ...]) -> LoraConfig | None:
+    return LoraConfig(rank=3, alpha=5.0, dropout=0.0, targets=list(targets)) if targets else None
+
+
+def random_adapters(config: MistralConfig, targets: tuple[str, ...]) -> dict[str, torch.Tensor]:
+    """Random A and B (which would start at zero and keep A's gradient zero), by Hugging Face name."""
+    generator = torch.Generator().manual_seed(4)
+    entries = name_table(config, PoolingConfig(kind="mean"), lora_config(targets))
+    shapes = {name: shape for entry in entries if entry.is_adapter for name, shape in entry.hf.items()}
+    return {name: torch.randn(shape, generator=generator) * 0.1 for name, shape in shapes.items()}
+
+
+def add_adapters(model: MistralModel, adapters: dict[str, torch.Tensor], scale: float) -> None:
+    """Add what adapters compute, `scale * B A x`, to the outputs of the model's own linears."""
+    for name in adapters:
+        path, _, which = name.rpartition(".lora_")
+        if which == "A.weight":
+            a, b = adapters[name], adapters[f"{path}.lora_B.weight"]
+            module = model.get_submodule(path.removeprefix("embedding_model."))
+            module.register_forward_hook(lambda _, x, out, a=a, b=b: out + scale * (x[0] @ a.T) @ b.T)
 
 
 @lru_cache
@@ -143,16 +165,16 @@ class PlainStep:
 _runs: dict[str, list[PlainStep]] = {}
 
 
-def run_plainly(num_queries: int, kind: str, clip: float, **loss) -> list[PlainStep]:
+def run_plainly(num_queries: int, kind: str, clip: float, targets: tuple[str, ...] = (), **loss) -> list[PlainStep]:
     """Two training steps with torch's AdamW; the same scenario is computed once in a process."""
-    key = repr((num_queries, kind, clip, sorted(loss.items())))
+    key = repr((num_queries, kind, clip, targets, sorted(loss.items())))
     if key not in _runs:
-        _runs[key] = _run(num_queries, kind, clip, **loss)
+        _runs[key] = _run(num_queries, kind, clip, targets, **loss)
     return _runs[key]
 
 
 def _run(
-    num_queries: int, kind: str, clip: float, learn_temperature=False, temperature=TEMPERATURE, **loss
+    num_queries: int, kind: str, clip: float, targets, learn_temperature=False, temperature=TEMPERATURE, **loss
 ) -> list[PlainStep]:
     from tests.helpers.cases import OPTIM
 
@@ -161,7 +183,12 @@ def _run(
     model = models.in_float64(models.hf_reference(config))
     head = {name: value.double().requires_grad_() for name, value in random_head(config.hidden_size, kind).items()}
     log_scale = torch.full((1,), -float(np.log(temperature)), dtype=torch.float64).requires_grad_(learn_temperature)
-    everything = [*model.parameters(), *head.values(), *([log_scale] if learn_temperature else [])]
+    adapters = {name: value.double().requires_grad_() for name, value in random_adapters(config, targets).items()}
+    if targets:
+        model.requires_grad_(False)
+        add_adapters(model, adapters, lora_config(targets).scale)
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    everything = [*trained, *adapters.values(), *head.values(), *([log_scale] if learn_temperature else [])]
     optimizer = torch.optim.AdamW(
         [
             {"params": [p for p in everything if p.dim() > 1], "weight_decay": OPTIM["weight_decay"]},
@@ -184,15 +211,18 @@ def _run(
             grad.mul_(min(1.0, clip / (norm + 1e-6)) if clip else 1.0)
         optimizer.step()
         named = {"grads": lambda p: p.grad, "parameters": lambda p: p.detach().clone()}
-        found = {what: _by_hf_name(config, kind, model, head, log_scale, read) for what, read in named.items()}
+        found = {
+            what: _by_hf_name(config, kind, model, head | adapters, log_scale, read) for what, read in named.items()
+        }
         steps.append(PlainStep(loss=value.item(), norm=norm, **found))
     return steps
 
 
-def _by_hf_name(config, kind, model, head, log_scale, read) -> dict[str, torch.Tensor]:
+def _by_hf_name(config, kind, model, others, log_scale, read) -> dict[str, torch.Tensor]:
+    """`others`: the head's by the trainer's names, adapters by Hugging Face's."""
     table = {entry.name: entry for entry in name_table(config, pooling_config(kind))}
     found = {f"embedding_model.{name}": read(p) for name, p in model.named_parameters()}
-    for name, value in head.items():
-        found |= to_hf(table[f"pooling.{name}"], read(value))
+    for name, value in others.items():
+        found |= {name: read(value)} if ".lora_" in name else to_hf(table[f"pooling.{name}"], read(value))
     found = {name: value.clone() for name, value in found.items() if value is not None}
     return found | ({"log_scale": read(log_scale).clone()} if log_scale.requires_grad else {})

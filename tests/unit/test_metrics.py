@@ -8,8 +8,11 @@ import torch.nn.functional as F
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import MistralConfig, MistralModel
 
-from nvembed_mcore.config import PoolingConfig
+from nvembed_mcore.checkpoint.names import name_table
+from nvembed_mcore.config import LoraConfig, PoolingConfig
 from nvembed_mcore.metrics import PhaseTimer, StepMetrics, device_peak_flops, flops_per_token, pack_flops
+from nvembed_mcore.model.pooling import build_head
+from tests.helpers.plain import add_adapters
 
 TINY = MistralConfig(
     vocab_size=32,
@@ -37,6 +40,19 @@ def test_backbone_flops_are_those_that_run():
     texts = [torch.randint(0, 32, (1, length)) for length in lengths]
     flops = sum(counted(lambda text=text: model(text, use_cache=False).last_hidden_state) for text in texts)
     assert pack_flops(TINY, MEAN, lengths) == flops
+
+
+def test_flops_with_adapters_are_those_that_run():
+    """Weights of linears have no gradient then; the adapters' have."""
+    lora = LoraConfig(rank=3, targets=["q", "v", "o", "up", "down"])
+    model, adapters = MistralModel(TINY).requires_grad_(False), {}
+    for entry in name_table(TINY, MEAN, lora):
+        if entry.is_adapter:
+            adapters |= {name: torch.randn(shape, requires_grad=True) for name, shape in entry.hf.items()}
+    add_adapters(model, adapters, lora.scale)
+    states = torch.randn(1, 9, 24, requires_grad=True)
+    flops = counted(lambda: model(inputs_embeds=states, use_cache=False).last_hidden_state)
+    assert pack_flops(TINY, MEAN, [9], lora=lora) == flops
 
 
 def test_latent_head_flops_are_those_that_run():
@@ -74,6 +90,15 @@ def test_self_attention_head_flops_by_hand():
     head = pack_flops(TINY, pooling, [3, 4]) - pack_flops(TINY, MEAN, [3, 4])
     projections, attention, mlp = 6 * 7 * 4 * 24 * 10, 12 * 10 * (9 + 16), 6 * 7 * 12 * 24 * 24
     assert head == projections + attention + mlp
+
+
+def test_multi_layer_head_flops_are_those_that_run():
+    pooling = PoolingConfig(kind="multi_layer", num_latents=5, num_heads=2, head_width=7)
+    head = build_head(24, pooling, TINY.num_hidden_layers)
+    with FlopCounterMode(display=False) as counter:  # forward: the backward pass would count what is computed again
+        head(torch.randn(3, 4, 24))
+    lengths = [3, 1, 9, 4]
+    assert pack_flops(TINY, pooling, lengths) - pack_flops(TINY, MEAN, lengths) == 3 * counter.get_total_flops()
 
 
 def test_causal_attention_has_the_pairs_below_the_diagonal():

@@ -62,7 +62,7 @@ def test_the_published_model_has_these_names_and_this_size():
     assert shapes["embedding_model.layers.31.self_attn.k_proj.weight"] == (1024, 4096)
 
 
-@pytest.mark.parametrize("kind", ["latent", "self_attention", "mean", "last"])
+@pytest.mark.parametrize("kind", ["latent", "self_attention", "mean", "last", "multi_layer"])
 @pytest.mark.parametrize("tp_size", [1, 2, 4])
 def test_round_trip_is_exact(kind, tp_size):
     entries = name_table(CONFIG, PoolingConfig(kind=kind, num_latents=5, num_heads=2, head_width=12))
@@ -220,6 +220,27 @@ def test_random_weights_follow_the_published_start():
     for name in ("decoder.final_layernorm.weight", "pooling.norm_context.weight", "pooling.norm_mlp.weight"):
         assert torch.equal(weights[name], torch.ones(128))
     assert not weights["pooling.norm_query.bias"].any()
+
+
+def test_multi_layer_has_its_names_and_the_size_of_the_paper():
+    pooling = PoolingConfig(kind="multi_layer", num_latents=768, num_heads=32, head_width=2048)
+    entries = [entry for entry in name_table(MistralConfig(), pooling) if entry.is_head]
+    shapes = {name.removeprefix("latent_attention_model."): shape for e in entries for name, shape in e.hf.items()}
+    assert len(shapes) == 15
+    assert shapes["latents"] == (768, 4096) and shapes["layer_embedding.weight"] == (32, 4096)
+    assert shapes["cross_attend_blocks.0.fn.to_out.weight"] == (4096, 65536)
+    assert sum(torch.Size(shape).numel() for shape in shapes.values()) == pytest.approx(1.28e9, rel=5e-3)
+
+
+@pytest.mark.parametrize(("initializer_range", "deviation"), [(None, 1.0), (0.3, 0.3)])
+def test_the_embedding_of_layers_starts_normal(initializer_range, deviation):
+    config = MistralConfig(**{**CONFIG.to_dict(), "hidden_size": 512})
+    pooling = PoolingConfig(kind="multi_layer", num_latents=64, num_heads=2, initializer_range=initializer_range)
+    entries = [entry for entry in name_table(config, pooling) if entry.is_head]
+    source = RandomWeights(entries, 1, 0.02, pooling)
+    weights = {entry.name: source.read(*next(iter(entry.hf.items()))) for entry in entries}
+    assert weights["pooling.layer_embedding.weight"].std().item() == pytest.approx(deviation, rel=0.1)
+    assert weights["pooling.latents"].std().item() == pytest.approx(1.0, rel=0.05)
 
 
 def test_the_heads_own_initializer_range():

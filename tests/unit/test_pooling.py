@@ -8,15 +8,16 @@ import torch
 
 from nvembed_mcore.config import PoolingConfig
 from nvembed_mcore.data.packing import Text, make_pack
+from nvembed_mcore.model import pooling
 from nvembed_mcore.model.attention import packing_of
 from nvembed_mcore.model.pooling import build_head, segment_sum, weights_of
 from tests.helpers import cases, models, plain
 
-HIDDEN, LENGTHS = 24, [5, 1, 17, 9]
+HIDDEN, LENGTHS, LAYERS = 24, [5, 1, 17, 9], 3
 
 
 def head_with_random_weights(config: PoolingConfig, dtype: torch.dtype) -> torch.nn.Module:
-    head = build_head(HIDDEN, config).to(dtype)
+    head = build_head(HIDDEN, config, LAYERS).to(dtype)
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for parameter in head.parameters():
@@ -68,8 +69,44 @@ def test_the_fold_is_exact(config, monkeypatch):
     assert max(differences.values()) <= 1e-12, differences
 
 
+@pytest.mark.parametrize("at_once", [1, 2 * 7, 4096], ids=["one text", "two texts", "all texts"])
+def test_multi_layer_equals_the_plain_order_of_operations(monkeypatch, at_once):
+    """Values go through `to_out` before they are weighted, and a few texts at a time are computed again."""
+    monkeypatch.setattr(pooling, "ROWS_AT_ONCE", at_once)
+    config = PoolingConfig(kind="multi_layer", num_latents=7, num_heads=3, head_width=10)
+    head = head_with_random_weights(config, torch.float32)
+    generator = torch.Generator().manual_seed(1)
+    summaries = torch.randn(LAYERS, 5, HIDDEN, generator=generator, dtype=torch.float64)
+    upstream = torch.randn(5, HIDDEN, generator=generator, dtype=torch.float64)
+    plain_summaries = summaries.clone().requires_grad_()
+    weights = {name: value.detach().double().requires_grad_() for name, value in head.named_parameters()}
+    texts = plain_summaries.unbind(1)
+    expected = torch.stack([models.reference_multi_layer(text, weights, config.num_heads) for text in texts])
+    (expected * upstream).sum().backward()
+
+    summaries = summaries.float().requires_grad_()
+    found = head(summaries)
+    (found * upstream).sum().backward()
+    pairs = {"output": (found, expected), "summaries": (summaries.grad, plain_summaries.grad)}
+    pairs |= {name: (value.grad, weights[name].grad) for name, value in head.named_parameters()}
+    assert len(pairs) == 2 + 15 and "layer_embedding.weight" in pairs
+    for name, (one, truth) in pairs.items():
+        assert (one - truth).abs().max() <= 1e-5 * truth.abs().max(), name
+        assert truth.abs().max() > 1e-3, name
+
+
+def test_multi_layer_in_bfloat16():
+    config = PoolingConfig(kind="multi_layer", num_latents=7, num_heads=3, head_width=10)
+    summaries = torch.randn(LAYERS, 5, HIDDEN, generator=torch.Generator().manual_seed(1))
+    exact = head_with_random_weights(config, torch.float32)(summaries)
+    rounded = head_with_random_weights(config, torch.bfloat16)(summaries.bfloat16())
+    assert rounded.dtype == torch.float32
+    assert torch.cosine_similarity(exact, rounded).min() > 0.999
+
+
 def test_kinds_without_parameters_have_no_head():
-    assert build_head(HIDDEN, PoolingConfig(kind="mean")) is build_head(HIDDEN, PoolingConfig(kind="last")) is None
+    mean, last = (build_head(HIDDEN, PoolingConfig(kind=kind), LAYERS) for kind in ("mean", "last"))
+    assert mean is last is None
 
 
 def test_weights_by_hand():
@@ -111,9 +148,9 @@ def encoder_of(kind: str, mask: str = "bidirectional"):
 
 
 @torch.no_grad()
-def neighbours_of_a_text(kind: str) -> dict[str, float]:
+def neighbours_of_a_text(kind: str, mask: str) -> dict[str, float]:
     """Largest differences of embeddings between packings, and from Hugging Face's backbone with the plain head."""
-    encoder, reference, head = encoder_of(kind)
+    encoder, reference, head = encoder_of(kind, mask)
     lengths = [12, 3, 30, 1, 16, 17, 2, 45, 8, 31, 64, 5]
     texts = models.random_texts(lengths, 250)
     alone = torch.cat([encoder(make_pack([text])) for text in texts])
@@ -131,9 +168,13 @@ def neighbours_of_a_text(kind: str) -> dict[str, float]:
     }
 
 
-@pytest.mark.parametrize("kind", ["latent", "self_attention", "mean", "last"])
-def test_an_embedding_does_not_depend_on_its_pack(world, kind):
-    (differences,) = world(1).run(neighbours_of_a_text, kind)
+@pytest.mark.parametrize(
+    ("kind", "mask"),
+    [(kind, "bidirectional") for kind in ("latent", "self_attention", "mean", "last", "multi_layer")]
+    + [("multi_layer", "causal")],
+)
+def test_an_embedding_does_not_depend_on_its_pack(world, kind, mask):
+    (differences,) = world(1).run(neighbours_of_a_text, kind, mask)
     assert max(differences["together"], differences["shuffled"]) <= 1e-6, differences
     assert differences["plain"] <= 5e-6, differences
     assert differences["spread"] < 0.999, "embeddings that are all alike would prove nothing"

@@ -21,7 +21,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from transformers import MistralConfig
 
-from nvembed_mcore import train
+from nvembed_mcore.build import build_model
 from nvembed_mcore.config import DataConfig, DatasetConfig, ModelConfig, PoolingConfig, RunConfig, StepConfig
 from nvembed_mcore.data.batch import Batch, Sample, make_batch
 from nvembed_mcore.data.packing import Text
@@ -86,7 +86,7 @@ def build_step(way: str) -> ContrastiveStep:
         step=StepConfig(way=way, tokens_per_microbatch=10**9 if way == "single" else TOKENS_PER_PACK),
     )
     groups = initialize(config.parallel)
-    chunks = train.build_model(config, MODEL, groups)
+    chunks = build_model(config, MODEL, groups)
     optimizer = build_optimizer(config.optim, chunks)
     return ContrastiveStep(chunks, optimizer, groups, step=config.step, loss=config.loss, seed=config.seed)
 

@@ -65,15 +65,15 @@ class Ours:
     """The trainer on one process."""
 
     def __init__(self, workload: Workload, way: str) -> None:
-        from nvembed_mcore import train
+        from nvembed_mcore.build import build_model, read_architecture
         from nvembed_mcore.optim import build_optimizer
         from nvembed_mcore.parallel.groups import initialize
         from nvembed_mcore.step import ContrastiveStep
 
         self.workload, self.config = workload, workload.config
         groups = initialize(self.config.parallel)
-        self.hf_config = train.read_architecture(self.config.model)
-        self.chunks = train.build_model(self.config, self.hf_config, groups)
+        self.hf_config = read_architecture(self.config.model)
+        self.chunks = build_model(self.config, self.hf_config, groups)
         self.optimizer = build_optimizer(self.config.optim, self.chunks)
         self.apply_step = ContrastiveStep(
             self.chunks,
