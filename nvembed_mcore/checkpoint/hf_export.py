@@ -80,14 +80,13 @@ def export(
     output_dir = Path(output_dir)
     if output_dir.exists():
         raise ExportError(f"export folder {output_dir} exists; choose another or remove it")
-    _check_choices(format, dtype, attention_mask, pooling)
+    _check_choices(format, dtype, attention_mask, pooling.kind)
     is_mean, is_causal = format == "mean", attention_mask == "causal"
     entries = name_table(hf_config, pooling)
+    config = nv_embed_config(hf_config, pooling, is_causal=is_causal, dtype=dtype, instruction=instruction)
     if is_mean:
         config = mean_config(hf_config, is_causal=is_causal, dtype=dtype)
         entries = [_with_bare_names(entry) for entry in entries]
-    else:
-        config = nv_embed_config(hf_config, pooling, is_causal=is_causal, dtype=dtype, instruction=instruction)
     texts = {
         "config.json": config,
         **_checked_tokenizer_files(Path(tokenizer_dir), hf_config, max_tokens),
@@ -101,14 +100,19 @@ def export(
     aside.mkdir(parents=True)
     try:
         _write_weights(read_global, entries, aside, DTYPES[dtype], max_shard_bytes)
-        for name, text in texts.items():
-            file = aside / name
-            file.parent.mkdir(exist_ok=True)
-            content = text if isinstance(text, str) else json.dumps(text, indent=2, ensure_ascii=False) + "\n"
-            file.write_text(content, encoding="utf-8")
+        _write_texts(texts, aside)
         aside.rename(output_dir)
     finally:
         shutil.rmtree(aside, ignore_errors=True)
+
+
+def _write_texts(texts: dict[str, Any], folder: Path) -> None:
+    """Files by their path in the folder; what is no text is written as JSON."""
+    for name, text in texts.items():
+        file = folder / name
+        file.parent.mkdir(exist_ok=True)
+        content = text if isinstance(text, str) else json.dumps(text, indent=2, ensure_ascii=False) + "\n"
+        file.write_text(content, encoding="utf-8")
 
 
 def code_files(pooling: PoolingConfig) -> dict[str, str]:
@@ -118,15 +122,15 @@ def code_files(pooling: PoolingConfig) -> dict[str, str]:
     return {name: (folder / name).read_text("utf-8") for name in names}
 
 
-def _check_choices(format: str, dtype: str, attention_mask: str, pooling: PoolingConfig) -> None:
+def _check_choices(format: str, dtype: str, attention_mask: str, kind: str) -> None:
     if dtype not in DTYPES:
         raise ExportError(f"dtype must be one of {', '.join(DTYPES)}, got {dtype!r}")
     if attention_mask not in ("bidirectional", "causal"):
         raise ExportError(f"attention_mask must be 'bidirectional' or 'causal', got {attention_mask!r}")
     if format not in FORMATS:
         raise ExportError(f"format must be one of {', '.join(FORMATS)}, got {format!r}")
-    if format == "mean" and pooling.kind != "mean":
-        raise ExportError(f"format 'mean' holds models with 'mean' pooling, this one has {pooling.kind!r} pooling")
+    if format == "mean" and kind != "mean":
+        raise ExportError(f"format 'mean' holds models with 'mean' pooling, this one has {kind!r} pooling")
 
 
 def _with_bare_names(entry: Entry) -> Entry:

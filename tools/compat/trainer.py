@@ -19,7 +19,7 @@ from nvembed_mcore.model.mistral import read_mistral_config
 from nvembed_mcore.parallel.groups import initialize
 from nvembed_mcore.schedule import embed_texts
 
-KINDS = ("latent", "self_attention", "mean", "last")
+KINDS = ("latent", "self_attention", "multi_layer", "mean", "last")
 LIMIT = 64
 INITIALIZER_RANGE, SHARPNESS = 0.05, 3.0
 INSTRUCTION = "Given a question, retrieve passages that answer the question"
@@ -29,7 +29,11 @@ def make_exports(folder: Path) -> list[Path]:
     """One export of each kind of pooling in the format `nv-embed`, a causal one, and one in the format `mean`."""
     write_mistral_tokenizer(folder / "tokenizer")
     wanted = [(kind, "nv-embed", "bidirectional") for kind in KINDS]
-    wanted += [("last", "nv-embed", "causal"), ("mean", "mean", "bidirectional")]
+    wanted += [
+        ("last", "nv-embed", "causal"),
+        ("multi_layer", "nv-embed", "causal"),
+        ("mean", "mean", "bidirectional"),
+    ]
     made = []
     for kind, form, mask in wanted:
         made.append(folder / "-".join([form, kind] + ([mask] if mask == "causal" else [])))

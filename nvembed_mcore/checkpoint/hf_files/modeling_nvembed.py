@@ -150,7 +150,7 @@ def _weighted_sum(states: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
 def _check_room(pooled: torch.Tensor) -> None:
     """`pooled` [N]: the number of pooled positions of each text."""
     if rows := (pooled <= 0).nonzero().flatten().tolist():
-        raise ValueError(f"rows {rows} have no pooled position: is the instruction longer than the limit of tokens?")
+        raise ValueError(f"rows {rows} have nothing to pool: is the instruction longer than the limit of tokens?")
 
 
 def _blocks(config: LatentAttentionConfig) -> nn.ModuleList:
@@ -288,7 +288,7 @@ class NVEmbedModel(PreTrainedModel):
                 which is what sentence-transformers pools by itself.
             return_dict: false returns a tuple of the fields that are set.
             prompt_length: tokens in front of each text that sentence-transformers, which says so from version 5 on,
-                will not pool; they are only counted here.
+                will not pool; they are only counted here. At least one token must stand between them and `</s>`.
 
         Raises:
             ValueError: nothing of a text is left to be pooled.
@@ -296,7 +296,7 @@ class NVEmbedModel(PreTrainedModel):
         if attention_mask is None:
             attention_mask = torch.ones_like(input_ids)
         if prompt_length is not None:
-            _check_room(attention_mask.sum(dim=1) - prompt_length)
+            _check_room(attention_mask.sum(dim=1) - prompt_length - 1)  # </s> alone is no text
         is_deep = self.config.pooling == "multi_layer" and pool_mask is not None
         settings = {"use_cache": False, "output_hidden_states": is_deep}
         output = self.embedding_model(input_ids=input_ids, attention_mask=self._mask(attention_mask), **settings)

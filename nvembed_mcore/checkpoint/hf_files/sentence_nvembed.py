@@ -19,9 +19,12 @@ class NVEmbedTransformer(Transformer):
 
         `prompt_length`, which sentence-transformers puts beside the ids where there is a prompt, counts `<s>` too.
         """
+        prompt_length = features.get("prompt_length")
         pool_mask = features["attention_mask"].clone()
-        pool_mask[:, : int(torch.as_tensor(features.get("prompt_length", 0)).flatten()[0])] = 0
-        output = self.auto_model(features["input_ids"], features["attention_mask"], pool_mask)
+        if prompt_length is not None:
+            pool_mask[:, : int(torch.as_tensor(prompt_length).flatten()[0])] = 0
+        ids, mask = features["input_ids"], features["attention_mask"]
+        output = self.auto_model(ids, mask, pool_mask, prompt_length=prompt_length)
         features["sentence_embedding"] = output.sentence_embeddings
         return features
 
