@@ -120,7 +120,7 @@ def _sources(
         hf_import.verify_sums(found.folder)
         base = found.folder
     if model.lora and model.lora.init_from:
-        sources.append(peft.open_peft_folder(model.lora.init_from, model.lora, hf_config, base))
+        sources.append(peft.open_peft_folder(model, hf_config, base))
     if base:
         sources.append(base)
     entries = name_table(hf_config, model.pooling, model.lora)

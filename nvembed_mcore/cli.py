@@ -134,15 +134,31 @@ def _add_export(commands: argparse._SubParsersAction) -> None:
     command = commands.add_parser("export-hf", help="write a checkpoint as a Hugging Face folder")
     command.add_argument("source", help="run folder or checkpoint folder")
     command.add_argument("output", help="folder to write; must not exist")
+    command.add_argument(
+        "--format",
+        choices=["nv-embed", "mean", "peft"],
+        default="nv-embed",
+        help="nv-embed (default): NV-Embed's names, with a modelling file; mean: a plain MistralModel without code; "
+        "peft: adapters and head alone, for the base they were trained on",
+    )
     command.add_argument("--dtype", choices=["float32", "bfloat16", "float16"], default="float32")
     command.add_argument("--instruction", help="query instruction of the model card; default: the first data set's")
     command.set_defaults(run=_export)
 
 
 def _export(arguments: argparse.Namespace) -> None:
-    from nvembed_mcore.checkpoint.export_run import export_run
+    from nvembed_mcore.checkpoint.export_run import export_adapters, export_run
 
-    export_run(arguments.source, arguments.output, dtype=arguments.dtype, instruction=arguments.instruction)
+    if arguments.format == "peft":
+        export_adapters(arguments.source, arguments.output, dtype=arguments.dtype)
+    else:
+        export_run(
+            arguments.source,
+            arguments.output,
+            format=arguments.format,
+            dtype=arguments.dtype,
+            instruction=arguments.instruction,
+        )
     print(f"exported to {arguments.output}")
 
 

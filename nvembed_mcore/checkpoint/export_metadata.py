@@ -20,20 +20,25 @@ PROMPT_END_PATTERN = r"(?<=\nQuery:) \z"
 """The space at the end of a prompt that stands alone. See `tokenizer_files`."""
 
 
-def model_config(
-    hf_config: MistralConfig, pooling: PoolingConfig, *, is_causal: bool, dtype: str, instruction: str
-) -> dict[str, Any]:
-    """`config.json`, with the published NV-Embed's keys; read by transformers 4.42 to 5.x.
+SENTENCE_MODULE = "sentence_nvembed.NVEmbedTransformer"
+"""The one module of `modules.json` that is ours, in a file of its own."""
+
+MEAN_SINCE = "5.2.0"
+"""The first transformers whose `MistralModel` obeys `is_causal: false`; the first sentence-transformers that can be
+installed with it has the same number (docs/compatibility.md)."""
+
+
+def mistral_config(hf_config: MistralConfig) -> dict[str, Any]:
+    """The backbone's keys, read by transformers 4.42 to 5.x.
 
     The rotary base stands there in the form of version 4 (`rope_theta`) and of version 5 (`rope_parameters`).
     """
-    hidden = hf_config.hidden_size
     copied = (
         "vocab_size hidden_size intermediate_size num_hidden_layers num_attention_heads num_key_value_heads "
         "hidden_act max_position_embeddings initializer_range rms_norm_eps attention_dropout bos_token_id eos_token_id"
     ).split()
     theta = hf_config.rope_parameters["rope_theta"]
-    text_config = {
+    return {
         "architectures": ["MistralModel"],
         "model_type": "mistral",
         **{name: getattr(hf_config, name) for name in copied},
@@ -45,6 +50,26 @@ def model_config(
         "tie_word_embeddings": False,
         "use_cache": False,
     }
+
+
+def mean_config(hf_config: MistralConfig, *, is_causal: bool, dtype: str) -> dict[str, Any]:
+    """`config.json` of a plain `MistralModel`."""
+    return {**mistral_config(hf_config), "is_causal": is_causal, "torch_dtype": dtype}
+
+
+def nv_embed_config(
+    hf_config: MistralConfig, pooling: PoolingConfig, *, is_causal: bool, dtype: str, instruction: str
+) -> dict[str, Any]:
+    """`config.json` with the published NV-Embed's keys.
+
+    The published code loads a tokenizer from `text_config._name_or_path`. A folder does not know where it will lie, so
+    it says `.`: run that code inside the folder, or write the folder's path there. Ours does not read it. A causal
+    model's backbone is not called `bidir_mistral`, because that code would run it without its mask.
+    """
+    hidden = hf_config.hidden_size
+    text_config = {"_name_or_path": ".", **mistral_config(hf_config)}
+    if not is_causal:
+        text_config["model_type"] = "bidir_mistral"
     latent_attention_config = {
         "model_type": "latent_attention",
         "num_latents_value": pooling.num_latents,
@@ -65,8 +90,10 @@ def model_config(
         "text_config": text_config,
         "latent_attention_config": latent_attention_config,
         "padding_side": "right",
+        "add_pad_token": True,
         "add_eos": True,
         "is_mask_instruction": True,
+        "mask_type": "b",
         "torch_dtype": dtype,
     }
 
@@ -131,43 +158,60 @@ def _special(token: str, type_id: int) -> dict[str, Any]:
 
 
 def sentence_transformers_files(
-    hidden: int, pooling: PoolingConfig, max_tokens: int, instruction: str
+    hidden: int, pooling: PoolingConfig, max_tokens: int, instruction: str, *, is_mean: bool
 ) -> dict[str, Any]:
-    """Metadata in the form that versions 3 to 6 read, naming only modules of that library."""
+    """Metadata in the form that versions 3 to 6 read. It names only modules of that library, but for `multi_layer`
+    pooling, which no module of that library can do.
+
+    Args:
+        is_mean: for a plain `MistralModel`; versions that cannot run it then warn.
+    """
+    settings: dict[str, Any] = {
+        "prompts": {"query": query_prompt(instruction), "document": ""},
+        "default_prompt_name": None,
+        "similarity_fn_name": "cosine",
+    }
+    if is_mean:
+        settings["__version__"] = {"sentence_transformers": MEAN_SINCE, "transformers": MEAN_SINCE}
+    files = {
+        "sentence_bert_config.json": {"max_seq_length": max_tokens, "do_lower_case": False},
+        "config_sentence_transformers.json": settings,
+    }
+    if pooling.kind == "multi_layer":
+        return {**files, "modules.json": [{"idx": 0, "name": "0", "path": "", "type": SENTENCE_MODULE}]}
     modes = ("cls_token", "mean_tokens", "max_tokens", "mean_sqrt_len_tokens", "weightedmean_tokens", "lasttoken")
     chosen = "lasttoken" if pooling.kind == "last" else "mean_tokens"
     classes = (("", "Transformer"), ("1_Pooling", "Pooling"), ("2_Normalize", "Normalize"))
     return {
+        **files,
         "modules.json": [
             {"idx": i, "name": str(i), "path": path, "type": f"sentence_transformers.models.{name}"}
             for i, (path, name) in enumerate(classes)
         ],
-        "sentence_bert_config.json": {"max_seq_length": max_tokens, "do_lower_case": False},
         "1_Pooling/config.json": {
             "word_embedding_dimension": hidden,
             **{f"pooling_mode_{mode}": mode == chosen for mode in modes},
             "include_prompt": False,
         },
-        "config_sentence_transformers.json": {
-            "prompts": {"query": query_prompt(instruction), "document": ""},
-            "default_prompt_name": None,
-            "similarity_fn_name": "cosine",
-        },
     }
 
 
-def model_card(name: str, pooling: PoolingConfig, instruction: str, facts: Mapping[str, Any]) -> str:
+def model_card(
+    name: str, pooling: PoolingConfig, instruction: str, facts: Mapping[str, Any], *, is_mean: bool, is_causal: bool
+) -> str:
     """`README.md`: what the model is, how to use it, and one section for each of `facts`."""
+    prompt = json.dumps(query_prompt(instruction), ensure_ascii=False)
+    usage = _MEAN_USAGE if is_mean else _NV_EMBED_USAGE
+    values = {"name": name, "prompt": prompt, "since": MEAN_SINCE}
     sections = [
         _FRONT_MATTER,
         f"# {name}",
         f"A text embedding model: Mistral layers and `{pooling.kind}` pooling, trained with nvembed_mcore.",
         "## Use",
-        f"```python\n{_usage(name, instruction)}\n```",
+        *([_MEAN_NEEDS.format(**values)] if is_mean and not is_causal else []),
+        *(text.format(**values) for text in usage),
         "Queries carry an instruction, which is attended to and not pooled; documents carry none. "
         "A prompt of your own should keep the form `Instruct: ...\\nQuery: `, the space at the end included.",
-        "With sentence-transformers:",
-        f"```python\n{_sentence_transformers_usage(name)}\n```",
     ]
     for title, fact in facts.items():
         sections += [f"## {str(title).replace('_', ' ').capitalize()}", _table(fact)]
@@ -185,25 +229,51 @@ tags:
 ---"""
 
 
-def _usage(name: str, instruction: str) -> str:
-    prompt = json.dumps(query_prompt(instruction), ensure_ascii=False)
-    return "\n".join(
-        (
-            "from transformers import AutoModel",
-            f'model = AutoModel.from_pretrained("{name}", trust_remote_code=True).eval()',
-            f'scores = model.encode(["a query"], instruction={prompt}) @ model.encode(["a document"]).T',
-        )
-    )
+_NV_EMBED_USAGE = (
+    """```python
+from transformers import AutoModel
+model = AutoModel.from_pretrained("{name}", trust_remote_code=True).eval()
+scores = model.encode(["a query"], instruction={prompt}) @ model.encode(["a document"]).T
+```""",
+    "With sentence-transformers:",
+    """```python
+from sentence_transformers import SentenceTransformer
+model = SentenceTransformer("{name}", trust_remote_code=True)
+scores = model.encode(["a query"], prompt_name="query") @ model.encode(["a document"]).T
+```""",
+)
 
+_MEAN_NEEDS = (
+    "A plain `MistralModel` without a causal mask, and no code of its own. **It needs transformers {since} or newer: "
+    "older ones ignore `is_causal: false` and give other vectors without an error.** With sentence-transformers "
+    "that means {since} or newer too."
+)
 
-def _sentence_transformers_usage(name: str) -> str:
-    return "\n".join(
-        (
-            "from sentence_transformers import SentenceTransformer",
-            f'model = SentenceTransformer("{name}", trust_remote_code=True)',
-            'scores = model.encode(["a query"], prompt_name="query") @ model.encode(["a document"]).T',
-        )
-    )
+_MEAN_USAGE = (
+    """```python
+from sentence_transformers import SentenceTransformer
+model = SentenceTransformer("{name}")
+scores = model.encode(["a query"], prompt_name="query") @ model.encode(["a document"]).T
+```""",
+    "With transformers alone:",
+    """```python
+import torch
+from transformers import AutoModel, AutoTokenizer
+model, tokenizer = AutoModel.from_pretrained("{name}").eval(), AutoTokenizer.from_pretrained("{name}")
+
+@torch.no_grad()
+def embed(texts, prompt=""):
+    inputs = tokenizer([prompt + text for text in texts], padding=True, truncation=True, return_tensors="pt")
+    pooled = inputs["attention_mask"].clone()
+    if prompt:  # all positions but those of <s> and the prompt; alone, the prompt has </s> behind it
+        pooled[:, : len(tokenizer(prompt)["input_ids"]) - 1] = 0
+    states = model(input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"]).last_hidden_state
+    sums = (states.float() * pooled[..., None]).sum(1)
+    return torch.nn.functional.normalize(sums, dim=-1)
+
+scores = embed(["a query"], {prompt}) @ embed(["a document"]).T
+```""",
+)
 
 
 def _table(fact: Any) -> str:

@@ -14,7 +14,7 @@ from nvembed_mcore.config import LoraConfig, PoolingConfig
 from nvembed_mcore.log import read_metrics
 
 
-def export_run(source: str, output: str, *, dtype: str, instruction: str | None) -> None:
+def export_run(source: str, output: str, *, dtype: str, instruction: str | None, format: str = "nv-embed") -> None:
     """Export the newest checkpoint of a run folder, or one checkpoint folder, whatever layout wrote it.
 
     Args:
@@ -22,10 +22,11 @@ def export_run(source: str, output: str, *, dtype: str, instruction: str | None)
         output: folder to write.
         dtype: `float32`, `bfloat16` or `float16`.
         instruction: query instruction; None takes that of the run's first data set.
+        format: `nv-embed` or `mean`.
 
     Raises:
         CheckpointError: there is no complete checkpoint, or it was imported without a tokenizer.
-        ExportError: `output` exists.
+        ExportError: `output` exists, or the format cannot hold the run's pooling.
     """
     found = _open(source)
     config = found.facts["config"]
@@ -45,6 +46,7 @@ def export_run(source: str, output: str, *, dtype: str, instruction: str | None)
         output,
         tokenizer_dir=config["data"]["tokenizer"],
         attention_mask=config["model"]["attention_mask"],
+        format=format,
         dtype=dtype,
         max_tokens=max(config["data"]["max_query_tokens"], config["data"]["max_document_tokens"]),
         instruction=instruction,

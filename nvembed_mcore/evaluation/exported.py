@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 import torch
 
-from nvembed_mcore.checkpoint.hf_load import load_exported
+from nvembed_mcore.checkpoint.hf_load import exported_prompt, load_exported
 from nvembed_mcore.data.prompts import query_prompt
 from nvembed_mcore.data.records import DataError, read_beir
 from nvembed_mcore.evaluation.retrieval import relevance_of, score_run, search
@@ -27,18 +26,12 @@ class ExportedEncoder:
 
     def __init__(self, directory: str, *, instruction: str | None, max_length: int, device: str) -> None:
         self.model = load_exported(directory, device)
-        self.prompt = _exported_prompt(directory) if instruction is None else query_prompt(instruction)
+        self.prompt = exported_prompt(directory) if instruction is None else query_prompt(instruction)
         self.max_length = max_length
 
     def __call__(self, texts: Sequence[str], is_query: bool) -> torch.Tensor:
         """float32 [len(texts), D]; queries get the instruction in front."""
         return self.model.encode(list(texts), self.prompt if is_query else "", max_length=self.max_length)
-
-
-def _exported_prompt(directory: str) -> str:
-    """What the model was exported to put in front of queries."""
-    metadata = Path(directory) / "config_sentence_transformers.json"
-    return json.loads(metadata.read_text(encoding="utf-8"))["prompts"]["query"]
 
 
 def evaluate_beir(encoder: ExportedEncoder, folder: str | Path) -> dict[str, float]:

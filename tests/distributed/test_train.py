@@ -163,6 +163,7 @@ def exported_difference(run_dir, output, inputs) -> float:
     import json
 
     from nvembed_mcore.checkpoint.export_run import export_run
+    from nvembed_mcore.checkpoint.hf_export import ExportError
     from nvembed_mcore.checkpoint.hf_load import load_exported
     from nvembed_mcore.checkpoint.store import load_weights
     from nvembed_mcore.data.prompts import query_prompt
@@ -174,6 +175,8 @@ def exported_difference(run_dir, output, inputs) -> float:
     from nvembed_mcore.schedule import embed_texts
 
     export_run(str(run_dir), str(output), dtype="float32", instruction=None)
+    with pytest.raises(ExportError, match="format 'mean' holds models with 'mean' pooling, this one has 'latent'"):
+        export_run(str(run_dir), str(output) + "-mean", dtype="float32", instruction=None, format="mean")
     groups = initialize(layout())
     config = runs.run_config(inputs, run_dir)
     encoder = Encoder(read_mistral_config(config.model.config), config.model, config.parallel, groups)

@@ -1,14 +1,14 @@
 """A text embedding model: a Mistral backbone, bidirectional, with a pooling head (NV-Embed, arXiv 2405.17428).
 
 This one file travels with the weights and needs torch and transformers (4.42 to 5.x) only. Parameters are named as in
-the published NV-Embed models.
+the published NV-Embed models; `multi_layer` pooling is that of arXiv 2409.02727.
 
     from transformers import AutoModel
     model = AutoModel.from_pretrained(folder, trust_remote_code=True)
     vectors = model.encode(["a text"], instruction="Instruct: the task\\nQuery: ")   # float32 [1, D], unit length
 
 Letters: `N` texts, `L` tokens of the longest, `H` hidden size (= `D`), `R` latents, `A` heads of the pooling head, `w`
-their width.
+their width, `Y` layers.
 """
 
 from __future__ import annotations
@@ -25,31 +25,17 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import MistralConfig, MistralModel, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerFast
 from transformers.utils import ModelOutput
 
-POOLING_KINDS = ("latent", "self_attention", "mean", "last")
+POOLING_KINDS = ("latent", "self_attention", "multi_layer", "mean", "last")
 
 
 class LatentAttentionConfig(PretrainedConfig):
-    """Dimensions of the pooling head; `num_latents_value` counts for `latent` pooling only."""
+    """Dimensions of the pooling head; `num_latents_value` counts for `latent` and `multi_layer` pooling only."""
 
     model_type = "latent_attention"
-
-    def __init__(
-        self,
-        num_latents_value: int = 512,
-        num_cross_heads: int = 8,
-        hidden_dim: int = 4096,
-        latent_dim: int = 4096,
-        cross_dim_head: int = 4096,
-        output_normalize: bool = True,
-        **kwargs: Any,
-    ) -> None:
-        super().__init__(**kwargs)
-        self.num_latents_value = num_latents_value
-        self.num_cross_heads = num_cross_heads
-        self.hidden_dim = hidden_dim
-        self.latent_dim = latent_dim
-        self.cross_dim_head = cross_dim_head
-        self.output_normalize = output_normalize
+    num_latents_value = 512
+    num_cross_heads = 8
+    hidden_dim = latent_dim = cross_dim_head = 4096
+    output_normalize = True
 
 
 class NVEmbedConfig(PretrainedConfig):
@@ -91,7 +77,8 @@ class NVEmbedOutput(ModelOutput):
 
     Attributes:
         sentence_embeddings: float32 [N, H]; only when a `pool_mask` was given, and then the first element.
-        last_hidden_state: [N, L, H], states behind the pooling head and before the mean, in the model's dtype.
+        last_hidden_state: [N, L, H], states before the mean and behind the pooling head, where it is one of token
+            states (`latent`, `self_attention`); in the model's dtype.
     """
 
     sentence_embeddings: torch.Tensor | None = None
@@ -99,7 +86,7 @@ class NVEmbedOutput(ModelOutput):
 
 
 class _CrossAttention(nn.Module):
-    """Multi-head attention of token states on another set of states; no biases."""
+    """Multi-head attention of one set of states on another; no biases."""
 
     def __init__(self, config: LatentAttentionConfig) -> None:
         super().__init__()
@@ -109,8 +96,8 @@ class _CrossAttention(nn.Module):
         self.to_kv = nn.Linear(config.latent_dim, 2 * inner, bias=False)
         self.to_out = nn.Linear(inner, config.hidden_dim, bias=False)
 
-    def forward(self, states: torch.Tensor, context: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
-        """`states` [b, l, H] on `context` [b, m, H]; `mask` is added to the scores [b, A, l, m]."""
+    def forward(self, states: torch.Tensor, context: torch.Tensor, mask: torch.Tensor | None = None) -> torch.Tensor:
+        """`states` [b or 1, l, H] on `context` [b or 1, m, H]; `mask` is added to the scores [b, A, l, m]."""
         key, value = self.to_kv(context).chunk(2, dim=-1)
         query, key, value = (
             x.unflatten(-1, (self.num_heads, -1)).transpose(1, 2) for x in (self.to_q(states), key, value)
@@ -150,31 +137,108 @@ class _NormedBlock(nn.Module):
             self.norm_context = nn.LayerNorm(context)
 
 
+def _hide(attention_mask: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """What is added to scores so that nobody sees padding: [N, 1, 1, L]."""
+    return (1.0 - attention_mask[:, None, None, :].to(dtype)) * torch.finfo(dtype).min
+
+
+def _weighted_sum(states: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+    """`states` [N, L, H] by `weights` [N, L]: float32 [N, H]."""
+    return (states.float() * weights[..., None]).sum(dim=1)
+
+
+def _check_room(pooled: torch.Tensor) -> None:
+    """`pooled` [N]: the number of pooled positions of each text."""
+    if rows := (pooled <= 0).nonzero().flatten().tolist():
+        raise ValueError(f"rows {rows} have nothing to pool: is the instruction longer than the limit of tokens?")
+
+
+def _blocks(config: LatentAttentionConfig) -> nn.ModuleList:
+    attend = _NormedBlock(_CrossAttention(config), config.hidden_dim, config.latent_dim)
+    return nn.ModuleList([attend, _NormedBlock(_FeedForward(config.hidden_dim), config.hidden_dim)])
+
+
 class PoolingHead(nn.Module):
     """Attention of token states on trained latents (`latent`) or on the text's own token states (`self_attention`),
     then a feed-forward block, both with a norm in front and a residual around. Shapes are kept."""
 
     def __init__(self, config: LatentAttentionConfig, has_latents: bool) -> None:
         super().__init__()
+        self.has_latents = has_latents
         if has_latents:
             self.latents = nn.Parameter(torch.randn(config.num_latents_value, config.latent_dim))
-        attend = _NormedBlock(_CrossAttention(config), config.hidden_dim, config.latent_dim)
-        feed_forward = _NormedBlock(_FeedForward(config.hidden_dim), config.hidden_dim)
-        self.cross_attend_blocks = nn.ModuleList([attend, feed_forward])
-        self.has_latents = has_latents
+        self.cross_attend_blocks = _blocks(config)
+        self._kept: tuple[list[torch.Tensor], list[Any], tuple[torch.Tensor, torch.Tensor]] | None = None
 
     def forward(self, states: torch.Tensor, key_mask: torch.Tensor) -> torch.Tensor:
         """`states` [N, L, H]; `key_mask` [N, 1, 1, L] is added to the scores of `self_attention`."""
         attend, feed_forward = self.cross_attend_blocks
-        if self.has_latents:
-            # One long text for all: latents are the same for each, so keys and values are made once, from [1, R, H].
-            context, mask = self.latents[None], None
-            flat = attend.norm(states).flatten(0, 1)[None]
-            attended = attend.fn(flat, attend.norm_context(context), mask).view_as(states)
+        normed = attend.norm(states)
+        if not self.has_latents:
+            attended = attend.fn(normed, attend.norm_context(states), key_mask)
+        elif self._can_fold():
+            into, out_of = self._folded(normed.dtype)
+            logits = (normed @ into).unflatten(-1, (attend.fn.num_heads, -1))
+            attended = logits.float().softmax(dim=-1).to(normed.dtype).flatten(-2) @ out_of
         else:
-            attended = attend.fn(attend.norm(states), attend.norm_context(states), key_mask)
+            attended = attend.fn(normed, attend.norm_context(self.latents[None]))
         states = states + attended
         return states + feed_forward.fn(feed_forward.norm(states))
+
+    def _can_fold(self) -> bool:
+        """Whether the projections are what they seem: not wrapped by an adapter, quantised or kept elsewhere."""
+        projections = list(self.cross_attend_blocks[0].fn.children())
+        return all(type(linear) is nn.Linear and not linear.weight.is_meta for linear in projections)
+
+    def _folded(self, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
+        """`_fold`, made once for all forward passes without gradients, until a parameter changes."""
+        attend = self.cross_attend_blocks[0]
+        weights = [self.latents, *attend.norm_context.parameters(), *attend.fn.parameters()]
+        has_gradient = torch.is_grad_enabled() and any(weight.requires_grad for weight in weights)
+        if has_gradient or any(weight.is_inference() for weight in weights):  # the latter do not count their changes
+            self._kept = None
+            return self._fold(dtype)
+        state = [(id(x), x._version, x.data_ptr(), x.dtype, x.device, dtype) for x in weights]
+        if self._kept is None or self._kept[1] != state:
+            with torch.inference_mode(False), torch.no_grad():  # a tensor that later passes with gradients can use too
+                self._kept = weights, state, self._fold(dtype)
+        return self._kept[2]
+
+    def _fold(self, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
+        """The cross attention on latents, which no text changes, as two matrices [H, A * R] and [A * R, H].
+
+        Scores of a head: `(Wq x) . (Wk c) / sqrt(w)` = `x . (Wq^T Wk c) / sqrt(w)`; its output: `Wo V^T p`. Made in
+        float32 and rounded once, one head after the other: the float32 copies are those of one head.
+        """
+        fn, norm = self.cross_attend_blocks[0].fn, self.cross_attend_blocks[0].norm_context
+        into, out_of = [], []
+        with torch.autocast(self.latents.device.type, enabled=False):
+            weight, bias = norm.weight.float(), norm.bias.float()
+            context = F.layer_norm(self.latents.float(), norm.normalized_shape, weight, bias, norm.eps)
+            to_k, to_v = fn.to_kv.weight.chunk(2)
+            parts = [x.chunk(fn.num_heads) for x in (fn.to_q.weight, to_k, to_v)]
+            for query, key, value, out in zip(*parts, fn.to_out.weight.chunk(fn.num_heads, dim=1), strict=True):
+                keys = context @ key.float().T / math.sqrt(len(query))
+                into.append((keys @ query.float()).T.to(dtype))
+                out_of.append((context @ value.float().T @ out.float().T).to(dtype))
+        return torch.cat(into, dim=1), torch.cat(out_of)
+
+
+class MultiLayerHead(nn.Module):
+    """Trained latents attend to one state of each layer, then a feed-forward block; mean over the latents."""
+
+    def __init__(self, config: LatentAttentionConfig, num_layers: int) -> None:
+        super().__init__()
+        self.latents = nn.Parameter(torch.randn(config.num_latents_value, config.latent_dim))
+        self.layer_embedding = nn.Embedding(num_layers, config.hidden_dim)
+        self.cross_attend_blocks = _blocks(config)
+
+    def forward(self, summaries: torch.Tensor) -> torch.Tensor:
+        """One state a layer, [N, Y, H], to one state a text, float32 [N, H]."""
+        attend, feed_forward = self.cross_attend_blocks
+        context = attend.norm_context(summaries.to(self.latents.dtype) + self.layer_embedding.weight)
+        states = self.latents + attend.fn(attend.norm(self.latents)[None], context)
+        return (states + feed_forward.fn(feed_forward.norm(states))).float().mean(dim=1)
 
 
 class NVEmbedModel(PreTrainedModel):
@@ -182,24 +246,30 @@ class NVEmbedModel(PreTrainedModel):
 
     config_class = NVEmbedConfig
     base_model_prefix = ""
-    _no_split_modules = ["MistralDecoderLayer", "PoolingHead"]
-    _supports_sdpa = True
+    _no_split_modules = ["MistralDecoderLayer", "PoolingHead", "MultiLayerHead"]
+    _supports_sdpa = _supports_flash_attn = _supports_flash_attn_2 = True  # the last before transformers 4.54
 
     def __init__(self, config: NVEmbedConfig) -> None:
         super().__init__(config)
+        config.text_config._attn_implementation = config._attn_implementation  # version 4 does not hand it down
         self.embedding_model = MistralModel(config.text_config)
+        for layer in self.embedding_model.layers:
+            layer.self_attn.is_causal = config.is_causal  # what flash attention goes by
         if config.pooling in ("latent", "self_attention"):
             self.latent_attention_model = PoolingHead(config.latent_attention_config, config.pooling == "latent")
+        elif config.pooling == "multi_layer":
+            num_layers = config.text_config.num_hidden_layers
+            self.latent_attention_model = MultiLayerHead(config.latent_attention_config, num_layers)
         self._tokenizer: PreTrainedTokenizerFast | None = None
         self.post_init()
 
     def get_input_embeddings(self) -> nn.Module:
         """The table of token embeddings."""
-        return self.embedding_model.get_input_embeddings()
+        return self.embedding_model.embed_tokens
 
     def set_input_embeddings(self, value: nn.Module) -> None:
         """Replace the table of token embeddings."""
-        self.embedding_model.set_input_embeddings(value)
+        self.embedding_model.embed_tokens = value
 
     def forward(
         self,
@@ -207,6 +277,7 @@ class NVEmbedModel(PreTrainedModel):
         attention_mask: torch.Tensor | None = None,
         pool_mask: torch.Tensor | None = None,
         return_dict: bool = True,
+        prompt_length: int | torch.Tensor | None = None,
     ) -> NVEmbedOutput | tuple[torch.Tensor, ...]:
         """States of all tokens and, with a `pool_mask`, embeddings of the texts.
 
@@ -216,29 +287,49 @@ class NVEmbedModel(PreTrainedModel):
             pool_mask: [N, L], 1 at the positions that are pooled, at least one a text. Null: `last_hidden_state` only,
                 which is what sentence-transformers pools by itself.
             return_dict: false returns a tuple of the fields that are set.
+            prompt_length: tokens in front of each text that sentence-transformers, which says so from version 5 on,
+                will not pool; they are only counted here. At least one token must stand between them and `</s>`.
+
+        Raises:
+            ValueError: nothing of a text is left to be pooled.
         """
         if attention_mask is None:
             attention_mask = torch.ones_like(input_ids)
-        dtype = self.get_input_embeddings().weight.dtype
-        hidden_from = (1.0 - attention_mask[:, None, None, :].to(dtype)) * torch.finfo(dtype).min  # [N, 1, 1, L]
-        # A mask with four dimensions is taken as it is by every version of MistralModel: each token sees each token.
-        mask = attention_mask if self.config.is_causal else hidden_from.expand(-1, 1, input_ids.size(1), -1)
-        states = self.embedding_model(input_ids=input_ids, attention_mask=mask, use_cache=False)[0]
+        if prompt_length is not None:
+            _check_room(attention_mask.sum(dim=1) - prompt_length - 1)  # </s> alone is no text
+        is_deep = self.config.pooling == "multi_layer" and pool_mask is not None
+        settings = {"use_cache": False, "output_hidden_states": is_deep}
+        output = self.embedding_model(input_ids=input_ids, attention_mask=self._mask(attention_mask), **settings)
+        states = output[0]
         if self.config.pooling in ("latent", "self_attention"):
-            states = self.latent_attention_model(states, hidden_from.float())
-        embeddings = None if pool_mask is None else self._pool(states, pool_mask)
-        output = NVEmbedOutput(sentence_embeddings=embeddings, last_hidden_state=states)
-        return output if return_dict else output.to_tuple()
+            states = self.latent_attention_model(states, _hide(attention_mask, torch.float32))
+        result = NVEmbedOutput(last_hidden_state=states)
+        if pool_mask is not None:
+            weights = self._weights(pool_mask)
+            layers = [_weighted_sum(layer, weights) for layer in (output.hidden_states[1:] if is_deep else [states])]
+            vectors = self.latent_attention_model(torch.stack(layers, dim=1)) if is_deep else layers[0]
+            is_unit = self.config.latent_attention_config.output_normalize
+            vectors = F.normalize(vectors, dim=-1) if is_unit else vectors
+            result = NVEmbedOutput(sentence_embeddings=vectors, last_hidden_state=states)
+        return result if return_dict else result.to_tuple()
 
-    def _pool(self, states: torch.Tensor, pool_mask: torch.Tensor) -> torch.Tensor:
-        """Mean over the pooled positions, or the last of them: float32 [N, H], unit length."""
+    def _mask(self, attention_mask: torch.Tensor) -> torch.Tensor:
+        """The backbone's mask. A causal model makes its own from [N, L], and flash attention goes by [N, L] and its
+        layers' `is_causal`; otherwise [N, 1, L, L], which every version takes as it is: each token sees each token."""
+        if self.config.is_causal or "flash" in self.embedding_model.config._attn_implementation:
+            return attention_mask
+        hidden = _hide(attention_mask, self.get_input_embeddings().weight.dtype)
+        return hidden.expand(-1, 1, attention_mask.size(1), -1)
+
+    def _weights(self, pool_mask: torch.Tensor) -> torch.Tensor:
+        """Weight of each position in the mean over the pooled ones, or in the choice of the last: float32 [N, L]."""
+        _check_room(pool_mask.sum(dim=1))
         weights = pool_mask.float()
-        if self.config.pooling == "last":
+        if self.config.pooling == "last" or (self.config.pooling == "multi_layer" and self.config.is_causal):
             position = torch.arange(pool_mask.size(1), device=pool_mask.device)
             last = (position * (pool_mask > 0)).argmax(dim=1, keepdim=True)
             weights = (position == last).float()
-        pooled = (states.float() * weights[..., None]).sum(dim=1) / weights.sum(dim=1, keepdim=True)
-        return F.normalize(pooled, dim=-1) if self.config.latent_attention_config.output_normalize else pooled
+        return weights / weights.sum(dim=1, keepdim=True)
 
     @property
     def tokenizer(self) -> PreTrainedTokenizerFast:
@@ -266,7 +357,7 @@ class NVEmbedModel(PreTrainedModel):
             max_length: most tokens of instruction and text together, special tokens included.
             batch_size: texts in one forward pass; texts of similar length go together.
             return_numpy: give a numpy array.
-            num_workers: accepted because the published NV-Embed has it; tokenising is fast enough without.
+            num_workers: not used; the published NV-Embed has it.
 
         Raises:
             TypeError: `prompts` is one string.
@@ -281,7 +372,7 @@ class NVEmbedModel(PreTrainedModel):
             if row[: len(prefix)] != prefix:
                 raise ValueError(f"the tokenizer does not keep {instruction!r} apart from the text {text!r}")
         device = self.get_input_embeddings().weight.device
-        result = torch.empty(len(ids), self.config.hidden_size, dtype=torch.float32, device=device)
+        result = torch.empty(len(ids), self.config.hidden_size, device=device, dtype=torch.float32)
         longest_first = sorted(range(len(ids)), key=lambda i: -len(ids[i]))
         was_training = self.training
         self.eval()
@@ -291,9 +382,8 @@ class NVEmbedModel(PreTrainedModel):
             padded = pad_sequence([torch.tensor(ids[i]) for i in rows], batch_first=True)  # with 0: it is never seen
             position = torch.arange(padded.size(1))
             attention_mask = (position < lengths[:, None]).long()
-            pool_mask = attention_mask * (position >= len(prefix))
-            inputs = (tensor.to(device) for tensor in (padded, attention_mask, pool_mask))
-            result[rows] = self(*inputs).sentence_embeddings
+            inputs = (padded, attention_mask, attention_mask * (position >= len(prefix)))
+            result[rows] = self(*(tensor.to(device) for tensor in inputs)).sentence_embeddings
         self.train(was_training)
         return result.cpu().numpy() if return_numpy else result
 
