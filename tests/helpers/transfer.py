@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -133,6 +134,11 @@ def export_weights(checkpoint: Path, output: Path, config: MistralConfig, poolin
     output.mkdir()
     limit = 100_000 if config.hidden_size < 1000 else 500_000_000
     write_weights(open_weights(find_checkpoint(checkpoint)), name_table(config, pooling), output, dtype, limit)
+
+
+def many(function: Callable, arguments: list[tuple]) -> list:
+    """Several calls in one job, which joins the processes only once."""
+    return [function(*one) for one in arguments]
 
 
 def imported(folder: Path, output: Path, dtype: str | None = None):
