@@ -17,7 +17,7 @@ from nvembed_mcore.checkpoint.hf_folder import WeightsError, read_json
 from nvembed_mcore.checkpoint.hf_import import verify_sums
 from nvembed_mcore.checkpoint.hf_model import HfModel, largest_token_id, open_hf_model
 from nvembed_mcore.checkpoint.names import copy_shard
-from nvembed_mcore.checkpoint.weights_store import save_weights
+from nvembed_mcore.checkpoint.weights_store import check_new, save_weights
 from nvembed_mcore.config import ParallelConfig, PoolingConfig
 from nvembed_mcore.data.tokenizer import load_tokenizer, tokenizer_fingerprint
 from nvembed_mcore.parallel.groups import initialize
@@ -55,6 +55,7 @@ def import_hf(source: str, output: str, *, tokenizer: str | None = None, dtype: 
         FileExistsError: `output` exists.
     """
     start = time.perf_counter()
+    check_new(output)
     initialize(ParallelConfig())
     model = open_hf_model(source)
     facts = _facts(model, source, tokenizer)

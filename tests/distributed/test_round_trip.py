@@ -4,11 +4,13 @@ import shutil
 
 import pytest
 import torch
+import yaml
 from transformers import MistralConfig
 
 from nvembed_mcore.checkpoint.names import name_table
-from nvembed_mcore.config import PoolingConfig
-from tests.helpers import transfer
+from nvembed_mcore.config import ParallelConfig, PoolingConfig
+from nvembed_mcore.train import _plain
+from tests.helpers import runs, transfer
 from tests.helpers.models import tiny_config
 
 LAYOUTS = [(1, 1), (2, 1), (1, 2), (2, 2)]
@@ -95,6 +97,22 @@ def test_dtypes_are_converted_tensor_by_tensor(world, folders, tmp_path):
     assert not different
     transfer.export_weights(tmp_path / "wide", tmp_path / "back", CONFIG, pooling_of("latent"), torch.float32)
     assert_same(transfer.tensors_of(tmp_path / "back"), {name: one.float() for name, one in tensors.items()})
+
+
+@pytest.mark.parametrize("name", ["latent_attention_model.latents", "embedding_model.layers.0.mlp.up_proj.weight"])
+def test_numbers_of_one_rank_that_are_not_finite_end_every_rank(world, tmp_path, name):
+    """What one rank finds must not leave the others waiting, in an import or in a run."""
+    folder, config = tmp_path / "folder", tiny_config(num_hidden_layers=2, vocab_size=32000)
+    tensors = transfer.write_folder(folder, config, pooling_of("latent"), torch.float32)
+    transfer.write_shards(folder, tensors | {name: tensors[name] * float("nan")}, 2)
+    assert world(2).run(transfer.command, ["import-hf", str(folder), str(tmp_path / "out")]) == [2, 2]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["folder"]
+    inputs = runs.write_inputs(tmp_path / "inputs")
+    tree = _plain(runs.run_config(inputs, tmp_path / "run", parallel=ParallelConfig(pp=2)))
+    tree["model"] |= {"config": None, "init_from": str(folder)}
+    (tmp_path / "run.yaml").write_text(yaml.safe_dump(tree))
+    assert world(2).run(transfer.command, ["train", str(tmp_path / "run.yaml")]) == [2, 2]
+    assert not (tmp_path / "run" / "metrics.jsonl").exists()
 
 
 # True sizes, in bfloat16

@@ -148,6 +148,13 @@ def imported(folder: Path, output: Path, dtype: str | None = None):
     return import_hf(str(folder), str(output), dtype=dtype)
 
 
+def command(arguments: list[str]) -> int:
+    """`nvembed`, by all ranks."""
+    from nvembed_mcore.cli import main
+
+    return main(arguments)
+
+
 def load_and_compare(
     checkpoint: Path, folder: Path, pooling: PoolingConfig, dtype: str, tp: int, pp: int
 ) -> list[str]:
