@@ -18,6 +18,7 @@ from nvembed_mcore.checkpoint.hf_folder import (
     read_header,
     read_headers,
     read_index,
+    read_json,
 )
 from nvembed_mcore.checkpoint.safetensors_stream import INDEX_FILE, SUMS_FILE
 
@@ -107,7 +108,7 @@ def _tensor_table(tensors: dict[str, dict[str, Any]], all_tensors: bool) -> Tabl
 
 
 def _model(path: Path) -> dict[str, Any]:
-    config = _json(path / "config.json")
+    config = read_json(path / "config.json")
     tensors, missing = _tensors(path)
     text_config = config.get("text_config", config)
     fields = (
@@ -140,7 +141,7 @@ def _tensors(path: Path) -> tuple[dict[str, StoredTensor], list[str]]:
 
 
 def _adapters(path: Path) -> dict[str, Any]:
-    config = _json(path / ADAPTER_CONFIG)
+    config = read_json(path / ADAPTER_CONFIG)
     if not (path / ADAPTER_FILE).is_file():
         raise WeightsError(f"{path} has no {ADAPTER_FILE}")
     fields = "peft_type r lora_alpha lora_dropout target_modules bias task_type".split()
@@ -236,10 +237,3 @@ def _chain(start: str | None) -> list[str]:
         model = checkpoint.facts["config"]["model"] if checkpoint else {}
         start = model.get("init_from") or model.get("config")
     return found
-
-
-def _json(file: Path) -> dict[str, Any]:
-    try:
-        return json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise WeightsError(f"cannot read {file}: {error}") from error

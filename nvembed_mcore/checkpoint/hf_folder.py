@@ -212,6 +212,21 @@ def _mapped(file: Path, tensor: StoredTensor) -> torch.Tensor:
     return torch.frombuffer(pages, dtype=tensor.dtype, count=count, offset=skipped).view(tensor.shape)
 
 
+def read_json(file: Path) -> dict[str, Any]:
+    """The object in a JSON file.
+
+    Raises:
+        WeightsError: the file does not hold one.
+    """
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise WeightsError(f"cannot read {file}: {error}") from error
+    if not isinstance(content, dict):
+        raise WeightsError(f"{file} must hold an object, got {type(content).__name__}")
+    return content
+
+
 def check_sums(path: Path, files: Iterable[str]) -> int:
     """Compare files with the folder's `SHA256SUMS`; returns how many of them it lists. Reads the files whole.
 
@@ -258,10 +273,7 @@ def _indexed_tensors(path: Path) -> dict[str, StoredTensor]:
 
 def read_index(index: Path) -> dict[str, str]:
     """`weight_map`: tensor -> file; every file is named as one of the folder itself."""
-    try:
-        files = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise WeightsError(f"cannot read {index}: {error!r}") from error
+    files = read_json(index).get("weight_map")
     if not isinstance(files, dict):
         raise WeightsError(f"{index}: weight_map must map tensors to files, got {type(files).__name__}")
     for file in sorted({str(file) for file in files.values()}):

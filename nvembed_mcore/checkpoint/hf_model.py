@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-import json
 import os
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -14,7 +13,7 @@ from typing import Any, get_args, get_type_hints
 import torch
 from transformers import MistralConfig
 
-from nvembed_mcore.checkpoint.hf_folder import HfFolder, WeightsError, open_hf_folder
+from nvembed_mcore.checkpoint.hf_folder import HfFolder, WeightsError, open_hf_folder, read_json
 from nvembed_mcore.checkpoint.names import BACKBONE, Entry, name_table
 from nvembed_mcore.config import PoolingConfig
 from nvembed_mcore.model.mistral import read_mistral_config
@@ -74,7 +73,7 @@ def open_hf_model(path: str | os.PathLike) -> HfModel:
     """
     folder = open_hf_folder(path)
     hf_config = read_mistral_config(path)
-    raw = json.loads((folder.path / "config.json").read_text(encoding="utf-8"))
+    raw = read_json(folder.path / "config.json")
     pooling = _pooling(raw, folder.path)
     is_causal = raw.get("is_causal", raw.get("model_type") == "mistral")
     architecture = (raw.get("architectures") or [raw.get("model_type")])[0]
@@ -122,12 +121,14 @@ def _pooling(raw: dict[str, Any], path: Path) -> PoolingConfig | None:
     modules = path / "1_Pooling" / "config.json"  # sentence-transformers'
     if not modules.is_file():
         return None
-    modes = json.loads(modules.read_text(encoding="utf-8"))
-    if modes.get("pooling_mode_mean_tokens"):
+    modes = read_json(modules)
+    # Since version 6 one field, before one for each mode.
+    mode = modes.get("pooling_mode") or [name for name, value in modes.items() if value is True and "_mode_" in name]
+    if mode in ("mean", ["pooling_mode_mean_tokens"]):
         return PoolingConfig(kind="mean")
-    if modes.get("pooling_mode_lasttoken"):
+    if mode in ("lasttoken", ["pooling_mode_lasttoken"]):
         return PoolingConfig(kind="last")
-    raise WeightsError(f"{modules} asks for neither the mean of the tokens nor the last token: {modes}")
+    raise WeightsError(f"{modules} asks for neither the mean of the tokens nor the last token: {mode}")
 
 
 def _check_tensors(model: HfModel) -> None:
@@ -161,10 +162,10 @@ def largest_token_id(tokenizer_dir: str | os.PathLike) -> int | None:
     file = Path(tokenizer_dir) / "tokenizer.json"
     if not file.is_file():
         return None
+    backend = read_json(file)
     try:
-        backend = json.loads(file.read_text(encoding="utf-8"))
         vocabulary = backend["model"]["vocab"]
         ids: Iterable[int] = vocabulary.values() if isinstance(vocabulary, dict) else range(len(vocabulary))
         return max([*ids, *(token["id"] for token in backend["added_tokens"])])
-    except (ValueError, KeyError, TypeError) as error:
+    except (KeyError, TypeError) as error:
         raise WeightsError(f"cannot read {file}: {error!r}") from error

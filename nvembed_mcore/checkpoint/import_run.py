@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import os
 import time
 from dataclasses import dataclass
@@ -14,12 +13,12 @@ import torch
 import torch.distributed as dist
 
 from nvembed_mcore import device
-from nvembed_mcore.checkpoint.hf_folder import WeightsError
+from nvembed_mcore.checkpoint.hf_folder import WeightsError, read_json
 from nvembed_mcore.checkpoint.hf_import import verify_sums
 from nvembed_mcore.checkpoint.hf_model import HfModel, largest_token_id, open_hf_model
 from nvembed_mcore.checkpoint.names import copy_shard
 from nvembed_mcore.checkpoint.peft import base_fingerprint
-from nvembed_mcore.checkpoint.weights_store import save_weights
+from nvembed_mcore.checkpoint.weights_store import check_new, save_weights
 from nvembed_mcore.config import ParallelConfig, PoolingConfig
 from nvembed_mcore.data.tokenizer import load_tokenizer, tokenizer_fingerprint
 from nvembed_mcore.parallel.groups import initialize
@@ -57,6 +56,7 @@ def import_hf(source: str, output: str, *, tokenizer: str | None = None, dtype: 
         FileExistsError: `output` exists.
     """
     start = time.perf_counter()
+    check_new(output)
     initialize(ParallelConfig())
     model = open_hf_model(source)
     facts = _facts(model, source, tokenizer)
@@ -148,5 +148,5 @@ def _tokenizer(model: HfModel, given: str | None) -> tuple[str | None, str | Non
 def _max_tokens(model: HfModel) -> int:
     """Where texts are cut: as sentence-transformers does it with this folder, otherwise a run's default."""
     file = model.path / "sentence_bert_config.json"
-    limit = json.loads(file.read_text(encoding="utf-8")).get("max_seq_length") if file.is_file() else None
+    limit = read_json(file).get("max_seq_length") if file.is_file() else None
     return limit or 512

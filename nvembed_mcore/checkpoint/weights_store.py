@@ -65,9 +65,14 @@ def save_weights(
             shutil.rmtree(aside, ignore_errors=True)
 
 
-def _make_aside(output: Path) -> str:
-    if output.exists():
+def check_new(output: str | os.PathLike) -> None:
+    """Raise a `FileExistsError` when `output` exists."""
+    if Path(output).exists():
         raise FileExistsError(f"{output} exists; choose another folder or remove it")
+
+
+def _make_aside(output: Path) -> str:
+    check_new(output)
     aside = output.with_name(f".{output.name}.{os.getpid()}.partial")
     (aside / "state").mkdir(parents=True)
     return str(aside)

@@ -4,11 +4,13 @@ import shutil
 
 import pytest
 import torch
+import yaml
 from transformers import MistralConfig
 
 from nvembed_mcore.checkpoint.names import name_table
-from nvembed_mcore.config import PoolingConfig
-from tests.helpers import transfer
+from nvembed_mcore.config import ParallelConfig, PoolingConfig
+from nvembed_mcore.train import _plain
+from tests.helpers import runs, transfer
 from tests.helpers.models import tiny_config
 
 LAYOUTS = [(1, 1), (2, 1), (1, 2), (2, 2)]
@@ -38,42 +40,51 @@ def assert_same(found, expected):
         assert found[name].dtype == tensor.dtype and torch.equal(found[name], tensor), name
 
 
+def assert_exported(checkpoint, output, kind, dtype, tensors):
+    transfer.export_weights(checkpoint, output, CONFIG, pooling_of(kind), getattr(torch, dtype))
+    assert_same(transfer.tensors_of(output), tensors)
+
+
 @pytest.mark.parametrize(("tp", "pp"), LAYOUTS)
 def test_through_a_run_and_its_checkpoint(world, folders, tmp_path, tp, pp):
+    jobs = [
+        (folders[kind, dtype][0], tmp_path / f"{kind}-{dtype}", pooling_of(kind), dtype, tp, pp)
+        for kind, dtype in MODELS
+    ]
+    for missing in world(tp * pp).run(transfer.many, transfer.import_and_save, jobs):
+        assert not any(missing)
     for kind, dtype in MODELS:
-        folder, tensors = folders[kind, dtype]
-        pooling, run_dir = pooling_of(kind), tmp_path / f"{kind}-{dtype}"
-        for missing in world(tp * pp).run(transfer.import_and_save, folder, run_dir, pooling, dtype, tp, pp):
-            assert not missing
-        back = tmp_path / f"{kind}-{dtype}-back"
-        transfer.export_weights(run_dir, back, CONFIG, pooling, getattr(torch, dtype))
-        assert_same(transfer.tensors_of(back), tensors)
+        saved = tmp_path / f"{kind}-{dtype}"
+        assert_exported(saved, tmp_path / f"{saved.name}-back", kind, dtype, folders[kind, dtype][1])
 
 
 @pytest.mark.parametrize(("tp", "pp"), LAYOUTS)
 def test_through_import_hf(world, folders, tmp_path, tp, pp):
-    """As many ranks share the import as load what it wrote, and another number exports it."""
+    """As many ranks share the import as load what it wrote; one process exports it."""
+    imports, loads = [], []
     for kind, dtype in MODELS:
-        folder, tensors = folders[kind, dtype]
-        pooling, checkpoint = pooling_of(kind), tmp_path / f"{kind}-{dtype}"
-        for done in world(tp * pp).run(transfer.imported, folder, checkpoint):
+        folder, checkpoint = folders[kind, dtype][0], tmp_path / f"{kind}-{dtype}"
+        imports.append((folder, checkpoint))
+        loads.append((checkpoint, folder, pooling_of(kind), dtype, tp, pp))
+    for results in world(tp * pp).run(transfer.many, transfer.imported, imports):
+        for done, model in zip(results, MODELS, strict=True):
+            tensors = folders[model][1]
             assert done.num_tensors == len(tensors)
             assert done.num_parameters == sum(tensor.numel() for tensor in tensors.values())
-        for different in world(tp * pp).run(transfer.load_and_compare, checkpoint, folder, pooling, dtype, tp, pp):
-            assert not different
-        back = tmp_path / f"{kind}-{dtype}-back"
-        transfer.export_weights(checkpoint, back, CONFIG, pooling, getattr(torch, dtype))
-        assert_same(transfer.tensors_of(back), tensors)
+    for different in world(tp * pp).run(transfer.many, transfer.load_and_compare, loads):
+        assert not any(different), different
+    for kind, dtype in MODELS:
+        saved = tmp_path / f"{kind}-{dtype}"
+        assert_exported(saved, tmp_path / f"{saved.name}-back", kind, dtype, folders[kind, dtype][1])
 
 
 @pytest.mark.parametrize(("tp", "pp"), LAYOUTS)
 def test_an_imported_model_computes_what_hugging_face_s_does(world, folders, tp, pp):
-    for kind in KINDS:
-        folder, _ = folders[kind, "float32"]
-        results = world(tp * pp).run(transfer.parity, folder, pooling_of(kind), 4, tp, pp)
-        assert any(results)
-        for result in results:
-            assert result.get("states", 0.0) <= STATES and result.get("embeddings", 0.0) <= EMBEDDINGS
+    jobs = [(folders[kind, "float32"][0], pooling_of(kind), 4, tp, pp) for kind in KINDS]
+    results = [result for rank in world(tp * pp).run(transfer.many, transfer.parity, jobs) for result in rank]
+    assert sum(bool(result) for result in results) == len(KINDS) * tp
+    for result in results:
+        assert result.get("states", 0.0) <= STATES and result.get("embeddings", 0.0) <= EMBEDDINGS
 
 
 def test_dtypes_are_converted_tensor_by_tensor(world, folders, tmp_path):
@@ -86,6 +97,22 @@ def test_dtypes_are_converted_tensor_by_tensor(world, folders, tmp_path):
     assert not different
     transfer.export_weights(tmp_path / "wide", tmp_path / "back", CONFIG, pooling_of("latent"), torch.float32)
     assert_same(transfer.tensors_of(tmp_path / "back"), {name: one.float() for name, one in tensors.items()})
+
+
+@pytest.mark.parametrize("name", ["latent_attention_model.latents", "embedding_model.layers.0.mlp.up_proj.weight"])
+def test_numbers_of_one_rank_that_are_not_finite_end_every_rank(world, tmp_path, name):
+    """What one rank finds must not leave the others waiting, in an import or in a run."""
+    folder, config = tmp_path / "folder", tiny_config(num_hidden_layers=2, vocab_size=32000)
+    tensors = transfer.write_folder(folder, config, pooling_of("latent"), torch.float32)
+    transfer.write_shards(folder, tensors | {name: tensors[name] * float("nan")}, 2)
+    assert world(2).run(transfer.command, ["import-hf", str(folder), str(tmp_path / "out")]) == [2, 2]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["folder"]
+    inputs = runs.write_inputs(tmp_path / "inputs")
+    tree = _plain(runs.run_config(inputs, tmp_path / "run", parallel=ParallelConfig(pp=2)))
+    tree["model"] |= {"config": None, "init_from": str(folder)}
+    (tmp_path / "run.yaml").write_text(yaml.safe_dump(tree))
+    assert world(2).run(transfer.command, ["train", str(tmp_path / "run.yaml")]) == [2, 2]
+    assert not (tmp_path / "run" / "metrics.jsonl").exists()
 
 
 # True sizes, in bfloat16

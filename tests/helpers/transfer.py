@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -135,11 +136,23 @@ def export_weights(checkpoint: Path, output: Path, config: MistralConfig, poolin
     write_weights(open_weights(find_checkpoint(checkpoint)), name_table(config, pooling), output, dtype, limit)
 
 
+def many(function: Callable, arguments: list[tuple]) -> list:
+    """Several calls in one job, which joins the processes only once."""
+    return [function(*one) for one in arguments]
+
+
 def imported(folder: Path, output: Path, dtype: str | None = None):
     """`nvembed import-hf`, by all ranks."""
     from nvembed_mcore.checkpoint.import_run import import_hf
 
     return import_hf(str(folder), str(output), dtype=dtype)
+
+
+def command(arguments: list[str]) -> int:
+    """`nvembed`, by all ranks."""
+    from nvembed_mcore.cli import main
+
+    return main(arguments)
 
 
 def load_and_compare(

@@ -340,3 +340,27 @@ def test_base_models_of_the_published_forms(tmp_path, head_width, tied):
     assert load_hf_weights(path, POOLING, entries, parameters) == {entry.name for entry in entries if entry.is_head}
     rows = parameters["embedding.word_embeddings.weight"]
     assert torch.equal(rows[:250], tensors["model.embed_tokens.weight"].float()) and not rows[250:].any()
+
+
+@pytest.mark.parametrize(
+    ("modes", "kind"),
+    [
+        ({"pooling_mode_mean_tokens": True, "pooling_mode_cls_token": False, "include_prompt": True}, "mean"),
+        ({"pooling_mode_mean_tokens": False, "pooling_mode_lasttoken": True}, "last"),
+        ({"pooling_mode": "mean"}, "mean"),
+        ({"pooling_mode_cls_token": True}, None),
+        ({"pooling_mode": ["mean", "max"]}, None),
+    ],
+)
+def test_a_plain_mistral_model_for_sentence_transformers(tmp_path, modes, kind):
+    path = tmp_path / "plain"
+    transfer.write_folder(path, CONFIG, None, torch.float32)
+    change_json(path / "config.json", lambda content: content.update(is_causal=False))
+    (path / "1_Pooling").mkdir()
+    (path / "1_Pooling" / "config.json").write_text(json.dumps(modes))
+    if kind is None:
+        with pytest.raises(WeightsError, match=r"1_Pooling/config\.json asks for neither"):
+            open_hf_model(path)
+    else:
+        model = open_hf_model(path)
+        assert model.pooling.kind == kind and model.attention_mask == "bidirectional"
