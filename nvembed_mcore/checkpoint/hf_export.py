@@ -78,9 +78,7 @@ def export(
             pooling, or the tokenizer folder does not fit.
     """
     output_dir = Path(output_dir)
-    if output_dir.exists():
-        raise ExportError(f"export folder {output_dir} exists; choose another or remove it")
-    _check_choices(format, dtype, attention_mask, pooling.kind)
+    _check_choices(output_dir, format, dtype, attention_mask, pooling.kind)
     is_mean, is_causal = format == "mean", attention_mask == "causal"
     entries = name_table(hf_config, pooling)
     config = nv_embed_config(hf_config, pooling, is_causal=is_causal, dtype=dtype, instruction=instruction)
@@ -122,7 +120,9 @@ def code_files(pooling: PoolingConfig) -> dict[str, str]:
     return {name: (folder / name).read_text("utf-8") for name in names}
 
 
-def _check_choices(format: str, dtype: str, attention_mask: str, kind: str) -> None:
+def _check_choices(output_dir: Path, format: str, dtype: str, attention_mask: str, kind: str) -> None:
+    if output_dir.exists():
+        raise ExportError(f"export folder {output_dir} exists; choose another or remove it")
     if dtype not in DTYPES:
         raise ExportError(f"dtype must be one of {', '.join(DTYPES)}, got {dtype!r}")
     if attention_mask not in ("bidirectional", "causal"):
