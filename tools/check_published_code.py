@@ -3,8 +3,8 @@
 Run from the root of the repository:
     PYTHONPATH=. python tools/check_published_code.py EXPORT --code DIR --tokenizer DIR
 
-The code is not shipped (its licence is CC-BY-NC-4.0): DIR is a folder with the published *.py files, and to name it here
-is to ask for that code to run. It runs in an environment of its own, with the last transformers that it works with,
+The code is not shipped (its licence is CC-BY-NC-4.0): DIR is a folder with the published *.py files, and naming it
+asks for that code to be run. It runs in an environment of its own, with the last transformers that it works with,
 on a copy of the export. Texts fit into the limit, since the published code drops `</s>` from a text that is cut.
 
 Exit code 1: a name is missing or unexpected, or a cosine is below the bound; 2: the input cannot be checked.
