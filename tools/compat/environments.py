@@ -50,8 +50,9 @@ def build_environment(directory: Path, requirements: list[str]) -> Environment:
     _link_distributions(borrowed)
     (packages / "zz_borrowed.pth").write_text(f"{borrowed}\n", encoding="utf-8")
     _run([python, "-m", "pip", "install", "--quiet", "--disable-pip-version-check", *requirements])
-    code = f"import json, importlib.metadata as m; print(json.dumps({{name: m.version(name) for name in {REPORTED}}}))"
-    versions = json.loads(_run([python, "-c", code]))
+    listed = json.loads(_run([python, "-m", "pip", "list", "--format", "json", "--disable-pip-version-check"]))
+    installed = {one["name"].lower().replace("_", "-"): one["version"] for one in listed}
+    versions = {name: installed[name] for name in REPORTED if name in installed}
     stamp.write_text(json.dumps({"requirements": requirements, "from": sys.prefix, "versions": versions}))
     return Environment(python, versions)
 
