@@ -6,16 +6,17 @@ import dataclasses
 import logging
 from pathlib import Path
 
-import torch
 from megatron.core.distributed import DistributedDataParallel
 from transformers import MistralConfig
 
 from nvembed_mcore.checkpoint import hf_import, peft, store
+from nvembed_mcore.checkpoint.hf_folder import HfFolder
+from nvembed_mcore.checkpoint.hf_model import check_pooling, open_hf_model, same_head
 from nvembed_mcore.checkpoint.names import Entry, name_table
 from nvembed_mcore.config import ConfigError, LoraConfig, ModelConfig, PoolingConfig, RunConfig
 from nvembed_mcore.model.encoder import Encoder, wrap_data_parallel
 from nvembed_mcore.model.mistral import read_mistral_config
-from nvembed_mcore.parallel.groups import Groups
+from nvembed_mcore.parallel.groups import Groups, every_rank_does
 
 log = logging.getLogger(__name__)
 
@@ -59,8 +60,8 @@ def build_model(config: RunConfig, hf_config: MistralConfig, groups: Groups) -> 
         log.info("weights from step %d of %s", start.step, start.path)
     sources = _sources(config, hf_config, is_from_checkpoint=start is not None)
     table = name_table(hf_config, config.model.pooling, config.model.lora)
-    for encoder in encoders:
-        _fill(encoder, [entry for entry in table if not start or entry.name in missing], sources, groups)
+    entries = [entry for entry in table if not start or entry.name in missing]
+    every_rank_does(lambda: [_fill(encoder, entries, sources, groups) for encoder in encoders])
     return wrap_data_parallel(encoders, config.parallel, distributed_optimizer=config.optim.distributed)
 
 
@@ -72,7 +73,7 @@ def base_of(model: ModelConfig, hf_config: MistralConfig) -> dict[str, str] | No
     start = store.find_checkpoint(model.init_from)
     if start:
         return start.facts.get("base")
-    folder = hf_import.open_hf_folder(model.init_from)
+    folder = open_hf_model(model.init_from).folder
     return {"name": model.init_from, "fingerprint": peft.base_fingerprint(folder, hf_config)}
 
 
@@ -82,14 +83,13 @@ def _parts_to_make(start: store.Checkpoint, model: ModelConfig, hf_config: Mistr
     A head or adapters that it has must be those of the configuration.
     """
     saved_pooling = PoolingConfig(**start.facts["config"]["model"]["pooling"])
-    saved = {entry.name: entry for entry in name_table(hf_config, saved_pooling)}
-    now = {entry.name: entry for entry in name_table(hf_config, model.pooling)}
-    has_head = any(entry.is_head for entry in saved.values())
-    if has_head and saved != now:
+    has_head = any(entry.is_head for entry in name_table(hf_config, saved_pooling))
+    if has_head and not same_head(saved_pooling, model.pooling, hf_config.hidden_size):
         changed = store.differences(dataclasses.asdict(saved_pooling), dataclasses.asdict(model.pooling))
         lines = "".join(f"\n  model.pooling.{line}" for line in changed)
         raise ConfigError(f"the head of model.init_from {start.path} is another one (saved -> now):{lines}")
-    adapters = {entry.name for entry in name_table(hf_config, model.pooling, model.lora) if entry.is_adapter}
+    table = name_table(hf_config, model.pooling, model.lora)
+    heads, adapters = ({entry.name for entry in table if entry.part == part} for part in ("head", "adapters"))
     saved_lora, lora = store.adapters_of(start.facts), _settings(model.lora)
     if saved_lora and saved_lora != lora:
         raise ConfigError(
@@ -101,7 +101,6 @@ def _parts_to_make(start: store.Checkpoint, model: ModelConfig, hf_config: Mistr
             f"model.init_from {start.path} and model.lora.init_from {model.lora.init_from} both bring adapters: "
             f"give one of them"
         )
-    heads = {name for name, entry in now.items() if entry.is_head}
     return (set() if has_head else heads) | (set() if saved_lora else adapters)
 
 
@@ -111,12 +110,17 @@ def _settings(lora: LoraConfig | None) -> dict | None:
 
 def _sources(
     config: RunConfig, hf_config: MistralConfig, *, is_from_checkpoint: bool
-) -> list[hf_import.HfFolder | peft.PeftFolder | hf_import.RandomWeights]:
+) -> list[HfFolder | hf_import.RandomWeights]:
     """Where parameters come from; the first source that has one gives it."""
     model, sources = config.model, []
-    base = hf_import.open_hf_folder(model.init_from) if model.init_from and not is_from_checkpoint else None
+    base = None
+    if model.init_from and not is_from_checkpoint:
+        found = open_hf_model(model.init_from)
+        check_pooling(found, model.pooling)
+        hf_import.verify_sums(found.folder)
+        base = found.folder
     if model.lora and model.lora.init_from:
-        sources.append(peft.open_peft_folder(model.lora.init_from, model.lora, hf_config, base))
+        sources.append(peft.open_peft_folder(model, hf_config, base))
     if base:
         sources.append(base)
     entries = name_table(hf_config, model.pooling, model.lora)
@@ -129,10 +133,6 @@ def _fill(encoder: Encoder, entries: list[Entry], sources: list, groups: Groups)
     parameters = encoder.parameters_by_global_name()
     entries = [entry for entry in entries if entry.name in parameters]
 
-    def assign(name: str, tensor: torch.Tensor) -> None:
-        with torch.no_grad():
-            parameters[name].copy_(tensor)
-
     for source in sources:
-        missing = hf_import.load_weights(source, entries, assign, groups.tp_rank, groups.tp_size)
+        missing = hf_import.load_weights(source, entries, parameters, groups.tp_rank, groups.tp_size)
         entries = [entry for entry in entries if entry.name in missing]

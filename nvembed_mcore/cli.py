@@ -94,12 +94,40 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=__version__)
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     commands.add_parser("train", help="train one stage: nvembed train CONFIG.yaml [--field value ...]", add_help=False)
+    _add_import(commands)
     _add_export(commands)
+    _add_inspect(commands)
     _add_evaluate(commands)
     _add_encode(commands)
     _add_search(commands)
     _add_data(commands)
     return parser
+
+
+def _add_import(commands: argparse._SubParsersAction) -> None:
+    command = commands.add_parser(
+        "import-hf",
+        help="write a Hugging Face folder (Mistral, NV-Embed or an export) as a checkpoint for model.init_from",
+    )
+    command.add_argument("source", help="Hugging Face folder with safetensors")
+    command.add_argument("output", help="checkpoint folder to write; must not exist")
+    command.add_argument("--tokenizer", help="tokenizer folder; default: the source, if it has a tokenizer.json")
+    command.add_argument(
+        "--dtype", choices=["float32", "bfloat16", "float16"], help="of the written weights; default: as stored"
+    )
+    command.set_defaults(run=_import)
+
+
+def _import(arguments: argparse.Namespace) -> None:
+    from nvembed_mcore.checkpoint.import_run import import_hf
+
+    done = import_hf(arguments.source, arguments.output, tokenizer=arguments.tokenizer, dtype=arguments.dtype)
+    if os.environ.get("RANK", "0") == "0":
+        checked = f", {done.checked_files} files with the SHA-256 they should have" if done.checked_files else ""
+        print(
+            f"{done.architecture}: {done.num_tensors} tensors, {done.num_parameters:,} parameters, "
+            f"{done.num_bytes / 1e9:.2f} GB in {done.seconds:.1f} s{checked}: {arguments.output}"
+        )
 
 
 def _add_export(commands: argparse._SubParsersAction) -> None:
@@ -108,9 +136,10 @@ def _add_export(commands: argparse._SubParsersAction) -> None:
     command.add_argument("output", help="folder to write; must not exist")
     command.add_argument(
         "--format",
-        choices=["nv-embed", "mean"],
+        choices=["nv-embed", "mean", "peft"],
         default="nv-embed",
-        help="nv-embed (default): NV-Embed's names, with a modelling file; mean: a plain MistralModel without code",
+        help="nv-embed (default): NV-Embed's names, with a modelling file; mean: a plain MistralModel without code; "
+        "peft: adapters and head alone, for the base they were trained on",
     )
     command.add_argument("--dtype", choices=["float32", "bfloat16", "float16"], default="float32")
     command.add_argument("--instruction", help="query instruction of the model card; default: the first data set's")
@@ -118,16 +147,40 @@ def _add_export(commands: argparse._SubParsersAction) -> None:
 
 
 def _export(arguments: argparse.Namespace) -> None:
-    from nvembed_mcore.checkpoint.export_run import export_run
+    from nvembed_mcore.checkpoint.export_run import export_adapters, export_run
 
-    export_run(
-        arguments.source,
-        arguments.output,
-        format=arguments.format,
-        dtype=arguments.dtype,
-        instruction=arguments.instruction,
-    )
+    if arguments.format == "peft":
+        export_adapters(arguments.source, arguments.output, dtype=arguments.dtype)
+    else:
+        export_run(
+            arguments.source,
+            arguments.output,
+            format=arguments.format,
+            dtype=arguments.dtype,
+            instruction=arguments.instruction,
+        )
     print(f"exported to {arguments.output}")
+
+
+def _add_inspect(commands: argparse._SubParsersAction) -> None:
+    command = commands.add_parser("inspect", help="show what a Hugging Face, adapter, run or checkpoint folder holds")
+    command.add_argument("folder")
+    command.add_argument("--tensors", action="store_true", help="list every tensor instead of one line for all layers")
+    command.add_argument("--json", help="write everything here as well")
+    command.set_defaults(run=_inspect)
+
+
+def _inspect(arguments: argparse.Namespace) -> None:
+    from rich.console import Console
+
+    from nvembed_mcore.checkpoint.contents import inspect_folder, tables
+
+    found = inspect_folder(arguments.folder)
+    if arguments.json:
+        Path(arguments.json).write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+    console = Console(width=None if sys.stdout.isatty() else 140)
+    for table in tables(found, all_tensors=arguments.tensors):
+        console.print(table)
 
 
 def _add_model(command: argparse.ArgumentParser) -> None:

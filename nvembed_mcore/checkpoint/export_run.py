@@ -10,9 +10,8 @@ from nvembed_mcore.checkpoint import store
 from nvembed_mcore.checkpoint.adapters import merged
 from nvembed_mcore.checkpoint.hf_export import ExportError, export
 from nvembed_mcore.checkpoint.peft import export_peft
-from nvembed_mcore.config import LoraConfig, ParallelConfig, PoolingConfig
+from nvembed_mcore.config import LoraConfig, PoolingConfig
 from nvembed_mcore.log import read_metrics
-from nvembed_mcore.parallel.groups import initialize
 
 
 def export_run(source: str, output: str, *, dtype: str, instruction: str | None, format: str = "nv-embed") -> None:
@@ -26,11 +25,15 @@ def export_run(source: str, output: str, *, dtype: str, instruction: str | None,
         format: `nv-embed` or `mean`.
 
     Raises:
-        CheckpointError: there is no complete checkpoint.
+        CheckpointError: there is no complete checkpoint, or it was imported without a tokenizer.
         ExportError: `output` exists, or the format cannot hold the run's pooling.
     """
     found = _open(source)
     config = found.facts["config"]
+    if config["data"]["tokenizer"] is None:
+        raise store.CheckpointError(f"{found.path} knows no tokenizer; import it again with --tokenizer")
+    if instruction is None:
+        instruction = next((one["instruction"] for one in config["data"]["datasets"]), "")
     hf_config = MistralConfig.from_dict(found.facts["hf_config"])
     pooling = PoolingConfig(**config["model"]["pooling"])
     read, lora = store.open_weights(found), config["model"].get("lora")
@@ -46,7 +49,7 @@ def export_run(source: str, output: str, *, dtype: str, instruction: str | None,
         format=format,
         dtype=dtype,
         max_tokens=max(config["data"]["max_query_tokens"], config["data"]["max_document_tokens"]),
-        instruction=config["data"]["datasets"][0]["instruction"] if instruction is None else instruction,
+        instruction=instruction,
         card_facts=_card_facts(found),
     )
 
@@ -78,13 +81,14 @@ def _open(source: str) -> store.Checkpoint:
     found = store.find_checkpoint(source)
     if found is None:
         raise store.CheckpointError(f"no complete checkpoint in {source}")
-    initialize(ParallelConfig())
     return found
 
 
 def _card_facts(found: store.Checkpoint) -> dict[str, Any]:
     """What the model card says of the run."""
     config = found.facts["config"]
+    if "imported_from" in found.facts:
+        return {"Imported from": found.facts["imported_from"]}
     facts: dict[str, Any] = {
         "Training": {
             "step": found.step,

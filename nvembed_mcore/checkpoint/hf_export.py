@@ -12,12 +12,12 @@ import importlib.resources
 import json
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
 from transformers import MistralConfig
 
 from nvembed_mcore.checkpoint.export_metadata import (
@@ -28,8 +28,8 @@ from nvembed_mcore.checkpoint.export_metadata import (
     sentence_transformers_files,
     tokenizer_files,
 )
-from nvembed_mcore.checkpoint.hf_import import INDEX_FILE, SINGLE_FILE
-from nvembed_mcore.checkpoint.names import BACKBONE, Entry, name_table, to_hf
+from nvembed_mcore.checkpoint.names import BACKBONE, Entry, name_table
+from nvembed_mcore.checkpoint.safetensors_stream import MAX_SHARD_BYTES, write_weights
 from nvembed_mcore.config import PoolingConfig
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -55,9 +55,9 @@ def export(
     max_tokens: int,
     instruction: str = "",
     card_facts: dict[str, Any],
-    max_shard_bytes: int = 5_000_000_000,
+    max_shard_bytes: int = MAX_SHARD_BYTES,
 ) -> None:
-    """Write the folder `output_dir`; at most one shard of weights is in memory at a time.
+    """Write the folder `output_dir`; at most one parameter is in memory at a time.
 
     Args:
         read_global: parameter name of the encoder -> its whole tensor, on any device and of any floating dtype.
@@ -78,7 +78,7 @@ def export(
             pooling, or the tokenizer folder does not fit.
     """
     output_dir = Path(output_dir)
-    _check_choices(output_dir, format, dtype, attention_mask, pooling.kind)
+    _check_choices(format, dtype, attention_mask, pooling.kind)
     is_mean, is_causal = format == "mean", attention_mask == "causal"
     entries = name_table(hf_config, pooling)
     config = nv_embed_config(hf_config, pooling, is_causal=is_causal, dtype=dtype, instruction=instruction)
@@ -94,11 +94,24 @@ def export(
         ),
         **({} if is_mean else code_files(pooling)),
     }
+    with written_aside(output_dir) as aside:
+        write_weights(read_global, entries, aside, DTYPES[dtype], max_shard_bytes)
+        _write_texts(texts, aside)
+
+
+@contextmanager
+def written_aside(output_dir: Path) -> Iterator[Path]:
+    """A folder to write into that gets its name when the block ends, and that nothing is left of when it fails.
+
+    Raises:
+        ExportError: `output_dir` exists.
+    """
+    if output_dir.exists():
+        raise ExportError(f"export folder {output_dir} exists; choose another or remove it")
     aside = output_dir.with_name(f".{output_dir.name}.{os.getpid()}.partial")
     aside.mkdir(parents=True)
     try:
-        _write_weights(read_global, entries, aside, DTYPES[dtype], max_shard_bytes)
-        _write_texts(texts, aside)
+        yield aside
         aside.rename(output_dir)
     finally:
         shutil.rmtree(aside, ignore_errors=True)
@@ -120,9 +133,7 @@ def code_files(pooling: PoolingConfig) -> dict[str, str]:
     return {name: (folder / name).read_text("utf-8") for name in names}
 
 
-def _check_choices(output_dir: Path, format: str, dtype: str, attention_mask: str, kind: str) -> None:
-    if output_dir.exists():
-        raise ExportError(f"export folder {output_dir} exists; choose another or remove it")
+def _check_choices(format: str, dtype: str, attention_mask: str, kind: str) -> None:
     if dtype not in DTYPES:
         raise ExportError(f"dtype must be one of {', '.join(DTYPES)}, got {dtype!r}")
     if attention_mask not in ("bidirectional", "causal"):
@@ -151,42 +162,3 @@ def _checked_tokenizer_files(tokenizer_dir: Path, hf_config: MistralConfig, max_
             f"the model's vocab_size is {hf_config.vocab_size}"
         )
     return files
-
-
-def _plan_shards(entries: list[Entry], bytes_per_value: int, max_shard_bytes: int) -> list[list[Entry]]:
-    """Parameters in order, cut into files; one that is larger than the limit gets a file of its own."""
-    shards: list[list[Entry]] = [[]]
-    filled = 0
-    for entry in entries:
-        size = sum(torch.Size(shape).numel() for shape in entry.hf.values()) * bytes_per_value
-        if shards[-1] and filled + size > max_shard_bytes:
-            shards.append([])
-            filled = 0
-        shards[-1].append(entry)
-        filled += size
-    return shards
-
-
-def _write_weights(
-    read_global: Callable[[str], torch.Tensor],
-    entries: list[Entry],
-    directory: Path,
-    dtype: torch.dtype,
-    max_shard_bytes: int,
-) -> None:
-    shards = _plan_shards(entries, dtype.itemsize, max_shard_bytes)
-    weight_map: dict[str, str] = {}
-    total = 0
-    for number, shard in enumerate(shards, start=1):
-        file = SINGLE_FILE if len(shards) == 1 else f"model-{number:05d}-of-{len(shards):05d}.safetensors"
-        tensors = {}
-        for entry in shard:
-            # A copy: the parts of one parameter must not share memory with it, or it would stay alive.
-            parts = to_hf(entry, read_global(entry.name).detach())
-            tensors |= {name: part.to("cpu", dtype, copy=True) for name, part in parts.items()}
-        save_file(tensors, directory / file, metadata={"format": "pt"})
-        weight_map |= dict.fromkeys(tensors, file)
-        total += sum(tensor.nbytes for tensor in tensors.values())
-    if len(shards) > 1:
-        index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
-        (directory / INDEX_FILE).write_text(json.dumps(index, indent=2) + "\n")

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from nvembed_mcore.checkpoint.export_metadata import SENTENCE_MODULE
-from nvembed_mcore.checkpoint.hf_import import WeightsError, open_hf_folder
+from nvembed_mcore.checkpoint.hf_folder import WeightsError, open_hf_folder
 from nvembed_mcore.checkpoint.names import BACKBONE
 
 if TYPE_CHECKING:

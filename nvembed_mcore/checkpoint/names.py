@@ -96,25 +96,44 @@ def local_shard(entry: Entry, read: Callable[[str], Any], tp_rank: int, tp_size:
             safetensors slice, of which only the needed bytes are then read).
 
     Returns:
-        A tensor of the dtype that `read` gives, with its own memory where parts had to be put together.
+        A tensor of its own memory, of the dtype that `read` gives.
     """
-    if entry.layout == "replicated":
-        return read(*entry.hf)[:]
-    if entry.layout == "columns":
-        begin, end = _part(entry.shape[1], tp_rank, tp_size)
-        return read(*entry.hf)[:, begin:end]
-    if entry.layout == "rows":
-        begin, end = _part(entry.shape[0], tp_rank, tp_size)
-        return read(*entry.hf)[begin:end]
-    if entry.layout == "gate_up":
-        begin, end = _part(entry.shape[0] // 2, tp_rank, tp_size)
-        return torch.cat([read(name)[begin:end] for name in entry.hf])
-    if entry.layout == "qkv":
-        return _local_qkv(entry, read, tp_rank, tp_size)
-    (name, (vocabulary, hidden)), *_ = entry.hf.items()
-    begin, end = _part(entry.shape[0], tp_rank, tp_size)
-    rows = read(name)[min(begin, vocabulary) : min(end, vocabulary)]
-    return torch.cat([rows, rows.new_zeros(end - begin - len(rows), hidden)])
+    name, *_ = entry.hf
+    out = read(name)[:0].new_empty(_local_shape(entry, tp_size))
+    return copy_shard(entry, read, out, tp_rank, tp_size)
+
+
+@torch.no_grad()
+def copy_shard(
+    entry: Entry, read: Callable[[str], Any], out: torch.Tensor, tp_rank: int, tp_size: int
+) -> torch.Tensor:
+    """Fill this tensor rank's part of a parameter, one Hugging Face tensor after the other.
+
+    Args:
+        read: as in `local_shard`; what it gives is let go before the next one is read.
+        out: the part, on any device; numbers are converted to its dtype.
+
+    Returns:
+        `out`.
+    """
+    for (name, shape), part in zip(entry.hf.items(), _parts(entry, out), strict=True):
+        if entry.layout == "columns":
+            begin, end = _part(shape[1], tp_rank, tp_size)
+            part.copy_(read(name)[:, begin:end])
+        elif entry.layout == "qkv":
+            first, last = _part(entry.groups, tp_rank, tp_size)
+            rows = shape[0] // entry.groups  # of one group: (A/G) * d for queries, d for keys and values
+            part.copy_(read(name)[first * rows : last * rows].unflatten(0, (last - first, rows)))
+        elif entry.layout in ("gate_up", "rows"):
+            begin, end = _part(shape[0], tp_rank, tp_size)
+            part.copy_(read(name)[begin:end])
+        elif entry.layout == "vocabulary":
+            begin, end = (min(bound, shape[0]) for bound in _part(entry.shape[0], tp_rank, tp_size))
+            part[: end - begin].copy_(read(name)[begin:end])
+            part[end - begin :] = 0
+        else:
+            part.copy_(read(name)[:])
+    return out
 
 
 def join_shards(entry: Entry, shards: Sequence[torch.Tensor]) -> torch.Tensor:
@@ -130,27 +149,31 @@ def join_shards(entry: Entry, shards: Sequence[torch.Tensor]) -> torch.Tensor:
 def to_hf(entry: Entry, tensor: torch.Tensor) -> dict[str, torch.Tensor]:
     """Hugging Face tensors of a global tensor; contiguous, padding rows dropped."""
     assert tuple(tensor.shape) == entry.shape, f"{entry.name}: got {tuple(tensor.shape)}, the table has {entry.shape}"
-    names = list(entry.hf)
-    if entry.layout == "gate_up":
-        parts = list(tensor.chunk(2))
-    elif entry.layout == "qkv":
-        grouped = tensor.unflatten(0, (entry.groups, -1))  # [G, (A/G + 2) * d, H]
-        rows = [shape[0] // entry.groups for shape in entry.hf.values()]
-        parts = [part.flatten(0, 1) for part in grouped.split(rows, dim=1)]
+    parts = _parts(entry, tensor)
+    if entry.layout == "qkv":
+        parts = [part.flatten(0, 1) for part in parts]
     elif entry.layout == "vocabulary":
-        parts = [tensor[: entry.hf[names[0]][0]]]
-    else:
-        parts = [tensor]
-    return {name: part.contiguous() for name, part in zip(names, parts, strict=True)}
+        (rows, _), *_ = entry.hf.values()
+        parts = [tensor[:rows]]
+    return {name: part.contiguous() for name, part in zip(entry.hf, parts, strict=True)}
 
 
-def _local_qkv(entry: Entry, read: Callable[[str], Any], tp_rank: int, tp_size: int) -> torch.Tensor:
-    first, last = _part(entry.groups, tp_rank, tp_size)
-    parts = []
-    for name, shape in entry.hf.items():
-        rows = shape[0] // entry.groups  # of one group: (A/G) * d for queries, d for keys and values
-        parts.append(read(name)[first * rows : last * rows].unflatten(0, (last - first, rows)))
-    return torch.cat(parts, dim=1).flatten(0, 1)
+def _parts(entry: Entry, tensor: torch.Tensor) -> list[torch.Tensor]:
+    """Views of a parameter or of a tensor rank's part of it, one for each Hugging Face tensor; those of `qkv` have the
+    groups as a dimension of their own."""
+    if entry.layout == "gate_up":
+        return list(tensor.chunk(2))
+    if entry.layout == "qkv":
+        rows = [shape[0] // entry.groups for shape in entry.hf.values()]
+        return list(tensor.unflatten(0, (-1, sum(rows))).split(rows, dim=1))  # of [G, (A/G + 2) * d, H]
+    return [tensor]
+
+
+def _local_shape(entry: Entry, tp_size: int) -> tuple[int, ...]:
+    if entry.layout == "replicated":
+        return entry.shape
+    begin, end = _part(entry.shape[1 if entry.layout == "columns" else 0], 0, tp_size)
+    return (entry.shape[0], end - begin) if entry.layout == "columns" else (end - begin, *entry.shape[1:])
 
 
 def _part(size: int, tp_rank: int, tp_size: int) -> tuple[int, int]:

@@ -13,7 +13,6 @@ import dataclasses
 import hashlib
 import json
 import os
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -22,10 +21,11 @@ import torch
 from safetensors.torch import save_file
 from transformers import MistralConfig
 
-from nvembed_mcore.checkpoint.hf_export import DTYPES, ExportError
-from nvembed_mcore.checkpoint.hf_import import HfFolder, WeightsError, list_tensors, open_slice
+from nvembed_mcore.checkpoint.hf_export import DTYPES, written_aside
+from nvembed_mcore.checkpoint.hf_folder import HfFolder, WeightsError, read_header
+from nvembed_mcore.checkpoint.hf_model import same_head
 from nvembed_mcore.checkpoint.names import BACKBONE, HEAD, PROJECTIONS, name_table, to_hf
-from nvembed_mcore.config import LoraConfig, PoolingConfig
+from nvembed_mcore.config import LoraConfig, ModelConfig, PoolingConfig
 
 SETTINGS_FILE, ADAPTERS_FILE = "adapter_config.json", "adapter_model.safetensors"
 HEAD_FILE, FACTS_FILE = "pooling_head.safetensors", "nvembed.json"
@@ -46,42 +46,19 @@ _PLAIN = {
 }
 
 
-class PeftFolder:
-    """The tensors of a PEFT folder by NV-Embed's names; a source for `hf_import.load_weights`."""
-
-    may_lack = ("backbone", "head")
-
-    def __init__(self, path: Path, places: dict[str, tuple[Path, str]]) -> None:
-        """`places`: NV-Embed's name -> file and the tensor's name in it."""
-        self.path, self.places = path, places
-        self._open: dict[Path, Any] = {}
-
-    def has(self, hf_name: str) -> bool:
-        """Whether the folder has the tensor."""
-        return hf_name in self.places
-
-    def read(self, hf_name: str, shape: tuple[int, ...]) -> Any:
-        """A safetensors slice; raises `WeightsError` where the tensor is missing, damaged or of another shape."""
-        if hf_name not in self.places:
-            raise WeightsError(f"{self.path} has no tensor for {hf_name!r} of shape {list(shape)}")
-        file, stored = self.places[hf_name]
-        return open_slice(file, stored, shape, self._open)
-
-
-def open_peft_folder(
-    path: str | os.PathLike, lora: LoraConfig, hf_config: MistralConfig, base: HfFolder | None
-) -> PeftFolder:
-    """Open a folder of adapters for `lora` on a model of this architecture.
+def open_peft_folder(model: ModelConfig, hf_config: MistralConfig, base: HfFolder | None) -> HfFolder:
+    """Open `model.lora.init_from`, a folder of adapters.
 
     Args:
         base: the Hugging Face folder that the backbone comes from, if it comes from one.
 
     Raises:
         WeightsError: the folder is missing or damaged; its adapters are of another kind, rank, scale or of other
-            projections than `lora` says; it has tensors that no adapter of this model has; or it was made on another
-            base (known for folders written here, which hold the base's fingerprint).
+            projections than `model.lora` says; or it has tensors that no adapter of this model has. Of folders written
+            here more is known: the weights of the base, the head and the mask must be the same too.
     """
-    path = Path(path)
+    lora = model.lora
+    path = Path(lora.init_from)
     if not (path / SETTINGS_FILE).is_file():
         raise WeightsError(f"model.lora.init_from: no PEFT folder at {path} ({SETTINGS_FILE} is missing)")
     _check_settings(path / SETTINGS_FILE, lora)
@@ -89,28 +66,22 @@ def open_peft_folder(
         pickled = " and adapter_model.bin, which can run code when loaded, is not read"
         has_pickled = (path / "adapter_model.bin").is_file()
         raise WeightsError(f"{path} has no {ADAPTERS_FILE}{pickled if has_pickled else ''}")
-    _check_base(path / FACTS_FILE, hf_config, base)
-    wanted = {name for entry in name_table(hf_config, PoolingConfig(), lora) if entry.is_adapter for name in entry.hf}
-    places = {}
-    for stored in list_tensors(path / ADAPTERS_FILE):
-        name = BACKBONE + _within_backbone(stored)
-        if name not in wanted:
+    if (path / FACTS_FILE).is_file():
+        _check_facts(path, model, hf_config, base)
+    tensors = read_header(path / ADAPTERS_FILE)
+    fitting = [prefix for prefix in _PREFIXES if all(name.startswith(f"{prefix}layers.") for name in tensors)]
+    prefix = (fitting or _PREFIXES)[0]
+    table = name_table(hf_config, PoolingConfig(kind="mean"), lora)
+    wanted = {name for entry in table if entry.is_adapter for name in entry.hf}
+    for stored in tensors:
+        if BACKBONE + stored.removeprefix(prefix) not in wanted:
             raise WeightsError(
                 f"{path / ADAPTERS_FILE}: tensor {stored!r} is no adapter of a model with "
                 f"{hf_config.num_hidden_layers} layers and model.lora.targets {', '.join(lora.targets)}"
             )
-        places[name] = (path / ADAPTERS_FILE, stored)
     if (path / HEAD_FILE).is_file():
-        places |= {name: (path / HEAD_FILE, name) for name in list_tensors(path / HEAD_FILE)}
-    return PeftFolder(path, places)
-
-
-def _within_backbone(stored: str) -> str:
-    """A PEFT tensor's name without the prefix that its base's class gives it."""
-    for prefix in reversed(_PREFIXES):
-        if stored.startswith(prefix):
-            return stored.removeprefix(prefix)
-    return stored
+        tensors |= read_header(path / HEAD_FILE)
+    return HfFolder(path, tensors, prefix, may_lack=("backbone", "head"))
 
 
 def _check_settings(file: Path, lora: LoraConfig) -> None:
@@ -134,12 +105,18 @@ def _check_settings(file: Path, lora: LoraConfig) -> None:
             raise WeightsError(f"{file}: {name} is {found[name]!r}, model.lora.{name} is {value!r}")
 
 
-def _check_base(file: Path, hf_config: MistralConfig, base: HfFolder | None) -> None:
-    made_on = _read_json(file).get("base") if file.is_file() else None
-    if not made_on or base is None:
-        return
-    found = base_fingerprint(base, hf_config)
-    if made_on["fingerprint"] != found:
+def _check_facts(path: Path, model: ModelConfig, hf_config: MistralConfig, base: HfFolder | None) -> None:
+    file = path / FACTS_FILE
+    facts = _read_json(file)
+    try:
+        made_on, mask, pooling = facts["base"], facts["attention_mask"], PoolingConfig(**facts["pooling"])
+    except (KeyError, TypeError) as error:
+        raise WeightsError(f"cannot read {file}: {error!r}") from error
+    if mask != model.attention_mask:
+        raise WeightsError(f"{file}: attention_mask is {mask!r}, model.attention_mask is {model.attention_mask!r}")
+    if (path / HEAD_FILE).is_file() and not same_head(pooling, model.pooling, hf_config.hidden_size):
+        raise WeightsError(f"{file}: the head is {pooling}, model.pooling is {model.pooling}")
+    if made_on and base and made_on["fingerprint"] != (found := base_fingerprint(base, hf_config)):
         raise WeightsError(
             f"{file}: the adapters were trained on {made_on['name']} with weights {made_on['fingerprint']}, "
             f"model.init_from {base.path} has {found}"
@@ -189,31 +166,25 @@ def export_peft(
         ExportError: `output_dir` exists.
     """
     output_dir = Path(output_dir)
-    if output_dir.exists():
-        raise ExportError(f"export folder {output_dir} exists; choose another or remove it")
-    tensors: dict[str, dict[str, torch.Tensor]] = {"adapters": {}, "head": {}}
-    for entry in name_table(hf_config, pooling, lora):
-        if entry.part in tensors:
-            parts = to_hf(entry, read_global(entry.name).detach().to("cpu", DTYPES[dtype]))
-            tensors[entry.part] |= parts
-    adapters = {_PREFIXES[0] + name.removeprefix(BACKBONE): tensor for name, tensor in tensors["adapters"].items()}
     facts = {"base": base, "pooling": dataclasses.asdict(pooling), "attention_mask": attention_mask}
     texts = {
         SETTINGS_FILE: json.dumps(_settings(lora, base), indent=2),
         FACTS_FILE: json.dumps(facts, indent=2),
         "README.md": _card(output_dir.name, pooling, attention_mask, base),
     }
-    aside = output_dir.with_name(f".{output_dir.name}.{os.getpid()}.partial")
-    aside.mkdir(parents=True)
-    try:
+    with written_aside(output_dir) as aside:
+        tensors: dict[str, dict[str, torch.Tensor]] = {"adapters": {}, "head": {}}
+        for entry in name_table(hf_config, pooling, lora):
+            if entry.part in tensors:
+                parts = to_hf(entry, read_global(entry.name).detach().to("cpu", DTYPES[dtype]))
+                tensors[entry.part] |= parts
+        prefix, adapters = _PREFIXES[0], tensors["adapters"]
+        adapters = {prefix + name.removeprefix(BACKBONE): tensor for name, tensor in adapters.items()}
         save_file(adapters, aside / ADAPTERS_FILE, metadata={"format": "pt"})
         if tensors["head"]:
             save_file(tensors["head"], aside / HEAD_FILE, metadata={"format": "pt"})
         for name, text in texts.items():
             (aside / name).write_text(text + "\n", encoding="utf-8")
-        aside.rename(output_dir)
-    finally:
-        shutil.rmtree(aside, ignore_errors=True)
 
 
 def _settings(lora: LoraConfig, base: dict[str, str] | None) -> dict[str, Any]:

@@ -20,8 +20,13 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from megatron.core import dist_checkpointing
+from megatron.core.dist_checkpointing.strategies.cached_metadata_filesystem_reader import (
+    CachedMetadataFileSystemReader,
+)
 from megatron.core.distributed import DistributedDataParallel
 from megatron.core.optimizer import MegatronOptimizer
+from torch.distributed import checkpoint as torch_checkpoint
+from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from nvembed_mcore.config import CheckpointConfig
 
@@ -158,12 +163,12 @@ def load_weights(checkpoint: Checkpoint, encoders: list[torch.nn.Module], but: C
     but = {*but} if has_temperature else {*but, TEMPERATURE}
     left = [encoder.local_names(but) for encoder in encoders]
     sharded = {
-        str(number): {name: value for name, value in _weights(encoder).items() if name not in left[number]}
+        str(number): {name: value for name, value in _tensors(_weights(encoder)).items() if name not in left[number]}
         for number, encoder in enumerate(encoders)
     }
     loaded = dist_checkpointing.load(sharded, checkpoint.state_dir)
     for number, encoder in enumerate(encoders):
-        missing = encoder.load_state_dict(loaded[str(number)], strict=False).missing_keys
+        missing = _tensors(dict.fromkeys(encoder.load_state_dict(loaded[str(number)], strict=False).missing_keys))
         assert set(missing) <= left[number], missing
 
 
@@ -180,21 +185,68 @@ def adapter_settings(lora: dict[str, Any]) -> dict[str, Any]:
 
 def open_weights(checkpoint: Checkpoint) -> Callable[[str], torch.Tensor]:
     """A function that reads one global tensor by name, for one process and without building the model."""
-    tensors = dist_checkpointing.load_tensors_metadata(checkpoint.state_dir)
+    reader = _reader(checkpoint)
+    stored = reader.read_metadata().state_dict_metadata
 
     def read(name: str) -> torch.Tensor:
-        for ours, stored in _STORED_AS.items():
-            name = name.replace(ours, stored)
-        if name not in tensors:
+        name = stored_name(name)
+        if not isinstance(stored.get(name), TensorStorageMetadata):
             raise CheckpointError(f"{checkpoint.path} has no tensor {name!r}")
-        wanted = {name: tensors[name]}
-        return dist_checkpointing.load(wanted, checkpoint.state_dir, validate_access_integrity=False)[name]
+        tensor = torch.empty(stored[name].size, dtype=stored[name].properties.dtype)
+        # Not Megatron's load, which reads the metadata again for each call.
+        torch_checkpoint.load({name: tensor}, storage_reader=reader, no_dist=True)
+        return tensor
 
     return read
 
 
+def stored_tensors(checkpoint: Checkpoint) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
+    """Shape and dtype of every tensor of a checkpoint, the optimizer's too; only its metadata is read."""
+    found = _reader(checkpoint).read_metadata().state_dict_metadata
+    return {
+        name: (tuple(one.size), one.properties.dtype)
+        for name, one in found.items()
+        if isinstance(one, TensorStorageMetadata)
+    }
+
+
+def stored_name(name: str) -> str:
+    """The name in a checkpoint of one of the encoder's parameters."""
+    for ours, stored in _STORED_AS.items():
+        name = name.replace(ours, stored)
+    return name
+
+
+def parameter_name(stored: str) -> str:
+    """The encoder's parameter of a name in a checkpoint."""
+    for ours, theirs in _STORED_AS.items():
+        stored = stored.replace(theirs, ours)
+    return stored
+
+
+def _reader(checkpoint: Checkpoint) -> CachedMetadataFileSystemReader:
+    """Of the tensors' files.
+
+    Raises:
+        CheckpointError: they are not there in Megatron's format.
+    """
+    if not dist_checkpointing.check_is_distributed_checkpoint(checkpoint.state_dir):
+        raise CheckpointError(f"{checkpoint.path} has no tensors in Megatron's distributed format")
+    reader = CachedMetadataFileSystemReader(checkpoint.state_dir)
+    try:
+        reader.read_metadata()
+    except Exception as error:  # what a damaged file makes of unpickling may be anything
+        raise CheckpointError(f"cannot read the metadata of {checkpoint.path}: {error!r}") from error
+    return reader
+
+
 def _weights(encoder: torch.nn.Module) -> dict:
     return encoder.sharded_state_dict(metadata=dict(_METADATA))
+
+
+def _tensors(state: dict) -> dict:
+    """Without what linears keep of FP8 beside their weights: an imported checkpoint has none, a stage starts anew."""
+    return {name: value for name, value in state.items() if not name.endswith("._extra_state")}
 
 
 def _sharded_state(chunks: list[DistributedDataParallel], optimizer: MegatronOptimizer, *, is_loading: bool) -> dict:

@@ -98,9 +98,10 @@ class Encoder(MegatronModule):
             self.log_scale = torch.nn.Parameter(torch.tensor([-math.log(temperature)], device=device.current()))
 
     def _head(self, pooling: PoolingConfig) -> torch.nn.Module | None:
-        head = build_head(self.config.hidden_size, pooling, self.config.num_layers)
+        with torch.device("meta"):  # torch would draw three gigabytes for NV-Embed's head, to be written over
+            head = build_head(self.config.hidden_size, pooling, self.config.num_layers)
         if head is not None:
-            head.to(device=device.current(), dtype=self.config.params_dtype)
+            head.to(self.config.params_dtype).to_empty(device=device.current())
             for parameter in head.parameters():
                 # Where a rank sees only its shard of the tokens, the head's gradients are summed over tensor ranks.
                 parameter.sequence_parallel = self.config.sequence_parallel and not head.needs_whole_texts

@@ -22,7 +22,6 @@ import torch.nn.functional as F
 from megatron.core import tensor_parallel
 from megatron.core.tensor_parallel.random import get_cuda_rng_tracker
 from megatron.core.transformer.transformer_config import TransformerConfig
-from megatron.core.transformer.transformer_layer import TransformerLayer
 from megatron.core.transformer.utils import make_sharded_tensors_for_checkpoint
 from torch import Tensor
 
@@ -166,13 +165,16 @@ def attach_adapters(layers: torch.nn.ModuleList, lora: LoraConfig, config: Trans
     for layer in layers:
         for linear in linears:
             if set(linear.rows) & set(lora.targets):
-                _attach(layer, linear, Adapter(linear, lora, config))
+                adapter = Adapter(linear, lora, config)
+                layer.add_module(f"lora_{linear.name}", adapter)
+                add_to_output(layer.get_submodule(linear.path), adapter)
 
 
-def _attach(layer: TransformerLayer, linear: AdaptedLinear, adapter: Adapter) -> None:
+def add_to_output(module: torch.nn.Module, adapter: Adapter) -> None:
+    """Let a linear that returns (output, bias) return what its adapter makes of the output."""
+
     def add(module: torch.nn.Module, inputs: tuple[Tensor], result: tuple[Tensor, Tensor | None]):
         output, bias = result
         return adapter(inputs[0], output), bias
 
-    layer.add_module(f"lora_{linear.name}", adapter)
-    layer.get_submodule(linear.path).register_forward_hook(add)
+    module.register_forward_hook(add)

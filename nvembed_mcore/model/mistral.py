@@ -28,7 +28,8 @@ def read_mistral_config(path: str | os.PathLike) -> MistralConfig:
     The `text_config` of an NV-Embed folder counts too.
 
     Raises:
-        ConfigError: there is no such file, or it describes another architecture or a rotary variant.
+        ConfigError: there is no such file, or it describes another architecture or a rotary variant, or two rotary
+            bases.
     """
     path = Path(path)
     file = path / "config.json" if path.is_dir() else path
@@ -39,6 +40,12 @@ def read_mistral_config(path: str | os.PathLike) -> MistralConfig:
     if raw.get("model_type") not in ("mistral", "bidir_mistral"):
         raise ConfigError(f"{file}: model_type is {raw.get('model_type')!r}, this trainer builds 'mistral'")
     config = MistralConfig.from_dict({key: value for key, value in raw.items() if key != "model_type"})
+    bases = {raw.get("rope_theta"), (raw.get("rope_parameters") or {}).get("rope_theta")} - {None}
+    if len(bases) > 1:
+        raise ConfigError(
+            f"{file}: rope_theta is {raw['rope_theta']}, rope_parameters.rope_theta is "
+            f"{raw['rope_parameters']['rope_theta']}; they must be the same"
+        )
     rope_type = (config.rope_parameters or {}).get("rope_type", "default")
     if rope_type != "default":
         raise ConfigError(f"{file}: rope_type is {rope_type!r}, this trainer computes 'default'")

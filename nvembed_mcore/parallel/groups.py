@@ -122,6 +122,26 @@ def first_rank_does(work: Callable[[], Any]) -> Any:
     return outcome[0]
 
 
+def every_rank_does(work: Callable[[], Any]) -> list[Any]:
+    """Run `work` on every rank; all get all (small) results, by rank.
+
+    What it raises on one rank is raised on every rank, so that none hangs.
+    """
+    patient = dist.new_group(backend="gloo", timeout=timedelta(days=7))
+    outcome: tuple[Any, Exception | None]
+    try:
+        outcome = (work(), None)
+    except Exception as caught:
+        outcome = (None, caught)
+    outcomes: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(outcomes, outcome, group=patient)
+    dist.destroy_process_group(patient)
+    for _, caught in outcomes:
+        if caught is not None:
+            raise caught
+    return [result for result, _ in outcomes]
+
+
 def seed_everything(seed: int) -> None:
     """Seed the default generator (equal on all tensor ranks) and Megatron's tracker (different on each)."""
     model_parallel_cuda_manual_seed(seed, force_reset_rng=True)

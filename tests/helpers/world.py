@@ -59,12 +59,12 @@ class World:
             self.pipes.append(here)
             self.processes.append(process)
 
-    def run(self, function: Callable, *args, **kwargs) -> list:
+    def run(self, function: Callable, *args, timeout_seconds: float = TIMEOUT_SECONDS, **kwargs) -> list:
         """Call `function` on every rank; return each rank's result, or raise with the first failing rank's trace."""
         port = _free_port()
         for pipe in self.pipes:
             pipe.send((port, function, args, kwargs))
-        deadline = time.monotonic() + TIMEOUT_SECONDS
+        deadline = time.monotonic() + timeout_seconds
         results, failures = [], []
         for rank, pipe in enumerate(self.pipes):
             # A failed rank leaves the others inside a collective: do not wait for them as long.

@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file
 
 from nvembed_mcore.checkpoint.hf_export import ExportError, export
-from nvembed_mcore.checkpoint.hf_import import WeightsError
+from nvembed_mcore.checkpoint.hf_folder import WeightsError
 from nvembed_mcore.checkpoint.hf_load import load_exported
 from nvembed_mcore.evaluation.exported import ExportedEncoder
 from tests.helpers.exports import CONFIG, INSTRUCTION, LIMIT, PROMPT, TEXTS, Case, sentence_transformer
@@ -22,7 +22,7 @@ def test_what_the_folder_holds(cases):
     folder = cases["latent"].folder
     names = {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()}
     assert names == {
-        *("config.json", "model.safetensors", "modeling_nvembed.py", "README.md", "modules.json"),
+        *("config.json", "model.safetensors", "SHA256SUMS", "modeling_nvembed.py", "README.md", "modules.json"),
         *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"),
         *("config_sentence_transformers.json", "sentence_bert_config.json", "1_Pooling/config.json"),
     }
@@ -169,7 +169,10 @@ def plain(cases, tmp_path_factory):
 def test_the_format_mean_is_a_plain_mistral_model(cases, plain):
     names = {str(path.relative_to(plain)) for path in plain.rglob("*") if path.is_file()}
     code = {"modeling_nvembed.py"}
-    assert names == {str(p.relative_to(cases["mean"].folder)) for p in cases["mean"].folder.rglob("*.*")} - code
+    assert (
+        names
+        == {str(p.relative_to(cases["mean"].folder)) for p in cases["mean"].folder.rglob("*") if p.is_file()} - code
+    )
     config = json.loads((plain / "config.json").read_text())
     assert (config["model_type"], config["architectures"], config["is_causal"]) == ("mistral", ["MistralModel"], False)
     assert "auto_map" not in config

@@ -7,13 +7,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import MistralConfig, MistralForCausalLM, MistralModel
 
-from nvembed_mcore.checkpoint.hf_import import (
-    RandomWeights,
-    WeightsError,
-    load_hf_weights,
-    load_weights,
-    open_hf_folder,
-)
+from nvembed_mcore.checkpoint.hf_folder import WeightsError, open_hf_folder
+from nvembed_mcore.checkpoint.hf_import import RandomWeights, load_hf_weights, load_weights
 from nvembed_mcore.checkpoint.names import join_shards, local_shard, name_table, to_hf
 from nvembed_mcore.config import PoolingConfig
 
@@ -40,10 +35,16 @@ def entry_of(entries, name):
     return next(entry for entry in entries if entry.name == name)
 
 
-def loaded(source, entries, tp_rank=0, tp_size=1):
-    weights = {}
-    missing = load_weights(source, entries, weights.__setitem__, tp_rank, tp_size)
-    return weights, missing
+def targets(entries, tp_size=1, dtype=torch.float32):
+    """Tensors to be filled, of one tensor rank."""
+    zeros = {name: torch.zeros(shape) for entry in entries for name, shape in entry.hf.items()}
+    return {entry.name: local_shard(entry, zeros.__getitem__, 0, tp_size).to(dtype) for entry in entries}
+
+
+def loaded(source, entries, tp_rank=0, tp_size=1, dtype=torch.float32):
+    weights = targets(entries, tp_size, dtype)
+    missing = load_weights(source, entries, weights, tp_rank, tp_size)
+    return {name: tensor for name, tensor in weights.items() if name not in missing}, missing
 
 
 @pytest.fixture(scope="module")
@@ -118,9 +119,10 @@ def test_a_base_model_is_read_and_has_no_head(base_model, tmp_path, max_shard_si
     entries = name_table(CONFIG, POOLING)
     shards = []
     for rank in range(2):
-        weights = {}
-        missing = load_hf_weights(tmp_path, entries, weights.__setitem__, rank, 2)
-        assert missing == {entry.name for entry in entries if entry.is_head} and missing.isdisjoint(weights)
+        weights = targets(entries, 2)
+        missing = load_hf_weights(tmp_path, POOLING, entries, weights, rank, 2)
+        assert missing == {entry.name for entry in entries if entry.is_head}
+        assert not any(weights[name].any() for name in missing), "what is missing is left alone"
         shards.append(weights)
     for entry in entries:
         if not entry.is_head:
@@ -257,7 +259,7 @@ def test_tensors_are_equal_to_those_of_the_file(base_model, tmp_path):
     MistralModel(CONFIG).bfloat16().save_pretrained(tmp_path)
     stored = load_file(tmp_path / "model.safetensors")
     entries = [entry for entry in name_table(CONFIG, POOLING) if not entry.is_head]
-    weights, _ = loaded(open_hf_folder(tmp_path), entries, 1, 2)
+    weights, _ = loaded(open_hf_folder(tmp_path), entries, 1, 2, torch.bfloat16)
     proj = weights["decoder.layers.0.self_attention.linear_proj.weight"]
     assert proj.dtype == torch.bfloat16
     assert torch.equal(proj, stored["layers.0.self_attn.o_proj.weight"][:, 24:])

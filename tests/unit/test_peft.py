@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import shutil
 
@@ -12,10 +13,11 @@ from transformers import MistralModel
 
 from nvembed_mcore.checkpoint.adapters import merged
 from nvembed_mcore.checkpoint.hf_export import ExportError
-from nvembed_mcore.checkpoint.hf_import import RandomWeights, WeightsError, load_weights, open_hf_folder
+from nvembed_mcore.checkpoint.hf_folder import WeightsError, open_hf_folder
+from nvembed_mcore.checkpoint.hf_import import RandomWeights, load_weights
 from nvembed_mcore.checkpoint.names import local_shard, name_table
 from nvembed_mcore.checkpoint.peft import ADAPTERS_FILE, FACTS_FILE, base_fingerprint, export_peft, open_peft_folder
-from nvembed_mcore.config import ConfigError, LoraConfig, PoolingConfig
+from nvembed_mcore.config import ConfigError, LoraConfig, ModelConfig, PoolingConfig
 from tests.helpers.models import tiny_config
 
 CONFIG = tiny_config()
@@ -54,8 +56,17 @@ def folder(made, tmp_path):
     return tmp_path / "adapters"
 
 
-def open_it(folder, made):
-    return open_peft_folder(folder, LORA, CONFIG, open_hf_folder(made / "base"))
+def model_from(folder, **changes):
+    lora = dataclasses.replace(LORA, init_from=str(folder))
+    return ModelConfig(**{"init_from": "base", "pooling": POOLING, "lora": lora, **changes})
+
+
+def open_it(folder, made, **changes):
+    return open_peft_folder(model_from(folder, **changes), CONFIG, open_hf_folder(made / "base"))
+
+
+def empty():
+    return {entry.name: torch.zeros(entry.shape) for entry in name_table(CONFIG, POOLING, LORA)}
 
 
 def change(folder, **settings):
@@ -64,10 +75,11 @@ def change(folder, **settings):
 
 
 def test_what_was_written_is_read(folder, made):
-    read, found = random_reader(), {}
-    missing = load_weights(open_it(folder, made), name_table(CONFIG, POOLING, LORA), found.__setitem__, 0, 1)
-    assert not any(".lora_" in name or "pooling" in name for name in missing) and missing.isdisjoint(found)
-    assert len(found) == 4 * 2 * 2 + 14 and all(torch.equal(value, read(name)) for name, value in found.items())
+    read, found = random_reader(), empty()
+    missing = load_weights(open_it(folder, made), name_table(CONFIG, POOLING, LORA), found, 0, 1)
+    assert not any(".lora_" in name or "pooling" in name for name in missing)
+    assert len(found) - len(missing) == 4 * 2 * 2 + 14
+    assert all(torch.equal(found[name], read(name)) for name in found.keys() - missing)
 
 
 @pytest.mark.parametrize(
@@ -99,11 +111,23 @@ def test_empty_settings_of_other_versions_are_taken(folder, made):
 
 def test_adapters_of_another_base_are_refused(folder, made, tmp_path):
     torch.manual_seed(1)
-    MistralModel(CONFIG).save_pretrained(tmp_path / "other")
-    with pytest.raises(WeightsError, match=r"nvembed.json: .*trained on mistral with weights .*other has"):
-        open_peft_folder(folder, LORA, CONFIG, open_hf_folder(tmp_path / "other"))
+    MistralModel(CONFIG).save_pretrained(tmp_path / "base")
+    with pytest.raises(WeightsError, match=r"nvembed.json: .*trained on mistral with weights .*base has"):
+        open_it(folder, tmp_path)
     (folder / FACTS_FILE).unlink()  # of another maker: only shapes can tell
-    open_peft_folder(folder, LORA, CONFIG, open_hf_folder(tmp_path / "other"))
+    open_it(folder, tmp_path)
+
+
+def test_another_head_or_mask_is_refused(folder, made):
+    with pytest.raises(
+        WeightsError, match=r"nvembed.json: the head is .*num_heads=2.* model.pooling is .*num_heads=1"
+    ):
+        open_it(folder, made, pooling=dataclasses.replace(POOLING, num_heads=1, head_width=24))
+    with pytest.raises(WeightsError, match="attention_mask is 'bidirectional', model.attention_mask is 'causal'"):
+        open_it(folder, made, attention_mask="causal")
+    (folder / FACTS_FILE).write_text('{"base": null}')
+    with pytest.raises(WeightsError, match=r"cannot read .*nvembed.json: KeyError\('attention_mask'\)"):
+        open_it(folder, made)
 
 
 def test_a_base_in_another_dtype_has_the_same_fingerprint(made, tmp_path):
@@ -118,13 +142,13 @@ def test_a_base_in_another_dtype_has_the_same_fingerprint(made, tmp_path):
 def test_damaged_and_wrong_tensors(folder, made):
     tensors = load_file(folder / ADAPTERS_FILE)
     with pytest.raises(WeightsError, match=r"'base_model.model.layers.3.*no adapter of a model with 3 layers"):
-        open_peft_folder(folder, LORA, tiny_config(num_hidden_layers=3), None)
+        open_peft_folder(model_from(folder), tiny_config(num_hidden_layers=3), None)
     save_file({name: value for name, value in tensors.items() if name != Q}, folder / ADAPTERS_FILE)
-    with pytest.raises(WeightsError, match=r"no tensor for 'embedding_model.layers.1.self_attn.q_proj.lora_A.weight'"):
-        load_weights(open_it(folder, made), name_table(CONFIG, POOLING, LORA), lambda *_: None, 0, 1)
+    with pytest.raises(WeightsError, match=r"no tensor 'base_model.model.layers.1.self_attn.q_proj.lora_A.weight'"):
+        load_weights(open_it(folder, made), name_table(CONFIG, POOLING, LORA), empty(), 0, 1)
     save_file({**tensors, Q: torch.zeros(3, 31)}, folder / ADAPTERS_FILE)
     with pytest.raises(WeightsError, match=r"safetensors: tensor .*q_proj.* has shape \[3, 31\].*\[3, 32\]"):
-        load_weights(open_it(folder, made), name_table(CONFIG, POOLING, LORA), lambda *_: None, 0, 1)
+        load_weights(open_it(folder, made), name_table(CONFIG, POOLING, LORA), empty(), 0, 1)
     content = (folder / ADAPTERS_FILE).read_bytes()
     (folder / ADAPTERS_FILE).write_bytes(content[: len(content) // 2])
     with pytest.raises(WeightsError, match=r"cannot read .*adapter_model.safetensors"):

@@ -45,6 +45,8 @@ def test_the_paper_s_values(stages):
         assert (config.model.attention_mask, config.model.precision) == ("bidirectional", "bfloat16")
         pooling = config.model.pooling
         assert (pooling.kind, pooling.num_latents, pooling.num_heads) == ("latent", 512, 8)
+        lora = config.model.lora
+        assert (lora.rank, lora.alpha, lora.dropout) == (16, 32.0, 0.1)
         assert {dataset.num_negatives for dataset in config.data.datasets} == {7}
 
 
@@ -63,7 +65,7 @@ def test_stage_2_goes_on_from_stage_1(stages):
     assert first.model.init_from == "checkpoints/Mistral-7B-v0.1"
     assert second.model.init_from == first.run_dir != second.run_dir
     assert (first.stage, second.stage) == (1, 2)
-    assert first.model.pooling == second.model.pooling
+    assert first.model.pooling == second.model.pooling and first.model.lora == second.model.lora
     assert first.data.tokenizer == second.data.tokenizer
 
 

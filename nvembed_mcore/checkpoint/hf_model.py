@@ -1,0 +1,171 @@
+"""What model a Hugging Face folder holds: its `config.json` against the headers of its weights, before any is read."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import os
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, get_args, get_type_hints
+
+import torch
+from transformers import MistralConfig
+
+from nvembed_mcore.checkpoint.hf_folder import HfFolder, WeightsError, open_hf_folder, read_json
+from nvembed_mcore.checkpoint.names import BACKBONE, Entry, name_table
+from nvembed_mcore.config import PoolingConfig
+from nvembed_mcore.model.mistral import read_mistral_config
+
+PUBLISHED_LATENT_ATTENTION = {"num_latents_value": 512, "num_cross_heads": 8, "cross_dim_head": 4096}
+"""What the published NV-Embed's `latent_attention_config` means by what it leaves out: defaults of its class."""
+NOT_NEEDED = ("lm_head.weight", "rotary_emb.inv_freq")
+"""Ends of names that a Mistral checkpoint may have and an encoder has not."""
+KINDS = get_args(get_type_hints(PoolingConfig)["kind"])
+_SAMPLE = 4096
+
+
+@dataclass(frozen=True)
+class HfModel:
+    """A folder whose configuration and tensors agree.
+
+    Attributes:
+        hf_config: the backbone.
+        pooling: the head and how it pools; None where the folder does not say, as a base model's.
+        attention_mask: `bidirectional` or `causal`.
+        architecture: the first of `architectures`.
+    """
+
+    folder: HfFolder
+    hf_config: MistralConfig
+    pooling: PoolingConfig | None
+    attention_mask: str
+    architecture: str
+
+    @property
+    def path(self) -> Path:
+        return self.folder.path
+
+    def entries(self) -> list[Entry]:
+        """The name table's part that the folder holds."""
+        return name_table(self.hf_config, self.pooling or PoolingConfig(kind="mean"))
+
+    def fingerprint(self) -> str:
+        """SHA-256 of `config.json` and of each tensor's name, shape, dtype and first numbers: two versions of a model
+        differ in it. It says nothing of the numbers behind those."""
+        digest = hashlib.sha256((self.path / "config.json").read_bytes())
+        for entry in self.entries():
+            for name, shape in entry.hf.items():
+                rows = -(-_SAMPLE // max(1, torch.Size(shape[1:]).numel()))
+                numbers = self.folder.read(name, shape)[:rows].contiguous()
+                digest.update(f"{name} {shape} {numbers.dtype}".encode())
+                digest.update(memoryview(numbers.view(-1)[:_SAMPLE].view(torch.uint8).numpy()))
+        return digest.hexdigest()
+
+
+def open_hf_model(path: str | os.PathLike) -> HfModel:
+    """Open a folder of a Mistral base model, of NV-Embed, or of one of our exports, and check all that headers tell.
+
+    Raises:
+        ConfigError: `config.json` describes another architecture, or contradicts itself.
+        WeightsError: weights are missing, unreadable, unknown, or of other shapes than `config.json` says.
+    """
+    folder = open_hf_folder(path)
+    hf_config = read_mistral_config(path)
+    raw = read_json(folder.path / "config.json")
+    pooling = _pooling(raw, folder.path)
+    is_causal = raw.get("is_causal", raw.get("model_type") == "mistral")
+    architecture = (raw.get("architectures") or [raw.get("model_type")])[0]
+    model = HfModel(folder, hf_config, pooling, "causal" if is_causal else "bidirectional", architecture)
+    _check_tensors(model)
+    return model
+
+
+def same_head(one: PoolingConfig, other: PoolingConfig, hidden: int) -> bool:
+    """Whether weights of one head are weights of the other: the same parameters, used in the same way."""
+    return _head_facts(one, hidden) == _head_facts(other, hidden)
+
+
+def check_pooling(model: HfModel, pooling: PoolingConfig) -> None:
+    """Raise a `WeightsError` when the folder has a head that is not the one of the run's `model.pooling`."""
+    has_head = any(entry.is_head for entry in model.entries())
+    if has_head and not same_head(model.pooling, pooling, model.hf_config.hidden_size):
+        found, wanted = dataclasses.asdict(model.pooling), dataclasses.asdict(pooling)
+        lines = [f"\n  {key}: {found[key]!r} -> {wanted[key]!r}" for key in wanted if found[key] != wanted[key]]
+        raise WeightsError(f"{model.path} has another head than model.pooling (folder -> now):{''.join(lines)}")
+
+
+def _head_facts(pooling: PoolingConfig, hidden: int) -> dict[str, Any]:
+    """What makes a head's weights what they are."""
+    facts = dataclasses.asdict(pooling) | {"head_width": pooling.head_width or hidden}
+    del facts["initializer_range"]
+    if pooling.kind in ("mean", "last"):
+        return {}
+    if pooling.kind != "latent":
+        del facts["num_latents"]
+    return facts
+
+
+def _pooling(raw: dict[str, Any], path: Path) -> PoolingConfig | None:
+    if raw.get("model_type") == "nvembed":
+        if raw.get("pooling", "latent") not in KINDS:
+            raise WeightsError(f"{path / 'config.json'}: pooling is {raw['pooling']!r}, known are {', '.join(KINDS)}")
+        latent = PUBLISHED_LATENT_ATTENTION | (raw.get("latent_attention_config") or {})
+        return PoolingConfig(
+            kind=raw.get("pooling", "latent"),
+            num_latents=latent["num_latents_value"],
+            num_heads=latent["num_cross_heads"],
+            head_width=latent["cross_dim_head"],
+        )
+    modules = path / "1_Pooling" / "config.json"  # sentence-transformers'
+    if not modules.is_file():
+        return None
+    modes = read_json(modules)
+    # Since version 6 one field, before one for each mode.
+    mode = modes.get("pooling_mode") or [name for name, value in modes.items() if value is True and "_mode_" in name]
+    if mode in ("mean", ["pooling_mode_mean_tokens"]):
+        return PoolingConfig(kind="mean")
+    if mode in ("lasttoken", ["pooling_mode_lasttoken"]):
+        return PoolingConfig(kind="last")
+    raise WeightsError(f"{modules} asks for neither the mean of the tokens nor the last token: {mode}")
+
+
+def _check_tensors(model: HfModel) -> None:
+    folder = model.folder
+    embedding = folder.tensors[folder.stored_name(f"{BACKBONE}embed_tokens.weight")]
+    if embedding.shape[:1] != (model.hf_config.vocab_size,):
+        raise WeightsError(
+            f"{folder.path / embedding.file}: tensor 'embed_tokens.weight' has shape {list(embedding.shape)}, "
+            f"{folder.path / 'config.json'} says vocab_size is {model.hf_config.vocab_size}"
+        )
+    known = set()
+    for entry in model.entries():
+        for name, shape in entry.hf.items():
+            folder.check(name, shape)
+            known.add(folder.stored_name(name))
+    unknown = sorted(name for name in folder.tensors if name not in known and not name.endswith(NOT_NEEDED))
+    if unknown:
+        file = folder.path / folder.tensors[unknown[0]].file
+        raise WeightsError(
+            f"{file} holds tensor {unknown[0]!r}, which the model of {folder.path / 'config.json'} does not have "
+            f"(one of {len(unknown)} such tensors)"
+        )
+
+
+def largest_token_id(tokenizer_dir: str | os.PathLike) -> int | None:
+    """The largest id of a folder's `tokenizer.json`; None where there is no such file.
+
+    Raises:
+        WeightsError: the file cannot be read.
+    """
+    file = Path(tokenizer_dir) / "tokenizer.json"
+    if not file.is_file():
+        return None
+    backend = read_json(file)
+    try:
+        vocabulary = backend["model"]["vocab"]
+        ids: Iterable[int] = vocabulary.values() if isinstance(vocabulary, dict) else range(len(vocabulary))
+        return max([*ids, *(token["id"] for token in backend["added_tokens"])])
+    except (KeyError, TypeError) as error:
+        raise WeightsError(f"cannot read {file}: {error!r}") from error

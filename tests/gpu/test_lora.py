@@ -1,0 +1,72 @@
+"""Adapters on TransformerEngine's linears, and a step with adapters on a GPU against the CPU's reference."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from nvembed_mcore.config import LoraConfig, ModelConfig, ParallelConfig, PoolingConfig
+from nvembed_mcore.model.lora import Adapter, adapted_linears, add_to_output
+from nvembed_mcore.model.mistral import transformer_config
+from tests.helpers import cases, models
+from tests.helpers.grid import ALL_TARGETS
+
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
+
+TOKENS = 48
+
+
+@pytest.mark.parametrize("number", range(4), ids=["linear_qkv", "linear_proj", "linear_fc1", "linear_fc2"])
+def test_adapters_on_transformer_engine_linears(number):
+    """In bfloat16 and on one GPU: output and gradients against float32 products, as far off as bfloat16 is."""
+    pytest.importorskip("transformer_engine.pytorch")
+    from megatron.core.extensions.transformer_engine import TEColumnParallelLinear, TERowParallelLinear
+
+    from nvembed_mcore.parallel.groups import initialize, shutdown
+
+    initialize(ParallelConfig())
+    hf_config = models.tiny_config(hidden_size=128, head_dim=16, intermediate_size=256)
+    model = ModelConfig(config="unused", precision="bfloat16", pooling=PoolingConfig(kind="mean"))
+    config, lora = transformer_config(hf_config, model, ParallelConfig()), LoraConfig(rank=8, dropout=0.0)
+    linear = adapted_linears(128, 256, 8, 2, 16)[number]
+    kind, how = (
+        (TERowParallelLinear, {"input_is_parallel": True})
+        if linear.is_row_parallel
+        else (TEColumnParallelLinear, {"gather_output": False})
+    )
+    rows = sum(linear.rows.values())
+    settings = dict(config=config, init_method=torch.nn.init.zeros_, bias=False, skip_bias_add=False, is_expert=False)
+    base = kind(linear.inputs, rows, **how, **settings).cuda().requires_grad_(False)
+    adapter = Adapter(linear, lora, config)
+    torch.manual_seed(0)
+    with torch.no_grad():
+        for parameter in [base.weight, *adapter.parameters()]:
+            parameter.normal_(0.0, 0.1)
+    add_to_output(base, adapter)
+    states = torch.randn(TOKENS, 1, linear.inputs, device="cuda", dtype=torch.bfloat16, requires_grad=True)
+    upstream = torch.randn(TOKENS, 1, rows, device="cuda")
+    output, _ = base(states)
+    (output.float() * upstream).sum().backward()
+
+    leaf = states.detach().float().requires_grad_()
+    exact = {name: value.detach().float().requires_grad_() for name, value in adapter.named_parameters()}
+    order = adapter._blocks().detach()  # where the linear's rows have each projection's, proved on the CPU
+    whole = torch.cat([exact[f"a.{name}"] for name in adapter.targets])
+    expected = leaf @ base.weight.float().T + lora.scale * (leaf @ whole.T) @ order.float().T
+    (expected * upstream).sum().backward()
+    found = {"output": output, "states": states.grad} | {f"a.{n}": adapter.a[n].grad for n in adapter.targets}
+    truth = {"output": expected, "states": leaf.grad} | {f"a.{n}": exact[f"a.{n}"].grad for n in adapter.targets}
+    shutdown()
+    for name in found:
+        difference = (found[name].float() - truth[name]).abs().max() / truth[name].abs().max()
+        assert difference < 2e-2, name
+
+
+@pytest.mark.parametrize("kind", ["latent", "mean"])
+def test_a_step_with_adapters_equals_one_process(kind):
+    """The proof grid's case, on the GPU in float32 against float64 on the CPU."""
+    from nvembed_mcore.parallel.groups import shutdown
+
+    found = cases.training_steps(cases.Case(targets=ALL_TARGETS, kind=kind, distributed=False))
+    shutdown()
+    assert max(found[name] for name in ("loss", "norm", "gradient", "parameters")) < 1e-4
