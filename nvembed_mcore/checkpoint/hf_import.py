@@ -8,14 +8,12 @@ from __future__ import annotations
 
 import hashlib
 import math
-import os
 from collections.abc import Iterable, Mapping
 
 import torch
 import torch.distributed as dist
 
 from nvembed_mcore.checkpoint.hf_folder import HfFolder, check_sums
-from nvembed_mcore.checkpoint.hf_model import check_pooling, open_hf_model
 from nvembed_mcore.checkpoint.names import HEAD, LORA_A, LORA_B, Entry, copy_shard
 from nvembed_mcore.config import PoolingConfig
 from nvembed_mcore.parallel.groups import every_rank_does
@@ -100,28 +98,6 @@ def load_weights(
         if isinstance(source, HfFolder):
             source.check_finite(entry.hf, local)
     return missing
-
-
-def load_hf_weights(
-    path: str | os.PathLike,
-    pooling: PoolingConfig,
-    entries: Iterable[Entry],
-    parameters: Mapping[str, torch.Tensor],
-    tp_rank: int = 0,
-    tp_size: int = 1,
-) -> set[str]:
-    """`load_weights` from a Hugging Face folder, all of whose headers are checked before anything is read.
-
-    Args:
-        pooling: the head that the parameters are of.
-
-    Raises:
-        ConfigError: `config.json` describes another architecture, or contradicts itself.
-        WeightsError: the weights are not those that it describes, or its head is another one.
-    """
-    model = open_hf_model(path)
-    check_pooling(model, pooling)
-    return load_weights(model.folder, entries, parameters, tp_rank, tp_size)
 
 
 def verify_sums(folder: HfFolder) -> int:

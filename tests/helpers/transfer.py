@@ -108,14 +108,15 @@ def import_and_save(folder: Path, output: Path, pooling: PoolingConfig, dtype: s
     from megatron.core import dist_checkpointing
 
     from nvembed_mcore.checkpoint import store
-    from nvembed_mcore.checkpoint.hf_import import load_hf_weights
+    from nvembed_mcore.checkpoint.hf_import import load_weights
     from nvembed_mcore.checkpoint.hf_model import open_hf_model
 
-    config = open_hf_model(folder).hf_config
+    source = open_hf_model(folder)
+    config = source.hf_config
     encoder, _, groups = build_encoder(config, pooling, dtype, tp, pp)
     parameters = encoder.parameters_by_global_name()
     entries = [entry for entry in name_table(config, pooling) if entry.name in parameters]
-    missing = load_hf_weights(folder, pooling, entries, parameters, groups.tp_rank, groups.tp_size)
+    missing = load_weights(source.folder, entries, parameters, groups.tp_rank, groups.tp_size)
     if groups.rank == 0:
         (output / "state").mkdir(parents=True)
     dist.barrier()
@@ -182,19 +183,20 @@ def parity(folder: Path, pooling: PoolingConfig, heads: int, tp: int, pp: int) -
     """Largest difference of hidden states and of embeddings from Hugging Face's model, relative to the largest."""
     from transformers import MistralModel
 
-    from nvembed_mcore.checkpoint.hf_import import load_hf_weights
+    from nvembed_mcore.checkpoint.hf_import import load_weights
     from nvembed_mcore.checkpoint.hf_model import open_hf_model
     from nvembed_mcore.data.packing import make_pack
     from nvembed_mcore.model.encoder import wrap_data_parallel
     from nvembed_mcore.schedule import embed_packs
     from tests.helpers import models
 
-    config = open_hf_model(folder).hf_config
+    source = open_hf_model(folder)
+    config = source.hf_config
     encoder, parallel, groups = build_encoder(config, pooling, "float32", tp, pp)
     parameters = encoder.parameters_by_global_name()
     table = name_table(config, pooling)
     entries = [entry for entry in table if entry.name in parameters]
-    load_hf_weights(folder, pooling, entries, parameters, groups.tp_rank, groups.tp_size)
+    load_weights(source.folder, entries, parameters, groups.tp_rank, groups.tp_size)
     states: list[torch.Tensor] = []
     if groups.is_last_stage:
         encoder.decoder.final_layernorm.register_forward_hook(

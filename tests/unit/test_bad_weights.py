@@ -13,8 +13,8 @@ import yaml
 from safetensors.torch import load_file, save_file
 
 from nvembed_mcore.checkpoint.hf_folder import WeightsError
-from nvembed_mcore.checkpoint.hf_import import load_hf_weights
-from nvembed_mcore.checkpoint.hf_model import open_hf_model
+from nvembed_mcore.checkpoint.hf_import import load_weights
+from nvembed_mcore.checkpoint.hf_model import check_pooling, open_hf_model
 from nvembed_mcore.checkpoint.names import local_shard, name_table
 from nvembed_mcore.checkpoint.safetensors_stream import write_weights
 from nvembed_mcore.cli import main
@@ -255,14 +255,13 @@ def test_a_tokenizer_with_more_ids_than_the_model(capsys, tmp_path, folder):
 
 
 def test_another_head_than_the_run_s(folder):
-    entries = name_table(CONFIG, POOLING)
     for other, words in (
         (PoolingConfig(num_latents=7, num_heads=4, head_width=12), "num_latents: 6 -> 7"),
         (PoolingConfig(num_latents=6, num_heads=2, head_width=24), "num_heads: 4 -> 2"),  # of the same shapes
         (PoolingConfig(kind="mean"), "kind: 'latent' -> 'mean'"),
     ):
         with pytest.raises(WeightsError, match="another head") as caught:
-            load_hf_weights(folder, other, entries, {})
+            check_pooling(open_hf_model(folder), other)
         assert str(folder) in str(caught.value) and words in str(caught.value)
 
 
@@ -337,7 +336,8 @@ def test_base_models_of_the_published_forms(tmp_path, head_width, tied):
     assert model.hf_config.rope_parameters["rope_theta"] == 1e6
     entries = name_table(model.hf_config, POOLING)
     parameters = {entry.name: torch.full(entry.shape, 3.0) for entry in entries}
-    assert load_hf_weights(path, POOLING, entries, parameters) == {entry.name for entry in entries if entry.is_head}
+    missing = load_weights(model.folder, entries, parameters, 0, 1)
+    assert missing == {entry.name for entry in entries if entry.is_head}
     rows = parameters["embedding.word_embeddings.weight"]
     assert torch.equal(rows[:250], tensors["model.embed_tokens.weight"].float()) and not rows[250:].any()
 

@@ -8,7 +8,7 @@ from safetensors.torch import load_file, save_file
 from transformers import MistralConfig, MistralForCausalLM, MistralModel
 
 from nvembed_mcore.checkpoint.hf_folder import WeightsError, open_hf_folder
-from nvembed_mcore.checkpoint.hf_import import RandomWeights, load_hf_weights, load_weights
+from nvembed_mcore.checkpoint.hf_import import RandomWeights, load_weights
 from nvembed_mcore.checkpoint.names import join_shards, local_shard, name_table, to_hf
 from nvembed_mcore.config import PoolingConfig
 
@@ -120,7 +120,7 @@ def test_a_base_model_is_read_and_has_no_head(base_model, tmp_path, max_shard_si
     shards = []
     for rank in range(2):
         weights = targets(entries, 2)
-        missing = load_hf_weights(tmp_path, POOLING, entries, weights, rank, 2)
+        missing = load_weights(open_hf_folder(tmp_path), entries, weights, rank, 2)
         assert missing == {entry.name for entry in entries if entry.is_head}
         assert not any(weights[name].any() for name in missing), "what is missing is left alone"
         shards.append(weights)

@@ -100,7 +100,7 @@ def measured(work: Callable[[], Any]) -> dict[str, float]:
 
 def init(folder: Path, tp: int, pp: int) -> dict[str, float]:
     """Build this rank's part of the encoder and fill it; `partition`: its bytes."""
-    from nvembed_mcore.checkpoint.hf_import import load_hf_weights
+    from nvembed_mcore.checkpoint.hf_import import load_weights
     from nvembed_mcore.checkpoint.hf_model import open_hf_model
 
     transfer.layout(tp, pp, False)
@@ -111,7 +111,7 @@ def init(folder: Path, tp: int, pp: int) -> dict[str, float]:
         encoder, _, groups = transfer.build_encoder(found.hf_config, found.pooling, "bfloat16", tp, pp)
         parameters.update(encoder.parameters_by_global_name())
         entries = [entry for entry in found.entries() if entry.name in parameters]
-        load_hf_weights(folder, found.pooling, entries, parameters, groups.tp_rank, groups.tp_size)
+        load_weights(found.folder, entries, parameters, groups.tp_rank, groups.tp_size)
 
     return measured(work) | {"partition": sum(parameter.nbytes for parameter in parameters.values())}
 

@@ -9,13 +9,13 @@ import torch
 from transformers import MistralConfig
 
 from nvembed_mcore.checkpoint.hf_export import export
-from nvembed_mcore.checkpoint.hf_import import RandomWeights, load_hf_weights
+from nvembed_mcore.checkpoint.hf_import import RandomWeights, load_weights
+from nvembed_mcore.checkpoint.hf_model import open_hf_model
 from nvembed_mcore.checkpoint.names import local_shard, name_table
 from nvembed_mcore.config import ModelConfig, ParallelConfig, PoolingConfig
 from nvembed_mcore.data.tokenizer import load_tokenizer, write_mistral_tokenizer
 from nvembed_mcore.evaluation.encode import tokenize
 from nvembed_mcore.model.encoder import Encoder, wrap_data_parallel
-from nvembed_mcore.model.mistral import read_mistral_config
 from nvembed_mcore.parallel.groups import initialize
 from nvembed_mcore.schedule import embed_texts
 
@@ -88,37 +88,29 @@ class Trainer:
     """
 
     def __init__(self, folder: Path, tokenizer: Path | None) -> None:
-        raw = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-        head = raw.get("latent_attention_config", {})
-        pooling = PoolingConfig(
-            kind=raw.get("pooling", "mean"),
-            num_latents=head.get("num_latents_value", 1),
-            num_heads=head.get("num_cross_heads", 1),
-            head_width=head.get("cross_dim_head"),
-        )
-        config, parallel = read_mistral_config(folder), ParallelConfig()
-        mask = "causal" if raw["is_causal"] else "bidirectional"
-        model = ModelConfig(config=str(folder), attention_mask=mask, pooling=pooling, precision="float32")
+        self.found, self.folder, parallel = open_hf_model(folder), folder, ParallelConfig()
+        is_causal = json.loads((folder / "config.json").read_text(encoding="utf-8"))["is_causal"]
+        mask = "causal" if is_causal else "bidirectional"
+        model = ModelConfig(config=str(folder), attention_mask=mask, pooling=self.found.pooling, precision="float32")
         self.groups = initialize(parallel)
-        self.encoder = Encoder(config, model, parallel, self.groups)
+        self.encoder = Encoder(self.found.hf_config, model, parallel, self.groups)
         self.tokenizer = load_tokenizer(tokenizer or folder)
         self.chunks = wrap_data_parallel([self.encoder], parallel, distributed_optimizer=False)
-        self.entries, self.folder = name_table(config, pooling), folder
-        self.load("float32")
 
     @torch.no_grad()
     def load(self, dtype: str) -> None:
-        """Take the export's weights, rounded to `dtype` and used in float32."""
+        """Take the export's weights, rounded to `dtype` and used in float32.
+
+        Raises:
+            WeightsError: they are not those that `config.json` describes.
+            ValueError: the pooling head is missing.
+        """
         parameters = self.encoder.parameters_by_global_name()
-
-        def assign(name: str, tensor: torch.Tensor) -> None:
-            parameters[name].copy_(tensor.to(getattr(torch, dtype)))
-
-        missing = load_hf_weights(self.folder, self.entries, assign)
+        missing = load_weights(self.found.folder, self.found.entries(), parameters, 0, 1)
         if missing:
-            raise ValueError(
-                f"{self.folder} lacks {len(missing)} tensors of the pooling head, {min(missing)} among them"
-            )
+            raise ValueError(f"{self.folder} lacks the {len(missing)} tensors of the pooling head")
+        for parameter in parameters.values():
+            parameter.copy_(parameter.to(getattr(torch, dtype)))
 
     @torch.no_grad()
     def embed(self, texts: list[str], instruction: str, limit: int) -> torch.Tensor:
