@@ -13,10 +13,10 @@ from nvembed_mcore.checkpoint import hf_import, peft, store
 from nvembed_mcore.checkpoint.hf_folder import HfFolder
 from nvembed_mcore.checkpoint.hf_model import check_pooling, open_hf_model, same_head
 from nvembed_mcore.checkpoint.names import Entry, name_table
-from nvembed_mcore.config import ConfigError, LoraConfig, ModelConfig, PoolingConfig, RunConfig
+from nvembed_mcore.config import ConfigError, ModelConfig, PoolingConfig, RunConfig
 from nvembed_mcore.model.encoder import Encoder, wrap_data_parallel
 from nvembed_mcore.model.mistral import read_mistral_config
-from nvembed_mcore.parallel.groups import Groups, every_rank_does
+from nvembed_mcore.parallel.groups import Groups, every_rank_does, first_rank_does
 
 log = logging.getLogger(__name__)
 
@@ -49,7 +49,9 @@ def build_model(config: RunConfig, hf_config: MistralConfig, groups: Groups) -> 
             f"{config.loss.matryoshka_dims}"
         )
     start = store.find_checkpoint(config.model.init_from) if config.model.init_from else None
-    missing = _parts_to_make(start, config.model, hf_config) if start else set()
+    table = name_table(hf_config, config.model.pooling, config.model.adapters)
+    sources = _sources(config, hf_config, start)
+    missing = _parts_to_make(start, config.model, hf_config) if start else {entry.name for entry in table}
     temperature = config.loss.temperature if config.loss.learn_temperature else None
     encoders = [
         Encoder(hf_config, config.model, config.parallel, groups, chunk=chunk, temperature=temperature)
@@ -58,27 +60,13 @@ def build_model(config: RunConfig, hf_config: MistralConfig, groups: Groups) -> 
     if start:
         store.load_weights(start, encoders, but=missing)
         log.info("weights from step %d of %s", start.step, start.path)
-    sources = _sources(config, hf_config, is_from_checkpoint=start is not None)
-    table = name_table(hf_config, config.model.pooling, config.model.lora)
-    entries = [entry for entry in table if not start or entry.name in missing]
+    entries = [entry for entry in table if entry.name in missing]
     every_rank_does(lambda: [_fill(encoder, entries, sources, groups) for encoder in encoders])
     return wrap_data_parallel(encoders, config.parallel, distributed_optimizer=config.optim.distributed)
 
 
-def base_of(model: ModelConfig, hf_config: MistralConfig) -> dict[str, str] | None:
-    """Name and fingerprint of the Hugging Face folder that the backbone comes from, if need be through earlier stages;
-    None where it comes from random weights."""
-    if model.init_from is None:
-        return None
-    start = store.find_checkpoint(model.init_from)
-    if start:
-        return start.facts.get("base")
-    folder = open_hf_model(model.init_from).folder
-    return {"name": model.init_from, "fingerprint": peft.base_fingerprint(folder, hf_config)}
-
-
 def _parts_to_make(start: store.Checkpoint, model: ModelConfig, hf_config: MistralConfig) -> set[str]:
-    """Parameters that the checkpoint has not, because it has no head or no adapters at all.
+    """Parameters that the checkpoint does not give: it has no head or adapters at all, or a PEFT folder brings them.
 
     A head or adapters that it has must be those of the configuration.
     """
@@ -88,43 +76,54 @@ def _parts_to_make(start: store.Checkpoint, model: ModelConfig, hf_config: Mistr
         changed = store.differences(dataclasses.asdict(saved_pooling), dataclasses.asdict(model.pooling))
         lines = "".join(f"\n  model.pooling.{line}" for line in changed)
         raise ConfigError(f"the head of model.init_from {start.path} is another one (saved -> now):{lines}")
-    table = name_table(hf_config, model.pooling, model.lora)
+    table = name_table(hf_config, model.pooling, model.adapters)
     heads, adapters = ({entry.name for entry in table if entry.part == part} for part in ("head", "adapters"))
-    saved_lora, lora = store.adapters_of(start.facts), _settings(model.lora)
-    if saved_lora and saved_lora != lora:
+    has_adapters = _check_adapters(start, model)
+    brings_head = model.lora.init_from is not None and peft.has_head(model.lora.init_from)
+    return (heads if brings_head or not has_head else set()) | (set() if has_adapters else adapters)
+
+
+def _check_adapters(start: store.Checkpoint, model: ModelConfig) -> bool:
+    """Whether the checkpoint has adapters, which must then be those of the configuration; their dropout may change."""
+    saved = store.adapters_of(start.facts)
+    if saved is None:
+        return False
+    now = store.adapter_settings(dataclasses.asdict(model.lora))
+    changed = [line for line in store.differences(saved, now) if not line.startswith("dropout:")]
+    if changed:
+        lines = "".join(f"\n  model.lora.{line}" for line in changed)
         raise ConfigError(
-            f"model.init_from {start.path} has adapters {saved_lora}, model.lora now is {lora}. Export it, which "
-            f"merges them, and start from the export, or set model.lora to what it has"
+            f"model.init_from {start.path} has other adapters (saved -> now):{lines}\nSet these back, or export it, "
+            f"which merges its adapters, and start from the export"
         )
-    if saved_lora and model.lora.init_from:
+    if model.lora.init_from:
         raise ConfigError(
             f"model.init_from {start.path} and model.lora.init_from {model.lora.init_from} both bring adapters: "
             f"give one of them"
         )
-    return (set() if has_head else heads) | (set() if saved_lora else adapters)
-
-
-def _settings(lora: LoraConfig | None) -> dict | None:
-    return store.adapter_settings(dataclasses.asdict(lora)) if lora else None
+    return True
 
 
 def _sources(
-    config: RunConfig, hf_config: MistralConfig, *, is_from_checkpoint: bool
+    config: RunConfig, hf_config: MistralConfig, start: store.Checkpoint | None
 ) -> list[HfFolder | hf_import.RandomWeights]:
-    """Where parameters come from; the first source that has one gives it."""
+    """Where parameters come from that no checkpoint gives; the first source that has one gives it."""
     model, sources = config.model, []
-    base = None
-    if model.init_from and not is_from_checkpoint:
+    random = hf_import.RandomWeights(
+        name_table(hf_config, model.pooling, model.adapters),
+        config.seed,
+        hf_config.initializer_range,
+        model.pooling,
+    )
+    if model.init_from and not start:
         found = open_hf_model(model.init_from)
         check_pooling(found, model.pooling)
         hf_import.verify_sums(found.folder)
-        base = found.folder
-    if model.lora and model.lora.init_from:
-        sources.append(peft.open_peft_folder(model, hf_config, base))
-    if base:
-        sources.append(base)
-    entries = name_table(hf_config, model.pooling, model.lora)
-    random = hf_import.RandomWeights(entries, config.seed, hf_config.initializer_range, model.pooling)
+        sources.append(found.folder)
+    if model.lora.init_from:
+        parts = peft.parts_in(store.open_weights(start)) if start else peft.parts_from((sources or [random])[0])
+        fingerprint = first_rank_does(lambda: peft.base_fingerprint(parts, hf_config))
+        sources.insert(0, peft.open_peft_folder(model, hf_config, fingerprint))
     return [*sources, random]
 
 

@@ -51,12 +51,12 @@ class LoraConfig:
     Only adapters and the head train, and only they have optimizer state.
     """
 
-    rank: int = 16
-    """Rows of A and columns of B."""
+    rank: int = 0
+    """Rows of A and columns of B; 16 in the paper. 0: no adapters, all weights train."""
     alpha: float = 32.0
     """The adapters' share is alpha / rank."""
     dropout: float = 0.1
-    """Probability of dropping an element of the adapters' input."""
+    """Probability of dropping an element of the adapters' input; projections that share an input drop the same."""
     targets: list[Literal["q", "k", "v", "o", "gate", "up", "down"]] = field(default_factory=lambda: [*LORA_TARGETS])
     """Projections with adapters: of attention (queries, keys, values, output) and of the feed-forward block. The paper
     does not state its own."""
@@ -65,7 +65,7 @@ class LoraConfig:
     zero."""
 
     def __post_init__(self) -> None:
-        _require(self.rank >= 1, f"model.lora.rank must be at least 1, got {self.rank}")
+        _require(self.rank >= 0, f"model.lora.rank must not be negative, got {self.rank}")
         _require(self.alpha > 0, f"model.lora.alpha must be above 0, got {self.alpha}")
         _require(0 <= self.dropout < 1, f"model.lora.dropout must be from 0 to below 1, got {self.dropout}")
         _require(
@@ -73,6 +73,10 @@ class LoraConfig:
             f"model.lora.targets must be one or more of {', '.join(LORA_TARGETS)}, got {self.targets}",
         )
         _require(len(set(self.targets)) == len(self.targets), f"model.lora.targets must differ, got {self.targets}")
+        _require(
+            self.rank > 0 or self.init_from is None,
+            f"model.lora.init_from is {self.init_from}, but model.lora.rank is 0: give the rank of its adapters",
+        )
 
     @property
     def scale(self) -> float:
@@ -95,14 +99,19 @@ class ModelConfig:
     Gradients are reduced and the optimizer works in float32 always."""
     pooling: PoolingConfig = field(default_factory=PoolingConfig)
     """The head that pools token states."""
-    lora: LoraConfig | None = None
-    """Adapters to train instead of the backbone's weights; null: all weights train."""
+    lora: LoraConfig = field(default_factory=LoraConfig)
+    """Adapters to train instead of the backbone's weights."""
 
     def __post_init__(self) -> None:
         _require(
             (self.config is None) != (self.init_from is None),
             f"give exactly one of model.config and model.init_from, got {self.config!r} and {self.init_from!r}",
         )
+
+    @property
+    def adapters(self) -> LoraConfig | None:
+        """`lora`, unless its rank is 0."""
+        return self.lora if self.lora.rank else None
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import logging
 import os
 
 import torch
@@ -99,6 +100,8 @@ def _host_megatron_on_cpu() -> None:
         setattr(torch, factory, _redirected(getattr(torch, factory), cpu))
     torch.Tensor.type = _named_as_cuda(torch.Tensor.type)
 
+    # It wonders that drawing on the "CUDA device" moves the CPU's generator, at every dropout.
+    logging.getLogger("megatron.core.tensor_parallel.random").setLevel(logging.ERROR)
     from megatron.core.tensor_parallel import random
 
     random._get_cuda_rng_state = lambda *args, **kwargs: torch.get_rng_state()

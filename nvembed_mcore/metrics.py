@@ -94,20 +94,6 @@ def pack_flops(
     )
 
 
-def flops_per_token(
-    hf_config: MistralConfig, pooling: PoolingConfig, lengths: Sequence[int], *, causal: bool = False
-) -> float:
-    """`pack_flops` divided by the pack's real tokens.
-
-    Raises:
-        ValueError: there are no tokens.
-    """
-    tokens = sum(lengths)
-    if tokens == 0:
-        raise ValueError(f"FLOPs per token of a pack without tokens: lengths are {list(lengths)}")
-    return pack_flops(hf_config, pooling, lengths, causal=causal) / tokens
-
-
 def _attended_pairs(lengths: Sequence[int], causal: bool) -> int:
     """(query, key) pairs that the mask allows."""
     return sum(s * (s + 1) // 2 if causal else s * s for s in lengths)

@@ -15,7 +15,7 @@ from megatron.core.optimizer import MegatronOptimizer
 from transformers import MistralConfig
 
 from nvembed_mcore import device
-from nvembed_mcore.build import base_of, build_model, read_architecture
+from nvembed_mcore.build import build_model, read_architecture
 from nvembed_mcore.checkpoint import store
 from nvembed_mcore.config import ConfigError, RunConfig
 from nvembed_mcore.data.batch import Batch
@@ -161,7 +161,6 @@ def _facts(config: RunConfig, hf_config: MistralConfig, data: _Data, groups: Gro
     return {
         "config": _plain(config),
         "hf_config": hf_config.to_dict(),
-        "base": first_rank_does(lambda: base_of(config.model, hf_config)),
         "data": data.source.fingerprint,
         "tokenizer": data.tokenizer,
         "hardware": {"device": device.name(), "world_size": groups.world_size},
@@ -239,7 +238,7 @@ def _metrics(
 ) -> dict[str, float]:
     """The line of `metrics.jsonl` for a step."""
     peak = device_peak_flops(device.name(), device.default_dtype(config.model.precision))
-    how = {"causal": config.model.attention_mask == "causal", "lora": config.model.lora}
+    how = {"causal": config.model.attention_mask == "causal", "lora": config.model.adapters}
     line = StepMetrics(
         step=step,
         loss=output.loss,

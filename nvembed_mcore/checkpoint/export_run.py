@@ -36,9 +36,9 @@ def export_run(source: str, output: str, *, dtype: str, instruction: str | None,
         instruction = next((one["instruction"] for one in config["data"]["datasets"]), "")
     hf_config = MistralConfig.from_dict(found.facts["hf_config"])
     pooling = PoolingConfig(**config["model"]["pooling"])
-    read, lora = store.open_weights(found), config["model"].get("lora")
-    if lora:
-        read = merged(read, hf_config, pooling, LoraConfig(**lora))
+    read = store.open_weights(found)
+    if store.adapters_of(found.facts):
+        read = merged(read, hf_config, pooling, LoraConfig(**config["model"]["lora"]))
     export(
         read,
         hf_config,
@@ -63,8 +63,8 @@ def export_adapters(source: str, output: str, *, dtype: str) -> None:
     """
     found = _open(source)
     model = found.facts["config"]["model"]
-    if not model.get("lora"):
-        raise ExportError(f"{found.path} has no adapters (model.lora is null), so there is no PEFT folder to write")
+    if not store.adapters_of(found.facts):
+        raise ExportError(f"{found.path} has no adapters (model.lora.rank is 0), so there is no PEFT folder to write")
     export_peft(
         store.open_weights(found),
         MistralConfig.from_dict(found.facts["hf_config"]),
@@ -72,9 +72,21 @@ def export_adapters(source: str, output: str, *, dtype: str) -> None:
         LoraConfig(**model["lora"]),
         output,
         attention_mask=model["attention_mask"],
-        base=found.facts.get("base"),
+        base_name=_base_name(found),
         dtype=dtype,
     )
+
+
+def _base_name(found: store.Checkpoint) -> str | None:
+    """The Hugging Face folder whose backbone a run still has, through stages that did not train it."""
+    facts = found.facts
+    while "imported_from" in facts or store.adapters_of(facts):
+        start = facts["config"]["model"]["init_from"]
+        earlier = store.find_checkpoint(start) if start else None
+        if earlier is None:
+            return start
+        facts = earlier.facts
+    return None
 
 
 def _open(source: str) -> store.Checkpoint:

@@ -17,7 +17,6 @@ from nvembed_mcore.checkpoint.hf_folder import WeightsError, read_json
 from nvembed_mcore.checkpoint.hf_import import verify_sums
 from nvembed_mcore.checkpoint.hf_model import HfModel, largest_token_id, open_hf_model
 from nvembed_mcore.checkpoint.names import copy_shard
-from nvembed_mcore.checkpoint.peft import base_fingerprint
 from nvembed_mcore.checkpoint.weights_store import check_new, save_weights
 from nvembed_mcore.config import ParallelConfig, PoolingConfig
 from nvembed_mcore.data.tokenizer import load_tokenizer, tokenizer_fingerprint
@@ -107,7 +106,6 @@ def _facts(model: HfModel, source: str, tokenizer: str | None) -> dict[str, Any]
                 "attention_mask": model.attention_mask,
                 "precision": "auto",
                 "pooling": dataclasses.asdict(model.pooling or PoolingConfig(kind="mean")),
-                "lora": None,
             },
             "loss": {},
             "data": {
@@ -119,7 +117,6 @@ def _facts(model: HfModel, source: str, tokenizer: str | None) -> dict[str, Any]
         },
         "hf_config": model.hf_config.to_dict(),
         "tokenizer": fingerprint,
-        "base": {"name": source, "fingerprint": base_fingerprint(model.folder, model.hf_config)},
         "hardware": {"device": device.name(), "world_size": dist.get_world_size()},
         "imported_from": {
             "folder": model.path.resolve().name,

@@ -175,12 +175,12 @@ def load_weights(checkpoint: Checkpoint, encoders: list[torch.nn.Module], but: C
 def adapters_of(facts: dict[str, Any]) -> dict[str, Any] | None:
     """Settings of the low-rank adapters that a checkpoint's run trains; None without."""
     lora = facts["config"]["model"].get("lora")
-    return adapter_settings(lora) if lora else None
+    return adapter_settings(lora) if lora and lora["rank"] else None
 
 
 def adapter_settings(lora: dict[str, Any]) -> dict[str, Any]:
-    """What makes adapters what they are: all of `model.lora` but where they started."""
-    return {name: value for name, value in lora.items() if name != "init_from"}
+    """All of `model.lora` but where the adapters started; targets in the order of their names, which says nothing."""
+    return {name: value for name, value in lora.items() if name != "init_from"} | {"targets": sorted(lora["targets"])}
 
 
 def open_weights(checkpoint: Checkpoint) -> Callable[[str], torch.Tensor]:

@@ -85,10 +85,10 @@ class Encoder(MegatronModule):
             vp_stage=chunk if parallel.chunks_per_stage > 1 else None,
         )
         self._mark_sharded_weights()
-        if model.lora:
+        if model.adapters:
             # Before the head is there, which trains whole.
             self.requires_grad_(False)
-            attach_adapters(self.decoder.layers, model.lora, config)
+            attach_adapters(self.decoder.layers, model.adapters, config)
         if self.reads_layers:
             watch_layers(self.decoder.layers, config.num_layers)
         self.pooling = self._head(model.pooling) if self.post_process else None

@@ -9,7 +9,7 @@ other, while a linear computes all of its projections' adapters in two products:
 other, and all `b` as blocks of one matrix whose rows have the linear's order.
 
 An adapter adds to what its linear puts out and knows nothing else of it, so it suits every linear that takes
-[T, 1, in] and returns (output, bias), as Megatron's and TransformerEngine's do.
+[T, 1, in] and returns (output, bias), as Megatron's and TransformerEngine's do, but not those with a norm inside.
 """
 
 from __future__ import annotations
@@ -172,6 +172,7 @@ def attach_adapters(layers: torch.nn.ModuleList, lora: LoraConfig, config: Trans
 
 def add_to_output(module: torch.nn.Module, adapter: Adapter) -> None:
     """Let a linear that returns (output, bias) return what its adapter makes of the output."""
+    assert not hasattr(module, "layer_norm_weight"), "a linear with a norm in it gets states that the adapter must not"
 
     def add(module: torch.nn.Module, inputs: tuple[Tensor], result: tuple[Tensor, Tensor | None]):
         output, bias = result

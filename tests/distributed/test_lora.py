@@ -71,8 +71,8 @@ def weights_of(run_dir) -> dict[str, torch.Tensor]:
     initialize(ParallelConfig(timeout_minutes=2))
     found = find_checkpoint(run_dir)
     model = found.facts["config"]["model"]
-    lora = LoraConfig(**model["lora"]) if model["lora"] else None
-    table = name_table(MistralConfig.from_dict(found.facts["hf_config"]), PoolingConfig(**model["pooling"]), lora)
+    pooling, lora = PoolingConfig(**model["pooling"]), LoraConfig(**model["lora"])
+    table = name_table(MistralConfig.from_dict(found.facts["hf_config"]), pooling, lora if lora.rank else None)
     read = open_weights(found)
     return {entry.name: read(entry.name) for entry in table}
 
@@ -195,7 +195,7 @@ def test_a_merged_export_is_the_unmerged_model_and_not_the_base(world, inputs, s
     tensors = stored | {f"embedding_model.{name}": value for name, value in base.items()}
     save_file(tensors, tmp_path / "unchanged" / "model.safetensors", metadata={"format": "pt"})
     (plain,) = world(1).run(
-        trainer_embeddings, lora_run(inputs, "unused", lora=None, init_from=tmp_path / "unchanged"), None
+        trainer_embeddings, lora_run(inputs, "unused", lora=LoraConfig(), init_from=tmp_path / "unchanged"), None
     )
     assert (plain - merged).abs().max() > 1e-2
 
@@ -206,10 +206,15 @@ def test_stages_with_adapters(world, inputs, straight, tmp_path):
     (before,) = world(1).run(trainer_embeddings, lora_run(inputs, "unused"), straight)
     (after,) = world(1).run(trainer_embeddings, second, None)
     assert torch.equal(before, after)
-    for lora in (None, dataclasses.replace(LORA, rank=5)):
+    for lora in (LoraConfig(), dataclasses.replace(LORA, rank=5)):
         (message,) = world(1).run(refusal, lora_run(inputs, "unused", init_from=straight, lora=lora))
-        assert re.match(r"ConfigError: .*has adapters .*'rank': 4.*Export it", message)
-    full = lora_run(inputs, tmp_path / "full", lora=None, steps=1)
+        assert re.match(r"(?s)ConfigError: .*has other adapters.*model.lora.rank: 4 -> [05].*export it", message)
+    other_dropout = dataclasses.replace(LORA, dropout=0.0, targets=LORA.targets[::-1])
+    (after,) = world(1).run(
+        trainer_embeddings, lora_run(inputs, "unused", init_from=straight, lora=other_dropout), None
+    )
+    assert torch.equal(before, after)
+    full = lora_run(inputs, tmp_path / "full", lora=LoraConfig(), steps=1)
     world(2).run(train, full)
     (before,) = world(1).run(trainer_embeddings, full, tmp_path / "full")
     (after,) = world(1).run(trainer_embeddings, lora_run(inputs, "unused", init_from=tmp_path / "full"), None)
@@ -266,7 +271,7 @@ def test_peft_gives_the_embeddings_on_the_plain_base(world, inputs, peft_folder)
 def test_a_peft_folder_comes_in_again(world, inputs, peft_folder, tmp_path, of_base):
     """Made on a MistralModel, a MistralForCausalLM or an NV-Embed model."""
     config, folder = peft_folder
-    shutil.copytree(folder, tmp_path / "adapters")
+    shutil.copytree(folder, tmp_path / "adapters", ignore=shutil.ignore_patterns("SHA256SUMS"))
     tensors = load_file(folder / "adapter_model.safetensors")
     prefix = "base_model.model."
     renamed = {prefix + of_base + name.removeprefix(prefix): tensor for name, tensor in tensors.items()}
@@ -278,9 +283,55 @@ def test_a_peft_folder_comes_in_again(world, inputs, peft_folder, tmp_path, of_b
     assert torch.equal(found, expected)
 
 
-def test_a_head_travels_with_the_adapters(world, inputs, straight, tmp_path):
+def import_base(source, output) -> None:
+    from nvembed_mcore.checkpoint.import_run import import_hf
+
+    import_hf(str(source), str(output))
+
+
+def test_adapters_with_their_head_on_every_form_of_their_base(world, inputs, straight, tmp_path):
+    """A Hugging Face folder, and a checkpoint with a head of its own, which the one that was trained replaces."""
     world(1).run(export_adapters, straight, tmp_path / "adapters")
-    config = lora_run(inputs, "unused", lora=dataclasses.replace(LORA, init_from=str(tmp_path / "adapters")))
-    (expected,) = world(1).run(trainer_embeddings, config, straight)
+    adapters = dataclasses.replace(LORA, init_from=str(tmp_path / "adapters"))
+    config = lora_run(inputs, "unused", lora=adapters)
+    (expected,) = world(1).run(trainer_embeddings, lora_run(inputs, "unused"), straight)
     (found,) = world(1).run(trainer_embeddings, config, None)
     assert torch.equal(found, expected)
+
+    with_head = lora_run(inputs, tmp_path / "with_head", lora=dataclasses.replace(LORA, alpha=1e-30), steps=1)
+    world(1).run(train, with_head)
+    world(1).run(exported_embeddings, tmp_path / "with_head", tmp_path / "exported")  # the base and a head
+    for number, base in enumerate((inputs / "base", tmp_path / "exported")):
+        world(1).run(import_base, base, tmp_path / f"imported-{number}")
+        (found,) = world(1).run(
+            trainer_embeddings,
+            lora_run(inputs, "unused", lora=adapters, init_from=tmp_path / f"imported-{number}"),
+            None,
+        )
+        assert torch.equal(found, expected)
+    (message,) = world(1).run(refusal, lora_run(inputs, "unused", lora=adapters, init_from=straight))
+    assert re.match(r"ConfigError: .*straight.* and model.lora.init_from .*adapters both bring adapters", message)
+
+
+def test_adapters_of_a_backbone_that_was_trained_are_refused_on_its_base(world, inputs, tmp_path):
+    """What a PEFT folder is of is told by the weights, not by where the first stage began."""
+    world(1).run(train, lora_run(inputs, tmp_path / "full", lora=LoraConfig(), steps=1))
+    world(1).run(train, lora_run(inputs, tmp_path / "second", init_from=tmp_path / "full", steps=1))
+    world(1).run(export_adapters, tmp_path / "second", tmp_path / "adapters")
+    facts = json.loads((tmp_path / "adapters" / "nvembed.json").read_text())
+    assert facts["base"]["name"] is None
+    adapters = dataclasses.replace(LORA, init_from=str(tmp_path / "adapters"))
+    (message,) = world(1).run(refusal, lora_run(inputs, "unused", lora=adapters))
+    assert re.match(rf"WeightsError: .*were trained on a base with weights {facts['base']['fingerprint']}", message)
+    (found,) = world(1).run(
+        trainer_embeddings, lora_run(inputs, "unused", lora=adapters, init_from=tmp_path / "full"), None
+    )
+    (expected,) = world(1).run(trainer_embeddings, lora_run(inputs, "unused"), tmp_path / "second")
+    assert torch.equal(found, expected)
+
+
+def test_bfloat16_adapters_train(world, inputs, straight, tmp_path):
+    config = lora_run(inputs, tmp_path, steps=3)
+    world(2).run(train, dataclasses.replace(config, model=dataclasses.replace(config.model, precision="bfloat16")))
+    assert losses(tmp_path)[0] == pytest.approx(losses(straight)[0], rel=0.02)
+    assert losses(tmp_path)[2] < losses(tmp_path)[0]

@@ -9,7 +9,7 @@ from unittest import mock
 import numpy as np
 import torch
 
-from nvembed_mcore.config import LossConfig, ModelConfig, OptimConfig, ParallelConfig, StepConfig
+from nvembed_mcore.config import LoraConfig, LossConfig, ModelConfig, OptimConfig, ParallelConfig, StepConfig
 from nvembed_mcore.data.packing import make_pack
 from tests.helpers import models
 from tests.helpers.plain import (
@@ -58,16 +58,16 @@ def build(
     from nvembed_mcore.checkpoint.names import local_shard, name_table, to_hf
     from nvembed_mcore.model.encoder import Encoder, wrap_data_parallel
 
-    model = ModelConfig(
-        config="unused", attention_mask=mask, precision="float32", pooling=pooling_config(kind), lora=lora
-    )
+    lora = lora or LoraConfig()
+    pooling = pooling_config(kind)
+    model = ModelConfig(config="unused", attention_mask=mask, precision="float32", pooling=pooling, lora=lora)
     encoders = [
         Encoder(hf_config, model, parallel, groups, chunk=chunk, temperature=temperature)
         for chunk in range(parallel.chunks_per_stage)
     ]
-    table = {entry.name: entry for entry in name_table(hf_config, pooling_config(kind), lora)}
+    table = {entry.name: entry for entry in name_table(hf_config, pooling, model.adapters)}
     source = {f"embedding_model.{name}": value for name, value in reference.state_dict().items()}
-    source |= random_adapters(hf_config, tuple(lora.targets)) if lora else {}
+    source |= random_adapters(hf_config, tuple(lora.targets)) if model.adapters else {}
     for name, value in head.items():
         source.update(to_hf(table[f"pooling.{name}"], value))
     parameters = {}

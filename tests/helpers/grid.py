@@ -135,6 +135,8 @@ def adapters() -> Iterator[Case]:
         yield Case(world=2, tp=2, sp=sp, targets=("k", "up", "o"), kind="mean", distributed=False)
         yield Case(world=4, tp=2, sp=sp, targets=("q", "v", "down"), distributed=False, way="retain", budget=200)
         yield Case(world=4, tp=2, sp=sp, pp=2, targets=ALL_TARGETS, distributed=False, way="cached", budget=200)
+    for kind in ("self_attention", "multi_layer"):
+        yield Case(world=2, tp=2, sp=True, targets=ALL_TARGETS, kind=kind, distributed=False)
     yield Case(world=2, targets=ALL_TARGETS, distributed=True, overlap=True)
     budget = budget_for(4, 2, 7, multiple=2)
     yield Case(world=4, pp=2, chunks=2, way="cached", budget=budget, targets=ALL_TARGETS, distributed=False)

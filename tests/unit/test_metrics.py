@@ -10,7 +10,7 @@ from transformers import MistralConfig, MistralModel
 
 from nvembed_mcore.checkpoint.names import name_table
 from nvembed_mcore.config import LoraConfig, PoolingConfig
-from nvembed_mcore.metrics import PhaseTimer, StepMetrics, device_peak_flops, flops_per_token, pack_flops
+from nvembed_mcore.metrics import PhaseTimer, StepMetrics, device_peak_flops, pack_flops
 from nvembed_mcore.model.pooling import build_head
 from tests.helpers.plain import add_adapters
 
@@ -110,14 +110,10 @@ def test_causal_attention_has_the_pairs_below_the_diagonal():
 def test_nv_embed_costs_what_is_published():
     """Mistral-7B without its embeddings has 6.98e9 weights in linears; the folded head adds some percent."""
     config = MistralConfig(max_position_embeddings=32768)
-    assert flops_per_token(config, MEAN, [512] * 32) == pytest.approx(6 * 6.979e9 + 12 * 32 * 4096 * 512, rel=1e-3)
-    head = flops_per_token(config, PoolingConfig(), [512] * 32) / flops_per_token(config, MEAN, [512] * 32)
-    assert 1.02 < head < 1.06
-
-
-def test_flops_per_token_needs_tokens():
-    with pytest.raises(ValueError, match="without tokens"):
-        flops_per_token(TINY, MEAN, [])
+    lengths = [512] * 32
+    per_token = pack_flops(config, MEAN, lengths) / sum(lengths)
+    assert per_token == pytest.approx(6 * 6.979e9 + 12 * 32 * 4096 * 512, rel=1e-3)
+    assert 1.02 < pack_flops(config, PoolingConfig(), lengths) / pack_flops(config, MEAN, lengths) < 1.06
 
 
 @pytest.mark.parametrize(

@@ -17,7 +17,15 @@ from nvembed_mcore.checkpoint.hf_export import ExportError
 from nvembed_mcore.checkpoint.hf_folder import WeightsError, open_hf_folder
 from nvembed_mcore.checkpoint.hf_import import RandomWeights, load_weights
 from nvembed_mcore.checkpoint.names import local_shard, name_table
-from nvembed_mcore.checkpoint.peft import ADAPTERS_FILE, FACTS_FILE, base_fingerprint, export_peft, open_peft_folder
+from nvembed_mcore.checkpoint.peft import (
+    ADAPTERS_FILE,
+    FACTS_FILE,
+    base_fingerprint,
+    export_peft,
+    open_peft_folder,
+    parts_from,
+)
+from nvembed_mcore.checkpoint.safetensors_stream import SUMS_FILE
 from nvembed_mcore.config import ConfigError, LoraConfig, ModelConfig, PoolingConfig
 from tests.helpers.models import tiny_config
 
@@ -46,8 +54,18 @@ def made(tmp_path_factory):
     torch.manual_seed(0)
     MistralModel(CONFIG).save_pretrained(root / "base")
     base = open_hf_folder(root / "base")
-    facts = {"name": "mistral", "fingerprint": base_fingerprint(base, CONFIG)}
-    export_peft(random_reader(), CONFIG, POOLING, LORA, root / "adapters", attention_mask="bidirectional", base=facts)
+    read, on_base = random_reader(), {}
+    for entry in name_table(CONFIG, PoolingConfig(kind="mean")):
+        on_base[entry.name] = local_shard(entry, lambda name, e=entry: base.read(name, e.hf[name]), 0, 1)
+    export_peft(
+        lambda name: on_base[name] if name in on_base else read(name),
+        CONFIG,
+        POOLING,
+        LORA,
+        root / "adapters",
+        attention_mask="bidirectional",
+        base_name="mistral",
+    )
     return root
 
 
@@ -62,8 +80,12 @@ def model_from(folder, **changes):
     return ModelConfig(**{"init_from": "base", "pooling": POOLING, "lora": lora, **changes})
 
 
+def fingerprint_of(folder, config=CONFIG):
+    return base_fingerprint(parts_from(open_hf_folder(folder)), config)
+
+
 def open_it(folder, made, **changes):
-    return open_peft_folder(model_from(folder, **changes), CONFIG, open_hf_folder(made / "base"))
+    return open_peft_folder(model_from(folder, **changes), CONFIG, fingerprint_of(made / "base"))
 
 
 def empty():
@@ -91,9 +113,13 @@ def test_what_was_written_is_read(folder, made):
         (dict(target_modules=["q_proj"]), r"targets is \['q'\], model.lora.targets is \['down', 'q'\]"),
         (dict(target_modules="all-linear"), r"target_modules is 'all-linear', it must list some of q_proj, k_proj"),
         (dict(target_modules=["lm_head"]), r"target_modules is \['lm_head'\]"),
-        (dict(use_dora=True), r"use_dora is True; adapters here have False"),
+        (dict(target_modules=[["q_proj"]]), r"target_modules is \[\['q_proj'\]\], it must list some of"),
+        (dict(use_dora=True), r"use_dora is True; adapters here do not have it"),
+        (dict(layer_replication=[[0, 2]]), r"layer_replication is \[\[0, 2\]\]; adapters here do not"),
+        (dict(setting_of_tomorrow=3), r"setting_of_tomorrow is 3; adapters here do not have it"),
+        (dict(init_lora_weights="pissa"), r"init_lora_weights is 'pissa', which changes the base's weights"),
         (dict(use_rslora=True), r"use_rslora is True"),
-        (dict(rank_pattern={"q_proj": 8}), r"rank_pattern is {'q_proj': 8}"),
+        (dict(rank_pattern={"q_proj": 8}), r"rank_pattern is {'q_proj': 8}; adapters"),
         (dict(modules_to_save=["norm"]), r"modules_to_save is \['norm'\]"),
         (dict(bias="all"), r"bias is 'all'; adapters here have 'none'"),
         (dict(peft_type="IA3"), r"peft_type is 'IA3'; adapters here have 'LORA'"),
@@ -106,14 +132,21 @@ def test_other_settings_are_refused(folder, made, settings, message):
 
 
 def test_empty_settings_of_other_versions_are_taken(folder, made):
-    change(folder, layers_to_transform=[], rank_pattern=None, modules_to_save=[], some_new_setting=None)
+    change(
+        folder,
+        layers_to_transform=[],
+        rank_pattern=None,
+        modules_to_save=[],
+        some_new_setting=None,
+        init_lora_weights=True,
+    )
     open_it(folder, made)
 
 
 def test_adapters_of_another_base_are_refused(folder, made, tmp_path):
     torch.manual_seed(1)
     MistralModel(CONFIG).save_pretrained(tmp_path / "base")
-    with pytest.raises(WeightsError, match=r"nvembed.json: .*trained on mistral with weights .*base has"):
+    with pytest.raises(WeightsError, match=r"nvembed.json: .*trained on mistral with weights .*weights of base are"):
         open_it(folder, tmp_path)
     (folder / FACTS_FILE).unlink()  # of another maker: only shapes can tell
     open_it(folder, tmp_path)
@@ -126,8 +159,29 @@ def test_another_head_or_mask_is_refused(folder, made):
         open_it(folder, made, pooling=dataclasses.replace(POOLING, num_heads=1, head_width=24))
     with pytest.raises(WeightsError, match="attention_mask is 'bidirectional', model.attention_mask is 'causal'"):
         open_it(folder, made, attention_mask="causal")
-    (folder / FACTS_FILE).write_text('{"base": null}')
-    with pytest.raises(WeightsError, match=r"cannot read .*nvembed.json: KeyError\('attention_mask'\)"):
+    for broken in (
+        '{"base": null}',
+        '{"base": "x"}',
+        '{"base": {"name": "x"}}',
+        '{"base": {"name": "", "fingerprint": ""}}',
+    ):
+        (folder / FACTS_FILE).write_text(broken)
+        with pytest.raises(WeightsError, match=r"cannot read .*nvembed.json: (Key|Type)Error"):
+            open_it(folder, made)
+
+
+def test_foreign_tensors_of_a_head_are_refused(folder, made):
+    (folder / FACTS_FILE).unlink()  # of another maker: names and shapes must do
+    (folder / SUMS_FILE).unlink()
+    with pytest.raises(WeightsError, match=r"head.safetensors: tensor 'latent_.*none of a head of kind 'mean'"):
+        open_it(folder, made, pooling=PoolingConfig(kind="mean"))
+
+
+def test_flipped_bits_are_found(folder, made):
+    content = bytearray((folder / ADAPTERS_FILE).read_bytes())
+    content[-5] ^= 4
+    (folder / ADAPTERS_FILE).write_bytes(content)
+    with pytest.raises(WeightsError, match=r"adapter_model.safetensors: SHA-256 is .*SHA256SUMS says"):
         open_it(folder, made)
 
 
@@ -136,20 +190,29 @@ def test_a_base_in_another_dtype_has_the_same_fingerprint(made, tmp_path):
     model = MistralModel(config).bfloat16()
     model.save_pretrained(tmp_path / "half")
     model.float().save_pretrained(tmp_path / "whole")
-    prints = {base_fingerprint(open_hf_folder(tmp_path / name), config) for name in ("half", "whole")}
-    assert len(prints) == 1 and prints != {base_fingerprint(open_hf_folder(made / "base"), CONFIG)}
+    prints = {fingerprint_of(tmp_path / name, config) for name in ("half", "whole")}
+    assert len(prints) == 1 and prints != {fingerprint_of(made / "base")}
 
 
 def test_damaged_and_wrong_tensors(folder, made):
     tensors = load_file(folder / ADAPTERS_FILE)
+    for known in (FACTS_FILE, SUMS_FILE):
+        (folder / known).unlink()  # of another maker
     with pytest.raises(WeightsError, match=r"'base_model.model.layers.3.*no adapter of a model with 3 layers"):
-        open_peft_folder(model_from(folder), tiny_config(num_hidden_layers=3), None)
+        open_peft_folder(model_from(folder), tiny_config(num_hidden_layers=3), "anything")
     save_file({name: value for name, value in tensors.items() if name != Q}, folder / ADAPTERS_FILE)
     with pytest.raises(WeightsError, match=r"no tensor 'base_model.model.layers.1.self_attn.q_proj.lora_A.weight'"):
         load_weights(open_it(folder, made), name_table(CONFIG, POOLING, LORA), empty(), 0, 1)
     save_file({**tensors, Q: torch.zeros(3, 31)}, folder / ADAPTERS_FILE)
     with pytest.raises(WeightsError, match=r"safetensors: tensor .*q_proj.* has shape \[3, 31\].*\[3, 32\]"):
         load_weights(open_it(folder, made), name_table(CONFIG, POOLING, LORA), empty(), 0, 1)
+    save_file(
+        {name.removeprefix("base_model.model."): value for name, value in tensors.items()}, folder / ADAPTERS_FILE
+    )
+    with pytest.raises(
+        WeightsError, match=r"'layers.0.mlp.down_proj.lora_A.weight' is no adapter.*called base_model.mod"
+    ):
+        open_it(folder, made)
     content = (folder / ADAPTERS_FILE).read_bytes()
     (folder / ADAPTERS_FILE).write_bytes(content[: len(content) // 2])
     with pytest.raises(WeightsError, match=r"cannot read .*adapter_model.safetensors"):
@@ -171,7 +234,7 @@ def test_folders_that_are_none(folder, made, tmp_path):
 
 
 def test_an_export_appears_whole_or_not_at_all(made, tmp_path):
-    settings = dict(attention_mask="bidirectional", base=None)
+    settings = dict(attention_mask="bidirectional", base_name=None)
     (tmp_path / "old").mkdir()
     with pytest.raises(ExportError, match="old exists"):
         export_peft(random_reader(), CONFIG, POOLING, LORA, tmp_path / "old", **settings)
@@ -203,7 +266,8 @@ def test_merging_reads_whole_weights_of_every_layout():
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        (dict(rank=0), "rank must be at least 1, got 0"),
+        (dict(rank=-1), "rank must not be negative, got -1"),
+        (dict(init_from="x"), "init_from is x, but model.lora.rank is 0"),
         (dict(alpha=0.0), "alpha must be above 0, got 0.0"),
         (dict(dropout=1.0), "dropout must be from 0 to below 1, got 1.0"),
         (dict(targets=[]), "targets must be one or more of q, k, v"),
