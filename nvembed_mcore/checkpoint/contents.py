@@ -20,14 +20,14 @@ from nvembed_mcore.checkpoint.hf_folder import (
     read_index,
     read_json,
 )
+from nvembed_mcore.checkpoint.peft import ADAPTERS_FILE, FACTS_FILE, HEAD_FILE, SETTINGS_FILE
 from nvembed_mcore.checkpoint.safetensors_stream import INDEX_FILE, SUMS_FILE
 
-ADAPTER_CONFIG, ADAPTER_FILE = "adapter_config.json", "adapter_model.safetensors"
 EMBEDDINGS = ("embed_tokens.", "embedding.word_embeddings.")
 HEADS = ("latent_attention_model.", "pooling.")
 _FILES = {  # what each kind should have besides its weights
     "model": ("config.json", "tokenizer.json", "tokenizer_config.json"),
-    "adapters": (ADAPTER_CONFIG,),
+    "adapters": (SETTINGS_FILE,),
 }
 _LAYER = re.compile(r"\blayers\.(\d+)\.")
 
@@ -47,7 +47,7 @@ def inspect_folder(path: str | os.PathLike) -> dict[str, Any]:
     path = Path(path)
     if not path.is_dir():
         raise WeightsError(f"no folder at {path}")
-    if (path / ADAPTER_CONFIG).is_file():
+    if (path / SETTINGS_FILE).is_file():
         return _adapters(path)
     if (path / "config.json").is_file():
         return _model(path)
@@ -141,14 +141,18 @@ def _tensors(path: Path) -> tuple[dict[str, StoredTensor], list[str]]:
 
 
 def _adapters(path: Path) -> dict[str, Any]:
-    config = read_json(path / ADAPTER_CONFIG)
-    if not (path / ADAPTER_FILE).is_file():
-        raise WeightsError(f"{path} has no {ADAPTER_FILE}")
+    config = read_json(path / SETTINGS_FILE)
+    if not (path / ADAPTERS_FILE).is_file():
+        raise WeightsError(f"{path} has no {ADAPTERS_FILE}")
+    tensors = read_header(path / ADAPTERS_FILE)
+    if (path / HEAD_FILE).is_file():
+        tensors |= read_header(path / HEAD_FILE)
     fields = "peft_type r lora_alpha lora_dropout target_modules bias task_type".split()
-    base = config.get("base_model_name_or_path")
-    return _described("PEFT adapters", path, config.get("peft_type"), read_header(path / ADAPTER_FILE), "adapters") | {
-        "about": {name: config[name] for name in fields if config.get(name) is not None},
-        "trained_from": _chain(base),
+    about = {name: config[name] for name in fields if config.get(name) is not None}
+    about |= read_json(path / FACTS_FILE) if (path / FACTS_FILE).is_file() else {}
+    return _described("PEFT adapters", path, config.get("peft_type"), tensors, "adapters") | {
+        "about": about,
+        "trained_from": _chain(config.get("base_model_name_or_path")),
     }
 
 

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import json
 import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from nvembed_mcore.checkpoint.export_metadata import SENTENCE_MODULE
-from nvembed_mcore.checkpoint.hf_folder import WeightsError, open_hf_folder
+from nvembed_mcore.checkpoint.hf_folder import WeightsError, open_hf_folder, read_json
+from nvembed_mcore.checkpoint.hf_model import check_modules
 from nvembed_mcore.checkpoint.names import BACKBONE
 
 if TYPE_CHECKING:
@@ -27,8 +26,8 @@ def load_exported(directory: str | os.PathLike, device: str = "cpu") -> NVEmbedM
 
     directory = Path(directory)
     folder = open_hf_folder(directory)
-    config = _read_json(directory / "config.json")
-    has_modules = _check_modules(directory / "modules.json")
+    config = read_json(directory / "config.json")
+    has_modules = check_modules(directory / "modules.json")
     settings: dict[str, Any] = {}
     if config.get("model_type") == "mistral" and "is_causal" in config and has_modules:
         # The format `mean`: NV-Embed's model around the same weights, under names that have no prefix there.
@@ -66,34 +65,7 @@ def exported_prompt(directory: str | os.PathLike) -> str:
         WeightsError: `config_sentence_transformers.json` is missing or unreadable, or has no prompt named `query`.
     """
     file = Path(directory) / "config_sentence_transformers.json"
-    prompt = _read_json(file).get("prompts", {}).get("query")
+    prompt = read_json(file).get("prompts", {}).get("query")
     if not isinstance(prompt, str):
         raise WeightsError(f"{file}: the prompt named 'query' must be a string, got {prompt!r}")
     return prompt
-
-
-def _read_json(file: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise WeightsError(f"cannot read {file}: {error}") from error
-    if not isinstance(content, dict):
-        raise WeightsError(f"cannot read {file}: expected an object, got {type(content).__name__}")
-    return content
-
-
-def _check_modules(file: Path) -> bool:
-    """Whether there is a `modules.json`; one that would make sentence-transformers run foreign code is refused."""
-    if not file.is_file():
-        return False
-    try:
-        types = [module["type"] for module in json.loads(file.read_text(encoding="utf-8"))]
-    except (OSError, ValueError, TypeError, KeyError) as error:
-        raise WeightsError(f"cannot read {file}: {error!r}") from error
-    for number, name in enumerate(types):
-        if name != SENTENCE_MODULE and not str(name).startswith("sentence_transformers."):
-            raise WeightsError(
-                f"{file}: module {number} is of type {name!r}; types of sentence_transformers and "
-                f"{SENTENCE_MODULE!r} are accepted"
-            )
-    return True

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import json
 import os
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -13,6 +14,7 @@ from typing import Any, get_args, get_type_hints
 import torch
 from transformers import MistralConfig
 
+from nvembed_mcore.checkpoint.export_metadata import SENTENCE_MODULE
 from nvembed_mcore.checkpoint.hf_folder import HfFolder, WeightsError, open_hf_folder, read_json
 from nvembed_mcore.checkpoint.names import BACKBONE, Entry, name_table
 from nvembed_mcore.config import PoolingConfig
@@ -73,6 +75,7 @@ def open_hf_model(path: str | os.PathLike) -> HfModel:
     """
     folder = open_hf_folder(path)
     hf_config = read_mistral_config(path)
+    check_modules(folder.path / "modules.json")
     raw = read_json(folder.path / "config.json")
     pooling = _pooling(raw, folder.path)
     is_causal = raw.get("is_causal", raw.get("model_type") == "mistral")
@@ -129,6 +132,24 @@ def _pooling(raw: dict[str, Any], path: Path) -> PoolingConfig | None:
     if mode in ("lasttoken", ["pooling_mode_lasttoken"]):
         return PoolingConfig(kind="last")
     raise WeightsError(f"{modules} asks for neither the mean of the tokens nor the last token: {mode}")
+
+
+def check_modules(file: Path) -> bool:
+    """Whether there is a `modules.json`; one that would make sentence-transformers run foreign code is refused, also
+    because what such a module does with token states cannot be known."""
+    if not file.is_file():
+        return False
+    try:
+        types = [module["type"] for module in json.loads(file.read_text(encoding="utf-8"))]
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        raise WeightsError(f"cannot read {file}: {error!r}") from error
+    for number, name in enumerate(types):
+        if name != SENTENCE_MODULE and not str(name).startswith("sentence_transformers."):
+            raise WeightsError(
+                f"{file}: module {number} is of type {name!r}; types of sentence_transformers and "
+                f"{SENTENCE_MODULE!r} are accepted"
+            )
+    return True
 
 
 def _check_tensors(model: HfModel) -> None:

@@ -22,7 +22,7 @@ from safetensors.torch import save_file
 from transformers import MistralConfig
 
 from nvembed_mcore.checkpoint.hf_export import DTYPES, written_aside
-from nvembed_mcore.checkpoint.hf_folder import HfFolder, WeightsError, read_header
+from nvembed_mcore.checkpoint.hf_folder import HfFolder, WeightsError, read_header, read_json
 from nvembed_mcore.checkpoint.hf_model import same_head
 from nvembed_mcore.checkpoint.names import BACKBONE, HEAD, PROJECTIONS, name_table, to_hf
 from nvembed_mcore.config import LoraConfig, ModelConfig, PoolingConfig
@@ -85,7 +85,7 @@ def open_peft_folder(model: ModelConfig, hf_config: MistralConfig, base: HfFolde
 
 
 def _check_settings(file: Path, lora: LoraConfig) -> None:
-    settings = _read_json(file)
+    settings = read_json(file)
     for name, plain in _PLAIN.items():
         found = settings.get(name, plain)
         if found != plain and (found or plain):
@@ -107,7 +107,7 @@ def _check_settings(file: Path, lora: LoraConfig) -> None:
 
 def _check_facts(path: Path, model: ModelConfig, hf_config: MistralConfig, base: HfFolder | None) -> None:
     file = path / FACTS_FILE
-    facts = _read_json(file)
+    facts = read_json(file)
     try:
         made_on, mask, pooling = facts["base"], facts["attention_mask"], PoolingConfig(**facts["pooling"])
     except (KeyError, TypeError) as error:
@@ -121,16 +121,6 @@ def _check_facts(path: Path, model: ModelConfig, hf_config: MistralConfig, base:
             f"{file}: the adapters were trained on {made_on['name']} with weights {made_on['fingerprint']}, "
             f"model.init_from {base.path} has {found}"
         )
-
-
-def _read_json(file: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise WeightsError(f"cannot read {file}: {error}") from error
-    if not isinstance(content, dict):
-        raise WeightsError(f"{file} must hold a JSON object, got {type(content).__name__}")
-    return content
 
 
 def base_fingerprint(base: HfFolder, hf_config: MistralConfig) -> str:

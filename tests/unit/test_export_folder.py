@@ -13,6 +13,7 @@ from safetensors.torch import load_file
 from nvembed_mcore.checkpoint.hf_export import ExportError, export
 from nvembed_mcore.checkpoint.hf_folder import WeightsError
 from nvembed_mcore.checkpoint.hf_load import load_exported
+from nvembed_mcore.checkpoint.hf_model import open_hf_model
 from nvembed_mcore.evaluation.exported import ExportedEncoder
 from tests.helpers.exports import CONFIG, INSTRUCTION, LIMIT, PROMPT, TEXTS, Case, sentence_transformer
 from tests.helpers.models import tiny_config
@@ -231,8 +232,11 @@ def test_modules_of_foreign_types_are_refused(cases, tmp_path, kind):
         (folder / "modules.json").write_text(json.dumps(changed))
         with pytest.raises(
             WeightsError, match=rf"modules\.json: module {len(modules) - 1} is of type {foreign!r}; types"
-        ):
+        ) as refused:
             load_exported(folder)
+        with pytest.raises(WeightsError) as at_import:
+            open_hf_model(folder)
+        assert str(at_import.value) == str(refused.value)
     for broken in ("{", "[1]", '[{"path": ""}]'):
         (folder / "modules.json").write_text(broken)
         with pytest.raises(WeightsError, match=r"cannot read .*modules\.json"):

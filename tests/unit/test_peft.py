@@ -12,6 +12,7 @@ from safetensors.torch import load_file, save_file
 from transformers import MistralModel
 
 from nvembed_mcore.checkpoint.adapters import merged
+from nvembed_mcore.checkpoint.contents import inspect_folder
 from nvembed_mcore.checkpoint.hf_export import ExportError
 from nvembed_mcore.checkpoint.hf_folder import WeightsError, open_hf_folder
 from nvembed_mcore.checkpoint.hf_import import RandomWeights, load_weights
@@ -165,7 +166,7 @@ def test_folders_that_are_none(folder, made, tmp_path):
     with pytest.raises(WeightsError, match=r"cannot read .*adapter_config.json"):
         open_it(folder, made)
     (folder / "adapter_config.json").write_text("[]")
-    with pytest.raises(WeightsError, match=r"must hold a JSON object, got list"):
+    with pytest.raises(WeightsError, match=r"must hold an object, got list"):
         open_it(folder, made)
 
 
@@ -213,3 +214,15 @@ def test_merging_reads_whole_weights_of_every_layout():
 def test_bad_adapters_in_the_configuration(changes, message):
     with pytest.raises(ConfigError, match=message):
         LoraConfig(**changes)
+
+
+def test_inspect_tells_what_the_adapters_are_of(folder):
+    found = inspect_folder(folder)
+    entries = name_table(CONFIG, POOLING, LORA)
+    sizes = {"head": 0, "adapters": 0, "backbone": 0}
+    for entry in entries:
+        sizes[entry.part] += torch.Size(entry.shape).numel()
+    del sizes["backbone"]
+    assert {part: found["parameters"][part] for part in sizes} == sizes
+    assert found["about"]["base"]["name"] == "mistral" and found["about"]["pooling"]["num_heads"] == 2
+    assert found["about"]["target_modules"] == ["q_proj", "down_proj"] and found["missing"] == []
