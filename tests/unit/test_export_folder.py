@@ -249,3 +249,23 @@ def test_a_prompt_that_is_missing_is_an_error(cases, tmp_path):
     (folder / "config_sentence_transformers.json").write_text('{"prompts": {}}')
     with pytest.raises(WeightsError, match="the prompt named 'query' must be a string, got None"):
         ExportedEncoder(str(folder), instruction=None, max_length=LIMIT, device="cpu")
+
+
+def test_what_the_published_code_is_given(cases, tmp_path):
+    """Only that code, our weights, and a configuration that names it and the tokenizer."""
+    from tools.check_published_code import copy_of
+
+    code, folder = tmp_path / "code", tmp_path / "folder"
+    code.mkdir()
+    folder.mkdir()
+    with pytest.raises(ValueError, match=r"no \*\.py file in"):
+        copy_of(cases["latent"].folder, code, tmp_path, folder)
+    (code / "modeling_nvembed.py").write_text("published")
+    with pytest.raises(ValueError, match="runs bidirectional models with latent pooling, this is .*'mean'"):
+        copy_of(cases["mean"].folder, code, tmp_path, folder)
+    copy_of(cases["latent"].folder, code, tmp_path, folder)
+    assert {path.name for path in folder.iterdir()} == {"config.json", "model.safetensors", "modeling_nvembed.py"}
+    assert (folder / "modeling_nvembed.py").read_text() == "published"
+    config = json.loads((folder / "config.json").read_text())
+    assert config["text_config"]["_name_or_path"] == str(tmp_path)
+    assert config["auto_map"]["AutoConfig"] == "configuration_nvembed.NVEmbedConfig"
