@@ -151,7 +151,7 @@ def document(results: dict, environments: list[Environment], limit: int, worst: 
         worst=shown(worst),
         date=datetime.date.today(),
         commit=git("rev-parse", "--short", "HEAD") + ("" if not git("status", "--porcelain", "-uno") else ", changed"),
-        command="python tools/compat_matrix.py",
+        command="PYTHONPATH=. python tools/compat_matrix.py",
         processor=processor(),
         python=platform.python_version(),
         torch=_version("torch"),

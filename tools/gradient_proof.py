@@ -62,6 +62,7 @@ def remarks(case: Case) -> str:
     parts = [options[str(case.loss)]] if case.loss else []
     parts += [f"{case.queries} queries"] if case.queries != Case.queries else []
     parts += [case.kind] if case.kind != Case.kind else []
+    parts += ["adapters on " + ", ".join(case.targets)] if case.targets else []
     parts += ["no clipping"] if not case.clip else []
     parts += [f"exchange by {case.exchange.replace('_', '-')}"] if case.exchange != Case.exchange else []
     return ", ".join(parts)
