@@ -106,7 +106,7 @@ def loss_options() -> Iterator[Case]:
 
 
 def heads() -> Iterator[Case]:
-    """The other pooling heads, and multi-layer pooling in every layout and way."""
+    """The other pooling heads, and multi-layer pooling in every layout."""
     for kind in ("mean", "last", "self_attention"):
         yield Case(kind=kind, distributed=False)
         yield Case(world=2, tp=2, sp=True, kind=kind, distributed=False)
@@ -116,7 +116,7 @@ def heads() -> Iterator[Case]:
         layout = dict(world=world, tp=tp, sp=sp, pp=pp, chunks=chunks, kind="multi_layer", overlap=number % 2 == 0)
         budget = budget_for(2 * multiple if chunks > 1 else 3, ranks, 7, multiple)
         yield Case(**layout, way="cached", budget=budget, distributed=False)
-        if pp == 1:
+        if layout["world"] * pp == tp:  # one data-parallel rank without stages
             yield Case(**layout, way="retain", budget=budget, distributed=True)
             yield Case(**layout, way="single", distributed=False)
     yield Case(world=4, way="cached", kind="multi_layer", queries=1, distributed=False, overlap=True)
