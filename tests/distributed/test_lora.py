@@ -245,26 +245,27 @@ def bidirectional(base) -> MistralModel:
     return MistralModel.from_pretrained(base, config=config).eval()
 
 
+def mean_embeddings(model, inputs) -> torch.Tensor:
+    """float32 [len(TEXTS), H]: the means of a plain model's states, at unit length."""
+    from nvembed_mcore.data.prompts import encode_texts
+    from nvembed_mcore.data.tokenizer import load_tokenizer
+
+    found = []
+    for row in encode_texts(load_tokenizer(inputs / "tokenizer"), TEXTS, "", 32).split():
+        pooled = model(input_ids=torch.as_tensor(row.astype(np.int64))[None]).last_hidden_state[0].mean(0)
+        found.append(pooled / pooled.norm())
+    return torch.stack(found)
+
+
 @torch.no_grad()
 def test_peft_gives_the_embeddings_on_the_plain_base(world, inputs, peft_folder):
     from peft import PeftModel
 
-    from nvembed_mcore.data.prompts import encode_texts
-    from nvembed_mcore.data.tokenizer import load_tokenizer
-
     config, folder = peft_folder
     (expected,) = world(1).run(trainer_embeddings, config, config.run_dir)
-    plain = bidirectional(inputs / "base")
     model = PeftModel.from_pretrained(bidirectional(inputs / "base"), folder).eval()
-    rows = encode_texts(load_tokenizer(inputs / "tokenizer"), TEXTS, "", 32).split()
-    found, without = [], []
-    for row in rows:
-        ids = torch.as_tensor(row.astype(np.int64))[None]
-        for one, many in ((model, found), (plain, without)):
-            pooled = one(input_ids=ids).last_hidden_state[0].mean(0)
-            many.append(pooled / pooled.norm())
-    assert (torch.stack(found) - expected).abs().max() <= 1e-6
-    assert (torch.stack(without) - expected).abs().max() > 1e-2
+    assert (mean_embeddings(model, inputs) - expected).abs().max() <= 1e-6
+    assert (mean_embeddings(bidirectional(inputs / "base"), inputs) - expected).abs().max() > 1e-2
 
 
 @pytest.mark.parametrize("of_base", ["", "model.", "embedding_model."])
@@ -281,6 +282,22 @@ def test_a_peft_folder_comes_in_again(world, inputs, peft_folder, tmp_path, of_b
     (expected,) = world(1).run(trainer_embeddings, config, config.run_dir)
     (found,) = world(1).run(trainer_embeddings, again, None)
     assert torch.equal(found, expected)
+
+
+@torch.no_grad()
+def test_what_peft_itself_saved_comes_in(world, inputs, tmp_path):
+    import peft
+
+    settings = peft.LoraConfig(r=3, lora_alpha=9, target_modules=["k_proj", "o_proj", "gate_proj"], lora_dropout=0.3)
+    torch.manual_seed(5)
+    model = peft.get_peft_model(bidirectional(inputs / "base"), settings).eval()
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            parameter.normal_(0.0, 0.1)
+    model.save_pretrained(tmp_path / "adapters")
+    lora = LoraConfig(rank=3, alpha=9.0, targets=["gate", "k", "o"], init_from=str(tmp_path / "adapters"))
+    (found,) = world(1).run(trainer_embeddings, lora_run(inputs, "unused", lora=lora, kind="mean"), None)
+    assert (found - mean_embeddings(model, inputs)).abs().max() <= 1e-6
 
 
 def import_base(source, output) -> None:
