@@ -50,7 +50,7 @@ def build_model(config: RunConfig, hf_config: MistralConfig, groups: Groups) -> 
         )
     start = store.find_checkpoint(config.model.init_from) if config.model.init_from else None
     table = name_table(hf_config, config.model.pooling, config.model.adapters)
-    sources = _sources(config, hf_config, start)
+    sources = _sources(config, hf_config, start, groups)
     missing = _parts_to_make(start, config.model, hf_config) if start else {entry.name for entry in table}
     temperature = config.loss.temperature if config.loss.learn_temperature else None
     encoders = [
@@ -105,7 +105,7 @@ def _check_adapters(start: store.Checkpoint, model: ModelConfig) -> bool:
 
 
 def _sources(
-    config: RunConfig, hf_config: MistralConfig, start: store.Checkpoint | None
+    config: RunConfig, hf_config: MistralConfig, start: store.Checkpoint | None, groups: Groups
 ) -> list[HfFolder | hf_import.RandomWeights]:
     """Where parameters come from that no checkpoint gives; the first source that has one gives it."""
     model, sources = config.model, []
@@ -116,14 +116,15 @@ def _sources(
         model.pooling,
     )
     if model.init_from and not start:
-        found = open_hf_model(model.init_from)
+        found = every_rank_does(lambda: open_hf_model(model.init_from))[groups.rank]
         check_pooling(found, model.pooling)
         hf_import.verify_sums(found.folder)
         sources.append(found.folder)
     if model.lora.init_from:
         parts = peft.parts_in(store.open_weights(start)) if start else peft.parts_from((sources or [random])[0])
         fingerprint = first_rank_does(lambda: peft.base_fingerprint(parts, hf_config))
-        sources.insert(0, peft.open_peft_folder(model, hf_config, fingerprint))
+        opened = every_rank_does(lambda: peft.open_peft_folder(model, hf_config, fingerprint))
+        sources.insert(0, opened[groups.rank])
     return [*sources, random]
 
 

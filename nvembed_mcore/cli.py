@@ -142,7 +142,9 @@ def _add_export(commands: argparse._SubParsersAction) -> None:
         "peft: adapters and head alone, for the base they were trained on",
     )
     command.add_argument("--dtype", choices=["float32", "bfloat16", "float16"], default="float32")
-    command.add_argument("--instruction", help="query instruction of the model card; default: the first data set's")
+    command.add_argument(
+        "--instruction", help="of the queries (prompt `query` of the export); default: the first data set's"
+    )
     command.set_defaults(run=_export)
 
 

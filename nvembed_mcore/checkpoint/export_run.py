@@ -79,12 +79,14 @@ def export_adapters(source: str, output: str, *, dtype: str) -> None:
 
 def _base_name(found: store.Checkpoint) -> str | None:
     """The Hugging Face folder whose backbone a run still has, through stages that did not train it."""
+    seen: set[str] = set()
     facts = found.facts
     while "imported_from" in facts or store.adapters_of(facts):
         start = facts["config"]["model"]["init_from"]
         earlier = store.find_checkpoint(start) if start else None
-        if earlier is None:
+        if earlier is None or start in seen:
             return start
+        seen.add(start)
         facts = earlier.facts
     return None
 

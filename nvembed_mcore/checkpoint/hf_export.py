@@ -29,7 +29,7 @@ from nvembed_mcore.checkpoint.export_metadata import (
     tokenizer_files,
 )
 from nvembed_mcore.checkpoint.names import BACKBONE, Entry, name_table
-from nvembed_mcore.checkpoint.safetensors_stream import MAX_SHARD_BYTES, write_weights
+from nvembed_mcore.checkpoint.safetensors_stream import MAX_SHARD_BYTES, sync_files, write_weights
 from nvembed_mcore.config import PoolingConfig
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -101,17 +101,21 @@ def export(
 
 @contextmanager
 def written_aside(output_dir: Path) -> Iterator[Path]:
-    """A folder to write into that gets its name when the block ends, and that nothing is left of when it fails.
+    """A folder to write into that gets its name when the block ends and its files are on the disk.
+
+    Nothing is left of one that fails; what a killed process left is removed by the next one.
 
     Raises:
         ExportError: `output_dir` exists.
     """
     if output_dir.exists():
         raise ExportError(f"export folder {output_dir} exists; choose another or remove it")
-    aside = output_dir.with_name(f".{output_dir.name}.{os.getpid()}.partial")
+    aside = output_dir.with_name(f".{output_dir.name}.partial")
+    shutil.rmtree(aside, ignore_errors=True)
     aside.mkdir(parents=True)
     try:
         yield aside
+        sync_files(aside)
         aside.rename(output_dir)
     finally:
         shutil.rmtree(aside, ignore_errors=True)

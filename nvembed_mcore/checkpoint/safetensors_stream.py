@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 
@@ -93,6 +94,16 @@ def write_safetensors(
             del tensor, block
         assert next(expected, None) is None, "tensors are missing"
     return digest.hexdigest()
+
+
+def sync_files(folder: Path) -> None:
+    """Wait until every file below a folder is on the disk, so that a name given to it afterwards stands for all."""
+    for path in [*folder.rglob("*"), folder]:
+        handle = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
 
 
 def bytes_of(shape: tuple[int, ...], dtype: torch.dtype) -> int:

@@ -24,6 +24,7 @@ from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, Metadata
 from torch.distributed.checkpoint.planner import SavePlan, TensorWriteData, WriteItem, WriteItemType
 
 from nvembed_mcore import device
+from nvembed_mcore.checkpoint.safetensors_stream import sync_files
 from nvembed_mcore.checkpoint.store import stored_name
 from nvembed_mcore.parallel.groups import first_rank_does
 
@@ -73,13 +74,15 @@ def check_new(output: str | os.PathLike) -> None:
 
 def _make_aside(output: Path) -> str:
     check_new(output)
-    aside = output.with_name(f".{output.name}.{os.getpid()}.partial")
+    aside = output.with_name(f".{output.name}.partial")
+    shutil.rmtree(aside, ignore_errors=True)  # what a killed process left
     (aside / "state").mkdir(parents=True)
     return str(aside)
 
 
 def _publish(aside: Path, output: Path, facts: dict[str, Any]) -> None:
     (aside / "run.json").write_text(json.dumps(facts, indent=1, sort_keys=True), encoding="utf-8")
+    sync_files(aside)
     aside.rename(output)
 
 
