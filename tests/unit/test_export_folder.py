@@ -2,6 +2,7 @@
 
 import copy
 import json
+import math
 import shutil
 import subprocess
 import sys
@@ -269,3 +270,22 @@ def test_what_the_published_code_is_given(cases, tmp_path):
     config = json.loads((folder / "config.json").read_text())
     assert config["text_config"]["_name_or_path"] == str(tmp_path)
     assert config["auto_map"]["AutoConfig"] == "configuration_nvembed.NVEmbedConfig"
+
+
+@pytest.mark.parametrize(
+    ("format", "version", "value", "is_bad"),
+    [
+        *[("mean", "5.1.0", "not supported (causal)", False), ("mean", "5.2.0", "not supported (causal)", True)],
+        *[("mean", "5.10.0", "not supported (causal)", True), ("nv-embed", "4.42.4", "not supported (causal)", True)],
+        *[("mean", "5.2.0", 0.99995, False), ("mean", "4.42.4", 0.9998, True), ("nv-embed", "5.2.0", math.nan, True)],
+        *[("nv-embed", "4.42.4", "not run", False), ("nv-embed", "5.2.0", "failed: OSError: gone", True)],
+    ],
+)
+def test_which_cells_of_the_compatibility_table_are_bad(tmp_path, format, version, value, is_bad):
+    from tools.compat.environments import Environment
+    from tools.compat_matrix import bad_cells
+
+    environment = Environment(tmp_path, {"transformers": version, "sentence-transformers": "5.2.0"})
+    title = f"{version} / 5.2.0"
+    found = bad_cells({title: {"tiny": {"sdpa": value, "eager": 1.0}}}, [environment], {"tiny": format})
+    assert found == ([f"tiny | {title} | sdpa"] if is_bad else [])
