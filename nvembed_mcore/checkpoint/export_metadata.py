@@ -12,6 +12,7 @@ from typing import Any
 
 from transformers import MistralConfig
 
+from nvembed_mcore.checkpoint.hf_folder import read_json
 from nvembed_mcore.config import PoolingConfig
 from nvembed_mcore.data.prompts import query_prompt
 from nvembed_mcore.model.mistral import head_dim
@@ -107,17 +108,21 @@ def tokenizer_files(tokenizer_dir: Path, max_tokens: int) -> dict[str, dict[str,
       tokenising it alone (and versions before 6 strip it): so the count is exact everywhere. No text is changed but
       one that ends in the words of the prompt.
 
+    A tokenizer that comes from an export stays as it is.
+
     Raises:
-        OSError, KeyError, ValueError: a file is missing, unreadable or lacks a special token.
+        AttributeError, KeyError, TypeError, ValueError: a file is missing, unreadable or malformed, or lacks a special
+            token.
     """
-    backend = json.loads((tokenizer_dir / "tokenizer.json").read_text(encoding="utf-8"))
-    settings = json.loads((tokenizer_dir / "tokenizer_config.json").read_text(encoding="utf-8"))
+    backend, settings = (read_json(tokenizer_dir / name) for name in ("tokenizer.json", "tokenizer_config.json"))
     begin, end = (_content(settings[name]) for name in ("bos_token", "eos_token"))
     ids = {token["content"]: token["id"] for token in backend["added_tokens"]}
 
     drop_space = {"type": "Replace", "pattern": {"Regex": PROMPT_END_PATTERN}, "content": ""}
-    before = [backend["normalizer"]] if backend.get("normalizer") else []
-    backend["normalizer"] = {"type": "Sequence", "normalizers": [drop_space, *before]}
+    before = backend.get("normalizer") or {}
+    if before.get("normalizers", [None])[:1] != [drop_space]:
+        normalizers = [drop_space, before] if before else [drop_space]
+        backend["normalizer"] = {"type": "Sequence", "normalizers": normalizers}
     sides = [
         [_special(begin, i), {"Sequence": {"id": name, "type_id": i}}, _special(end, i)] for i, name in enumerate("AB")
     ]

@@ -11,6 +11,7 @@ from nvembed_mcore.checkpoint.adapters import merged
 from nvembed_mcore.checkpoint.hf_export import ExportError, export
 from nvembed_mcore.checkpoint.peft import export_peft
 from nvembed_mcore.config import LoraConfig, PoolingConfig
+from nvembed_mcore.data.tokenizer import load_tokenizer, tokenizer_fingerprint
 from nvembed_mcore.log import read_metrics
 
 
@@ -21,19 +22,23 @@ def export_run(source: str, output: str, *, dtype: str, instruction: str | None,
         source: run folder or checkpoint folder.
         output: folder to write.
         dtype: `float32`, `bfloat16` or `float16`.
-        instruction: query instruction; None takes that of the run's first data set.
+        instruction: query instruction; None takes that of the run's first data set, or of the folder that was
+            imported.
         format: `nv-embed` or `mean`.
 
     Raises:
-        CheckpointError: there is no complete checkpoint, or it was imported without a tokenizer.
+        CheckpointError: there is no complete checkpoint, it was imported without a tokenizer, or its tokenizer is
+            another one by now.
         ExportError: `output` exists, or the format cannot hold the run's pooling.
     """
     found = _open(source)
     config = found.facts["config"]
     if config["data"]["tokenizer"] is None:
         raise store.CheckpointError(f"{found.path} knows no tokenizer; import it again with --tokenizer")
+    _check_tokenizer(found)
     if instruction is None:
-        instruction = next((one["instruction"] for one in config["data"]["datasets"]), "")
+        imported = found.facts.get("imported_from", {}).get("instruction", "")
+        instruction = next((one["instruction"] for one in config["data"]["datasets"]), imported)
     hf_config = MistralConfig.from_dict(found.facts["hf_config"])
     pooling = PoolingConfig(**config["model"]["pooling"])
     read = store.open_weights(found)
@@ -52,6 +57,16 @@ def export_run(source: str, output: str, *, dtype: str, instruction: str | None,
         instruction=instruction,
         card_facts=_card_facts(found),
     )
+
+
+def _check_tokenizer(found: store.Checkpoint) -> None:
+    """Raise a `CheckpointError` when the tokenizer's folder does not hold the one that the checkpoint had."""
+    folder, had = found.facts["config"]["data"]["tokenizer"], found.facts["tokenizer"]
+    has = tokenizer_fingerprint(load_tokenizer(folder))
+    if had not in (None, has):
+        raise store.CheckpointError(
+            f"the tokenizer in {folder} is not the one of {found.path}: its fingerprint is {has}, {had} in run.json"
+        )
 
 
 def export_adapters(source: str, output: str, *, dtype: str) -> None:

@@ -28,8 +28,14 @@ from nvembed_mcore.checkpoint.export_metadata import (
     sentence_transformers_files,
     tokenizer_files,
 )
+from nvembed_mcore.checkpoint.hf_model import largest_token_id
 from nvembed_mcore.checkpoint.names import BACKBONE, Entry, name_table
-from nvembed_mcore.checkpoint.safetensors_stream import MAX_SHARD_BYTES, sync_files, write_weights
+from nvembed_mcore.checkpoint.safetensors_stream import (
+    MAX_SHARD_BYTES,
+    NotFiniteError,
+    sync_files,
+    write_weights,
+)
 from nvembed_mcore.config import PoolingConfig
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -75,7 +81,7 @@ def export(
 
     Raises:
         ExportError: `output_dir` exists, `dtype`, `format` or `attention_mask` is unknown, the format cannot hold this
-            pooling, or the tokenizer folder does not fit.
+            pooling, the tokenizer folder cannot be used or does not fit, or a weight does not fit `dtype`.
     """
     output_dir = Path(output_dir)
     _check_choices(format, dtype, attention_mask, pooling.kind)
@@ -95,7 +101,10 @@ def export(
         **({} if is_mean else code_files(pooling)),
     }
     with written_aside(output_dir) as aside:
-        write_weights(read_global, entries, aside, DTYPES[dtype], max_shard_bytes)
+        try:
+            write_weights(read_global, entries, aside, DTYPES[dtype], max_shard_bytes)
+        except NotFiniteError as error:
+            raise ExportError(f"cannot write {output_dir}: {error}") from error
         _write_texts(texts, aside)
 
 
@@ -156,11 +165,11 @@ def _with_bare_names(entry: Entry) -> Entry:
 def _checked_tokenizer_files(tokenizer_dir: Path, hf_config: MistralConfig, max_tokens: int) -> dict[str, Any]:
     try:
         files = tokenizer_files(tokenizer_dir, max_tokens)
-    except (OSError, KeyError, ValueError) as error:
+        largest = largest_token_id(tokenizer_dir)
+        fits = largest < hf_config.vocab_size
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise ExportError(f"cannot use the tokenizer in {tokenizer_dir}: {error!r}") from error
-    vocabulary = files["tokenizer.json"]["model"]["vocab"].values()
-    largest = max([*vocabulary, *(token["id"] for token in files["tokenizer.json"]["added_tokens"])])
-    if largest >= hf_config.vocab_size:
+    if not fits:
         raise ExportError(
             f"the tokenizer in {tokenizer_dir} has ids up to {largest}, "
             f"the model's vocab_size is {hf_config.vocab_size}"

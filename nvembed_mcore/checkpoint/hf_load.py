@@ -6,8 +6,8 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from nvembed_mcore.checkpoint.hf_folder import WeightsError, open_hf_folder, read_json
-from nvembed_mcore.checkpoint.hf_model import check_modules
+from nvembed_mcore.checkpoint.hf_folder import WeightsError, check_sums, read_json
+from nvembed_mcore.checkpoint.hf_model import HfModel, largest_token_id, open_hf_model
 from nvembed_mcore.checkpoint.names import BACKBONE
 
 if TYPE_CHECKING:
@@ -18,19 +18,22 @@ def load_exported(directory: str | os.PathLike, device: str = "cpu") -> NVEmbedM
     """The exported model, of either format, in evaluation mode and in the dtype of its weights.
 
     Raises:
-        WeightsError: the folder, its configuration or its weights are missing or unreadable, this project did not
-            write it, or its `modules.json` names foreign Python types; or torch does not know the device, or it has
-            too little memory.
+        ConfigError, WeightsError: the folder, its configuration or its weights are missing, unreadable or at odds, as
+            `import-hf` finds it too; this project did not write it, or its `modules.json` names foreign Python types;
+            the tokenizer has ids that the model has not; or torch does not know the device, or it has too little
+            memory.
     """
     from nvembed_mcore.checkpoint.hf_files.modeling_nvembed import NVEmbedConfig, NVEmbedModel
 
     directory = Path(directory)
-    folder = open_hf_folder(directory)
+    found = open_hf_model(directory)
     config = read_json(directory / "config.json")
-    has_modules = check_modules(directory / "modules.json")
     settings: dict[str, Any] = {}
-    if config.get("model_type") == "mistral" and "is_causal" in config and has_modules:
+    if config.get("model_type") == "mistral" and "is_causal" in config and (directory / "modules.json").is_file():
         # The format `mean`: NV-Embed's model around the same weights, under names that have no prefix there.
+        if found.pooling is None or found.pooling.kind != "mean":
+            kind = found.pooling and found.pooling.kind
+            raise WeightsError(f"{directory / '1_Pooling' / 'config.json'} asks for {kind!r} pooling, not for 'mean'")
         is_causal = config.pop("is_causal")
         wrapped = NVEmbedConfig(
             text_config=config, pooling="mean", is_causal=is_causal, query_prompt=exported_prompt(directory)
@@ -42,6 +45,8 @@ def load_exported(directory: str | os.PathLike, device: str = "cpu") -> NVEmbedM
             f"{config.get('pooling')!r} in config.json ('nvembed' and a kind of pooling are needed, or 'mistral', "
             f"is_causal and a modules.json beside it)"
         )
+    _check_tokenizer(found)
+    check_sums(directory, found.folder.files)
     try:
         model, report = NVEmbedModel.from_pretrained(
             directory, dtype="auto", local_files_only=True, use_safetensors=True, output_loading_info=True, **settings
@@ -50,12 +55,23 @@ def load_exported(directory: str | os.PathLike, device: str = "cpu") -> NVEmbedM
         raise WeightsError(f"the weights in {directory} do not fit its config.json: {error}") from error
     if report["missing_keys"]:
         raise WeightsError(
-            f"{folder.path} lacks {len(report['missing_keys'])} tensors: {sorted(report['missing_keys'])[:3]}"
+            f"{directory} lacks {len(report['missing_keys'])} tensors: {sorted(report['missing_keys'])[:3]}"
         )
+    for name, parameter in model.named_parameters():
+        found.folder.check_finite([name], parameter.detach())
     try:
         return model.to(device).eval()
     except (RuntimeError, AssertionError) as error:  # torch built without CUDA raises the latter
         raise WeightsError(f"cannot put the model of {directory} on device {device!r}: {error}") from error
+
+
+def _check_tokenizer(found: HfModel) -> None:
+    largest = largest_token_id(found.path)
+    if largest is not None and largest >= found.hf_config.vocab_size:
+        raise WeightsError(
+            f"{found.path / 'tokenizer.json'} has ids up to {largest}, {found.path / 'config.json'} says vocab_size "
+            f"is {found.hf_config.vocab_size}"
+        )
 
 
 def exported_prompt(directory: str | os.PathLike) -> str:
@@ -65,7 +81,8 @@ def exported_prompt(directory: str | os.PathLike) -> str:
         WeightsError: `config_sentence_transformers.json` is missing or unreadable, or has no prompt named `query`.
     """
     file = Path(directory) / "config_sentence_transformers.json"
-    prompt = read_json(file).get("prompts", {}).get("query")
+    prompts = read_json(file).get("prompts")
+    prompt = prompts.get("query") if isinstance(prompts, dict) else None
     if not isinstance(prompt, str):
         raise WeightsError(f"{file}: the prompt named 'query' must be a string, got {prompt!r}")
     return prompt

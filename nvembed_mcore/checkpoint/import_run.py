@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import logging
 import os
 import time
 from dataclasses import dataclass
@@ -13,16 +14,18 @@ import torch
 import torch.distributed as dist
 
 from nvembed_mcore import device
+from nvembed_mcore.checkpoint.hf_export import DTYPES
 from nvembed_mcore.checkpoint.hf_folder import WeightsError, read_json
 from nvembed_mcore.checkpoint.hf_import import verify_sums
 from nvembed_mcore.checkpoint.hf_model import HfModel, largest_token_id, open_hf_model
 from nvembed_mcore.checkpoint.names import copy_shard
 from nvembed_mcore.checkpoint.weights_store import check_new, save_weights
 from nvembed_mcore.config import ParallelConfig, PoolingConfig
+from nvembed_mcore.data.prompts import query_prompt
 from nvembed_mcore.data.tokenizer import load_tokenizer, tokenizer_fingerprint
 from nvembed_mcore.parallel.groups import initialize
 
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -122,6 +125,7 @@ def _facts(model: HfModel, source: str, tokenizer: str | None) -> dict[str, Any]
             "folder": model.path.resolve().name,
             "architecture": model.architecture,
             "fingerprint": model.fingerprint(),
+            "instruction": _instruction(model),
         },
     }
 
@@ -140,6 +144,19 @@ def _tokenizer(model: HfModel, given: str | None) -> tuple[str | None, str | Non
             f"is {model.hf_config.vocab_size}"
         )
     return os.path.abspath(folder), tokenizer_fingerprint(load_tokenizer(str(folder)))
+
+
+def _instruction(model: HfModel) -> str:
+    """The task of the queries, out of sentence-transformers' prompt named `query`; nothing where there is none, or
+    where it has not the form of ours and no instruction would give it again."""
+    file = model.path / "config_sentence_transformers.json"
+    prompts = read_json(file).get("prompts") if file.is_file() else None
+    prompt = (prompts.get("query") if isinstance(prompts, dict) else None) or ""
+    instruction = str(prompt).removeprefix("Instruct: ").removesuffix("\nQuery: ")
+    if query_prompt(instruction) == prompt:
+        return instruction
+    log.warning("%s: the prompt named 'query' is %r and not 'Instruct: ...\\nQuery: '; it is not kept", file, prompt)
+    return ""
 
 
 def _max_tokens(model: HfModel) -> int:

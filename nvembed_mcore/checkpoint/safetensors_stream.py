@@ -30,6 +30,10 @@ _BLOCK = 1 << 24
 """Numbers that are converted and written at once."""
 
 
+class NotFiniteError(ValueError):
+    """A number is infinite or none at all in the type it is written in; the message names file, tensor and values."""
+
+
 def write_weights(
     read_global: Callable[[str], torch.Tensor],
     entries: list[Entry],
@@ -73,7 +77,7 @@ def write_safetensors(
         SHA-256 of the file, in hexadecimal digits.
 
     Raises:
-        ValueError: a number is infinite or none at all, or does not fit `dtype`.
+        NotFiniteError: a number is infinite or none at all, or does not fit `dtype`.
     """
     digest = hashlib.sha256()
     expected = iter(shapes.items())
@@ -87,11 +91,15 @@ def write_safetensors(
         for name, tensor in tensors:
             assert (name, tuple(tensor.shape)) == next(expected), f"{name} is not what comes next"
             for block in tensor.detach().view(-1).split(_BLOCK):
-                block = block.to("cpu", dtype)
-                if not torch.isfinite(torch.stack(torch.aminmax(block))).all():
-                    raise ValueError(f"{path.name}: tensor {name!r} has numbers that are not finite in {dtype}")
-                write(memoryview(block.view(torch.uint8).numpy()))
-            del tensor, block
+                written = block.to("cpu", dtype)
+                if not torch.isfinite(torch.stack(torch.aminmax(written))).all():
+                    low, high = (number.item() for number in torch.aminmax(block))
+                    raise NotFiniteError(
+                        f"{path.name}: tensor {name!r} has numbers that are not finite in {dtype}: smallest {low}, "
+                        f"largest {high}"
+                    )
+                write(memoryview(written.view(torch.uint8).numpy()))
+            del tensor, block, written
         assert next(expected, None) is None, "tensors are missing"
     return digest.hexdigest()
 

@@ -1,12 +1,19 @@
-"""Numbers of exports: those of a plain computation, in transformers and sentence-transformers; and their tokens."""
+"""Numbers of exports: those of a plain computation, in transformers and sentence-transformers; their tokens; and what
+an export becomes that goes in and out again."""
+
+import json
+import shutil
 
 import pytest
 import torch
 
-from nvembed_mcore.checkpoint.hf_load import load_exported
+from nvembed_mcore.checkpoint.hf_export import ExportError, export
+from nvembed_mcore.checkpoint.hf_load import exported_prompt, load_exported
+from nvembed_mcore.cli import main
 from nvembed_mcore.data.prompts import encode_texts, query_prompt
-from nvembed_mcore.data.tokenizer import load_tokenizer
+from nvembed_mcore.data.tokenizer import load_tokenizer, tokenizer_fingerprint
 from tests.helpers.exports import (
+    CONFIG,
     INSTRUCTION,
     KINDS,
     LIMIT,
@@ -129,3 +136,89 @@ def test_encode_keeps_the_order_and_takes_no_text(cases):
     assert (together - alone).abs().max() < 1e-6
     assert model.encode([]).shape == (0, 32)
     assert model.encode(TEXTS[:2], return_numpy=True).dtype == "float32"
+
+
+BROKEN = {
+    "added_tokens null": ("tokenizer.json", lambda content: {**content, "added_tokens": None}),
+    "added_tokens [1]": ("tokenizer.json", lambda content: {**content, "added_tokens": [1]}),
+    "a list": ("tokenizer.json", lambda content: [content]),
+    "model null": ("tokenizer.json", lambda content: {**content, "model": None}),
+    "ids as text": ("tokenizer.json", lambda content: {**content, "model": {"vocab": {"a": "1"}}}),
+    "normalizer as text": ("tokenizer.json", lambda content: {**content, "normalizer": "NFC"}),
+    "a list of settings": ("tokenizer_config.json", lambda content: [content]),
+    "bos_token null": ("tokenizer_config.json", lambda content: {**content, "bos_token": None}),
+}
+
+
+@pytest.mark.parametrize("how", BROKEN)
+def test_a_malformed_tokenizer_is_not_exported(cases, tmp_path, how):
+    name, change = BROKEN[how]
+    folder = tmp_path / "tokenizer"
+    shutil.copytree(cases["mean"].tokenizer_dir, folder)
+    (folder / name).write_text(json.dumps(change(json.loads((folder / name).read_text()))))
+    with pytest.raises(ExportError, match=rf"cannot use the tokenizer in {folder}: "):
+        cases["mean"].export(tmp_path / "new", tokenizer_dir=folder)
+    assert list(tmp_path.iterdir()) == [folder]
+
+
+def test_a_number_that_float16_cannot_hold(cases, tmp_path):
+    case = cases["mean"]
+    settings = dict(tokenizer_dir=case.tokenizer_dir, attention_mask="bidirectional", max_tokens=LIMIT, card_facts={})
+    message = r"cannot write .*new: model\.safetensors: tensor 'embedding_model\.embed.*largest 70000\.0"
+    with pytest.raises(ExportError, match=message):
+        export(
+            lambda name: torch.full_like(case.read_global(name), 7e4),
+            CONFIG,
+            case.pooling,
+            tmp_path / "new",
+            dtype="float16",
+            **settings,
+        )
+    assert list(tmp_path.iterdir()) == []
+
+
+# In and out again
+
+
+@pytest.mark.parametrize(("kind", "form"), [("latent", "nv-embed"), ("mean", "mean")])
+def test_an_export_that_goes_in_and_out_again_is_the_same(cases, tmp_path, kind, form):
+    first, again = tmp_path / "first", tmp_path / "again"
+    cases[kind].export(first, format=form)
+    assert main(["import-hf", str(first), str(tmp_path / "imported")]) == 0
+    assert main(["export-hf", str(tmp_path / "imported"), str(again), "--format", form]) == 0
+    names = {str(path.relative_to(first)) for path in first.rglob("*") if path.is_file()}
+    assert {str(path.relative_to(again)) for path in again.rglob("*") if path.is_file()} == names
+    for name in names - {"README.md"}:
+        assert (again / name).read_bytes() == (first / name).read_bytes(), name
+    assert exported_prompt(again) == PROMPT
+
+
+@pytest.mark.parametrize(
+    ("prompts", "is_named"),
+    [({"query": "query: "}, True), ({"query": ["a"]}, True), ({}, False), (None, False), ({"query": ""}, False)],
+)
+def test_a_prompt_of_another_form_is_named_and_not_kept(cases, tmp_path, caplog, prompts, is_named):
+    shutil.copytree(cases["mean"].folder, tmp_path / "source")
+    file = tmp_path / "source/config_sentence_transformers.json"
+    file.write_text(json.dumps({"prompts": prompts}))
+    assert main(["import-hf", str(tmp_path / "source"), str(tmp_path / "imported")]) == 0
+    warned = [record.getMessage() for record in caplog.records if str(file) in record.getMessage()]
+    assert len(warned) == is_named and all(repr(prompts["query"]) in message for message in warned)
+    assert main(["export-hf", str(tmp_path / "imported"), str(tmp_path / "again")]) == 0
+    assert exported_prompt(tmp_path / "again") == ""
+
+
+def test_a_tokenizer_that_changed_since_is_not_exported(cases, tmp_path, capsys):
+    source, imported = tmp_path / "source", tmp_path / "imported"
+    shutil.copytree(cases["mean"].folder, source)
+    assert main(["import-hf", str(source), str(imported)]) == 0
+    tokenizer = json.loads((source / "tokenizer.json").read_text())
+    tokenizer["normalizer"]["normalizers"].pop()
+    (source / "tokenizer.json").write_text(json.dumps(tokenizer))
+    had = json.loads(next(imported.rglob("run.json")).read_text())["tokenizer"]
+    has = tokenizer_fingerprint(load_tokenizer(source))
+    capsys.readouterr()
+    assert main(["export-hf", str(imported), str(tmp_path / "again")]) == 2
+    message = capsys.readouterr().err
+    assert f"the tokenizer in {source} is not the one of" in message and had in message and has in message
+    assert not (tmp_path / "again").exists()

@@ -2,13 +2,14 @@
 
 import copy
 import json
+import math
 import shutil
 import subprocess
 import sys
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from nvembed_mcore.checkpoint.hf_export import ExportError, export
 from nvembed_mcore.checkpoint.hf_folder import WeightsError
@@ -143,18 +144,25 @@ def test_folders_that_are_no_exports(cases, tmp_path):
     shutil.copytree(cases["mean"].folder, broken)
     config = json.loads((broken / "config.json").read_text())
     (broken / "config.json").write_text(json.dumps({**config, "pooling": "latent"}))
-    with pytest.raises(WeightsError, match="lacks 14 tensors.*latent_attention_model"):
+    with pytest.raises(WeightsError, match=r"has no tensor 'latent_attention_model\.latents'"):
         load_exported(broken)
     (broken / "config.json").write_text(json.dumps({**config, "pooling": "median"}))
     with pytest.raises(ValueError, match="pooling is 'median'"):
         load_exported(broken)
     config["text_config"]["intermediate_size"] = 48
     (broken / "config.json").write_text(json.dumps(config))
-    with pytest.raises(WeightsError, match="do not fit"):
+    with pytest.raises(WeightsError, match=r"has shape .*the model needs \[48, 32\]"):
         load_exported(broken)
     (broken / "config.json").write_text("{")
-    with pytest.raises(WeightsError, match=r"cannot read .*config\.json"):
+    with pytest.raises((ValueError, OSError), match=r"config\.json"):
         load_exported(broken)
+
+
+def test_a_head_of_another_width_than_the_backbone(cases, tmp_path):
+    shutil.copytree(cases["latent"].folder, tmp_path / "wide")
+    _change(tmp_path / "wide/config.json", lambda config: config["latent_attention_config"].update(hidden_dim=48))
+    with pytest.raises(WeightsError, match=r"the weights in .*wide do not fit its config\.json"):
+        load_exported(tmp_path / "wide")
 
 
 # The format `mean`
@@ -198,6 +206,74 @@ def test_evaluation_takes_the_format_mean(cases, plain):
     encoder = ExportedEncoder(str(plain), instruction=None, max_length=LIMIT, device="cpu")
     assert (encoder(TEXTS, True) - cases["mean"].expected(TEXTS, INSTRUCTION)).abs().max() < 1e-5
     assert (encoder(TEXTS, False) - cases["mean"].expected(TEXTS)).abs().max() < 1e-5
+
+
+def _change(file, change):
+    content = json.loads(file.read_text())
+    change(content)
+    file.write_text(json.dumps(content))
+
+
+def _flip_a_bit(folder):
+    content = bytearray((folder / "model.safetensors").read_bytes())
+    content[-1] ^= 1
+    (folder / "model.safetensors").write_bytes(content)
+
+
+def _change_tensors(folder, change):
+    (folder / "SHA256SUMS").unlink()
+    tensors = load_file(folder / "model.safetensors")
+    change(tensors)
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+
+
+def _add_token(tokenizer):
+    tokenizer["added_tokens"].append({**tokenizer["added_tokens"][0], "id": 32010, "content": "<new>"})
+
+
+DAMAGE = {
+    "a bit": (_flip_a_bit, r"model\.safetensors: SHA-256 is .*SHA256SUMS says"),
+    "an infinite number": (
+        lambda folder: _change_tensors(
+            folder, lambda tensors: list(tensors.values())[-1].view(-1)[1:2].fill_(torch.inf)
+        ),
+        r"model\.safetensors: tensor .* has numbers that are not finite in float32: .* largest inf",
+    ),
+    "another tensor": (
+        lambda folder: _change_tensors(folder, lambda tensors: tensors.update(more=torch.zeros(2))),
+        r"model\.safetensors holds tensor 'more', which the model of .*config\.json does not have",
+    ),
+    "a token": (
+        lambda folder: _change(folder / "tokenizer.json", _add_token),
+        r"tokenizer\.json has ids up to 32010, .*config\.json says vocab_size is 32010",
+    ),
+    "a rotary base": (
+        lambda folder: _change(folder / "config.json", lambda c: c.get("text_config", c).update(rope_theta=5.0)),
+        r"config\.json: rope_theta is 5\.0, rope_parameters\.rope_theta is 10000\.0; they must be the same",
+    ),
+}
+
+
+@pytest.mark.parametrize("form", ["nv-embed", "mean"])
+@pytest.mark.parametrize("damage", DAMAGE)
+def test_what_import_refuses_is_not_loaded(cases, plain, tmp_path, form, damage):
+    folder, (change, message) = tmp_path / "damaged", DAMAGE[damage]
+    shutil.copytree(plain if form == "mean" else cases["mean"].folder, folder)
+    change(folder)
+    with pytest.raises(ValueError, match=message):
+        load_exported(folder)
+
+
+def test_the_format_mean_pools_by_the_mean(plain, tmp_path):
+    folder = tmp_path / "last"
+    shutil.copytree(plain, folder)
+    modes = {"pooling_mode_mean_tokens": False, "pooling_mode_lasttoken": True}
+    _change(folder / "1_Pooling/config.json", lambda config: config.update(modes))
+    with pytest.raises(WeightsError, match=r"1_Pooling/config\.json asks for 'last' pooling, not for 'mean'"):
+        load_exported(folder)
+    (folder / "1_Pooling/config.json").unlink()
+    with pytest.raises(WeightsError, match=r"asks for None pooling"):
+        load_exported(folder)
 
 
 def test_a_causal_model_in_the_format_mean(tokenizer_dir, tmp_path):
@@ -269,3 +345,22 @@ def test_what_the_published_code_is_given(cases, tmp_path):
     config = json.loads((folder / "config.json").read_text())
     assert config["text_config"]["_name_or_path"] == str(tmp_path)
     assert config["auto_map"]["AutoConfig"] == "configuration_nvembed.NVEmbedConfig"
+
+
+@pytest.mark.parametrize(
+    ("format", "version", "value", "is_bad"),
+    [
+        *[("mean", "5.1.0", "not supported (causal)", False), ("mean", "5.2.0", "not supported (causal)", True)],
+        *[("mean", "5.10.0", "not supported (causal)", True), ("nv-embed", "4.42.4", "not supported (causal)", True)],
+        *[("mean", "5.2.0", 0.99995, False), ("mean", "4.42.4", 0.9998, True), ("nv-embed", "5.2.0", math.nan, True)],
+        *[("nv-embed", "4.42.4", "not run", False), ("nv-embed", "5.2.0", "failed: OSError: gone", True)],
+    ],
+)
+def test_which_cells_of_the_compatibility_table_are_bad(tmp_path, format, version, value, is_bad):
+    from tools.compat.environments import Environment
+    from tools.compat_matrix import bad_cells
+
+    environment = Environment(tmp_path, {"transformers": version, "sentence-transformers": "5.2.0"})
+    title = f"{version} / 5.2.0"
+    found = bad_cells({title: {"tiny": {"sdpa": value, "eager": 1.0}}}, [environment], {"tiny": format})
+    assert found == ([f"tiny | {title} | sdpa"] if is_bad else [])

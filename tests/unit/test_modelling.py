@@ -134,6 +134,33 @@ def test_a_wrapped_projection_is_not_folded_away(model):
     assert (embed(model) - embed(doubled)).abs().max() < 1e-6
 
 
+@torch.no_grad()
+def test_what_is_written_to_data_is_folded_anew(model, folds):
+    before = embed(model)
+    attend = model.latent_attention_model.cross_attend_blocks[0]
+    for weight in (attend.fn.to_out.weight, attend.fn.to_q.weight, attend.norm_context.bias):
+        version = weight._version
+        weight.data.mul_(-3).add_(0.1)
+        assert weight._version == version, "torch does not see it"
+        changed = embed(model)
+        assert torch.equal(embed(model), changed) and (changed - before).abs().max() > 1e-3
+        before = changed
+    assert len(folds) == 4
+
+
+@pytest.mark.parametrize("is_used_wrapped", [True, False])
+def test_adapters_on_the_head_count_when_merged(model, is_used_wrapped):
+    """PEFT merges by writing to `.data` and puts the same linear back."""
+    from peft import LoraConfig, get_peft_model
+
+    before = embed(model)
+    settings = LoraConfig(target_modules=["to_q", "to_kv", "to_out"], init_lora_weights=False, lora_alpha=64)
+    wrapped = get_peft_model(model, settings)
+    expected = embed(model if is_used_wrapped else copy.deepcopy(model))
+    merged = wrapped.merge_and_unload()
+    assert (expected - before).abs().max() > 0.1 and (embed(merged) - expected).abs().max() < 1e-5
+
+
 # Flash attention, with torch's in place of the kernel
 
 

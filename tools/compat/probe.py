@@ -23,7 +23,7 @@ from transformers import AutoModel, AutoTokenizer
 
 DTYPES, IMPLEMENTATIONS = ("float32", "bfloat16", "float16"), ("sdpa", "eager")
 FLASH = "flash_attention_2"
-CAUSAL = "not supported (causal)"
+CAUSAL, NOT_RUN = "not supported (causal)", "not run"
 Embeddings = dict[str, torch.Tensor]
 
 
@@ -121,7 +121,7 @@ def with_transformers(export: dict[str, Any]) -> dict[str, float | str]:
             cells[f"{dtype} {implementation}"] = CAUSAL if is_deaf else cosine
     name = "float32 flash (stand-in)"
     if not hasattr(transformers.modeling_utils, "ALL_ATTENTION_FUNCTIONS"):
-        cells[name] = "not run"
+        cells[name] = NOT_RUN
         return cells
     model = with_flash(load(export, "float32", "sdpa"))
     cosine = smallest_cosine(embed(model, export), export["expected"]["float32"])

@@ -168,7 +168,7 @@ class PoolingHead(nn.Module):
         if has_latents:
             self.latents = nn.Parameter(torch.randn(config.num_latents_value, config.latent_dim))
         self.cross_attend_blocks = _blocks(config)
-        self._kept: tuple[list[torch.Tensor], list[Any], tuple[torch.Tensor, torch.Tensor]] | None = None
+        self._kept: tuple[list[torch.Tensor], list[Any], torch.Tensor, tuple[torch.Tensor, torch.Tensor]] | None = None
 
     def forward(self, states: torch.Tensor, key_mask: torch.Tensor) -> torch.Tensor:
         """`states` [N, L, H]; `key_mask` [N, 1, 1, L] is added to the scores of `self_attention`."""
@@ -181,17 +181,18 @@ class PoolingHead(nn.Module):
             logits = (normed @ into).unflatten(-1, (attend.fn.num_heads, -1))
             attended = logits.float().softmax(dim=-1).to(normed.dtype).flatten(-2) @ out_of
         else:
+            self._kept = None
             attended = attend.fn(normed, attend.norm_context(self.latents[None]))
         states = states + attended
         return states + feed_forward.fn(feed_forward.norm(states))
 
     def _can_fold(self) -> bool:
         """Whether the projections are what they seem: not wrapped by an adapter, quantised or kept elsewhere."""
-        projections = list(self.cross_attend_blocks[0].fn.children())
-        return all(type(linear) is nn.Linear and not linear.weight.is_meta for linear in projections)
+        return all(type(x) is nn.Linear and not x.weight.is_meta for x in self.cross_attend_blocks[0].fn.children())
 
     def _folded(self, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
-        """`_fold`, made once for all forward passes without gradients, until a parameter changes."""
+        """`_fold`, made once for all forward passes without gradients, until a parameter changes. Writing to `.data`
+        does not count as a change in torch; it shows in a sample of each one's numbers, up to 4096 or some more."""
         attend = self.cross_attend_blocks[0]
         weights = [self.latents, *attend.norm_context.parameters(), *attend.fn.parameters()]
         has_gradient = torch.is_grad_enabled() and any(weight.requires_grad for weight in weights)
@@ -199,10 +200,11 @@ class PoolingHead(nn.Module):
             self._kept = None
             return self._fold(dtype)
         state = [(id(x), x._version, x.data_ptr(), x.dtype, x.device, dtype) for x in weights]
-        if self._kept is None or self._kept[1] != state:
-            with torch.inference_mode(False), torch.no_grad():  # a tensor that later passes with gradients can use too
-                self._kept = weights, state, self._fold(dtype)
-        return self._kept[2]
+        with torch.inference_mode(False), torch.no_grad():  # tensors that later passes with gradients can use too
+            sample = torch.cat([x.flatten()[:: x.numel() // 4096 | 1] for x in weights])  # an odd step: all columns
+            if self._kept is None or self._kept[1] != state or not torch.equal(self._kept[2], sample):
+                self._kept = weights, state, sample, self._fold(dtype)
+        return self._kept[3]
 
     def _fold(self, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
         """The cross attention on latents, which no text changes, as two matrices [H, A * R] and [A * R, H].
@@ -327,8 +329,7 @@ class NVEmbedModel(PreTrainedModel):
         weights = pool_mask.float()
         if self.config.pooling == "last" or (self.config.pooling == "multi_layer" and self.config.is_causal):
             position = torch.arange(pool_mask.size(1), device=pool_mask.device)
-            last = (position * (pool_mask > 0)).argmax(dim=1, keepdim=True)
-            weights = (position == last).float()
+            weights = (position == (position * (pool_mask > 0)).argmax(dim=1, keepdim=True)).float()
         return weights / weights.sum(dim=1, keepdim=True)
 
     @property
