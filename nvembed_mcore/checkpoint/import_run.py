@@ -146,4 +146,8 @@ def _max_tokens(model: HfModel) -> int:
     """Where texts are cut: as sentence-transformers does it with this folder, otherwise a run's default."""
     file = model.path / "sentence_bert_config.json"
     limit = read_json(file).get("max_seq_length") if file.is_file() else None
-    return limit or 512
+    if limit is None:
+        return 512
+    if type(limit) is not int or limit < 1:
+        raise WeightsError(f"{file}: max_seq_length must be an integer of at least 1, got {limit!r}")
+    return limit
