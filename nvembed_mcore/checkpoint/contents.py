@@ -20,8 +20,10 @@ from nvembed_mcore.checkpoint.hf_folder import (
     read_index,
     read_json,
 )
+from nvembed_mcore.checkpoint.hf_model import architecture_of
 from nvembed_mcore.checkpoint.peft import ADAPTERS_FILE, FACTS_FILE, HEAD_FILE, SETTINGS_FILE
 from nvembed_mcore.checkpoint.safetensors_stream import INDEX_FILE, SUMS_FILE
+from nvembed_mcore.model.mistral import text_config
 
 EMBEDDINGS = ("embed_tokens.", "embedding.word_embeddings.")
 HEADS = ("latent_attention_model.", "pooling.")
@@ -38,11 +40,11 @@ def inspect_folder(path: str | os.PathLike) -> dict[str, Any]:
     Returns:
         JSON values. `kind` (`Hugging Face model`, `PEFT adapters` or `checkpoint`), `path`, `architecture`, `tensors`
         (name -> `shape`, `dtype`), `parameters` (by part), `dtypes`, `bytes`, `files` (weights, with their bytes),
-        `missing` (files that such a folder should have), `about` (what else it says of itself, field -> value),
-        `trained_from` (the folder it began with, that folder's, and so on).
+        `missing` (files, or parts of them, that such a folder should have), `about` (what else it says of itself,
+        field -> value), `trained_from` (the folder it began with, that folder's, and so on).
 
     Raises:
-        WeightsError, CheckpointError: there is no such folder, or it is neither kind, or damaged.
+        ConfigError, WeightsError, CheckpointError: there is no such folder, or it is neither kind, or damaged.
     """
     path = Path(path)
     if not path.is_dir():
@@ -110,18 +112,18 @@ def _tensor_table(tensors: dict[str, dict[str, Any]], all_tensors: bool) -> Tabl
 def _model(path: Path) -> dict[str, Any]:
     config = read_json(path / "config.json")
     tensors, missing = _tensors(path)
-    text_config = config.get("text_config", config)
+    backbone = text_config(config, path / "config.json")
     fields = (
         "vocab_size hidden_size intermediate_size num_hidden_layers num_attention_heads num_key_value_heads head_dim "
         "max_position_embeddings sliding_window rope_theta rope_parameters"
     ).split()
-    about = {name: text_config[name] for name in fields if text_config.get(name) is not None}
+    about = {name: backbone[name] for name in fields if backbone.get(name) is not None}
     about |= {name: config[name] for name in ("pooling", "is_causal", "query_prompt") if name in config}
     if "latent_attention_config" in config:
         about["latent_attention_config"] = config["latent_attention_config"]
     if (path / SUMS_FILE).is_file():
         about["sums"] = SUMS_FILE
-    architecture = (config.get("architectures") or [config.get("model_type")])[0]
+    architecture = architecture_of(config, path / "config.json")
     described = _described("Hugging Face model", path, architecture, tensors, "model")
     return described | {"missing": missing + described["missing"], "about": about, "trained_from": []}
 
@@ -175,14 +177,22 @@ def _checkpoint(checkpoint: store.Checkpoint) -> dict[str, Any]:
         **described,
         "bytes": sum(files.values()),
         "files": files,
-        "missing": [name for name in ("metadata.json", ".metadata", "common.pt") if not _state(checkpoint, name)],
+        "missing": _missing(checkpoint, files),
         "about": about,
         "trained_from": _chain(model.get("init_from") or model.get("config")),
     }
 
 
-def _state(checkpoint: store.Checkpoint, name: str) -> bool:
-    return (checkpoint.path / "state" / name).is_file()
+def _missing(checkpoint: store.Checkpoint, files: dict[str, int]) -> list[str]:
+    """What the state's folder lacks: files, or the ends of those that hold tensors (`files`, with their bytes)."""
+    folder = checkpoint.path / "state"
+    missing = [name for name in ("metadata.json", ".metadata", "common.pt") if not (folder / name).is_file()]
+    for name, needed in store.stored_files(checkpoint).items():
+        if name not in files:
+            missing.append(name)
+        elif files[name] < needed:
+            missing.append(f"{name} from byte {files[name]:,} to {needed:,}")
+    return missing
 
 
 def _described(

@@ -231,13 +231,17 @@ def check_sums(path: Path, files: Iterable[str]) -> int:
     """Compare files with the folder's `SHA256SUMS`; returns how many of them it lists. Reads the files whole.
 
     Raises:
-        WeightsError: a file has other bytes than those that were written.
+        WeightsError: a file has other bytes than those that were written, or `SHA256SUMS` cannot be read.
     """
     sums = path / SUMS_FILE
     if not sums.is_file():
         return 0
+    try:
+        lines = sums.read_text(encoding="utf-8").splitlines()
+    except (OSError, ValueError) as error:
+        raise WeightsError(f"cannot read {sums}: {error}") from error
     recorded = {}
-    for line in sums.read_text(encoding="utf-8").splitlines():
+    for line in lines:
         digest, _, name = line.partition("  ")
         recorded[name] = digest
     checked = [name for name in files if name in recorded]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import operator
 import os
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -24,6 +25,8 @@ PUBLISHED_LATENT_ATTENTION = {"num_latents_value": 512, "num_cross_heads": 8, "c
 """What the published NV-Embed's `latent_attention_config` means by what it leaves out: defaults of its class."""
 NOT_NEEDED = ("lm_head.weight", "rotary_emb.inv_freq")
 """Ends of names that a Mistral checkpoint may have and an encoder has not."""
+SENTENCE_MODULES = ("Transformer", "Pooling", "Normalize")
+"""Modules of sentence-transformers that compute what an encoder of ours computes."""
 KINDS = get_args(get_type_hints(PoolingConfig)["kind"])
 _SAMPLE = 4096
 
@@ -78,11 +81,22 @@ def open_hf_model(path: str | os.PathLike) -> HfModel:
     check_modules(folder.path / "modules.json")
     raw = read_json(folder.path / "config.json")
     pooling = _pooling(raw, folder.path)
+    file = folder.path / "config.json"
     is_causal = raw.get("is_causal", raw.get("model_type") == "mistral")
-    architecture = (raw.get("architectures") or [raw.get("model_type")])[0]
-    model = HfModel(folder, hf_config, pooling, "causal" if is_causal else "bidirectional", architecture)
+    if not isinstance(is_causal, bool):
+        raise WeightsError(f"{file}: is_causal must be true or false, got {is_causal!r}")
+    mask = "causal" if is_causal else "bidirectional"
+    model = HfModel(folder, hf_config, pooling, mask, architecture_of(raw, file))
     _check_tensors(model)
     return model
+
+
+def architecture_of(config: dict[str, Any], file: Path) -> str | None:
+    """The first of `architectures`; where there is none, `model_type`. `file`, for messages, holds `config`."""
+    named = config.get("architectures") or [config.get("model_type")]
+    if not isinstance(named, list):
+        raise WeightsError(f"{file}: architectures must be a list of names, got {named!r}")
+    return named[0]
 
 
 def same_head(one: PoolingConfig, other: PoolingConfig, hidden: int) -> bool:
@@ -112,15 +126,7 @@ def _head_facts(pooling: PoolingConfig, hidden: int) -> dict[str, Any]:
 
 def _pooling(raw: dict[str, Any], path: Path) -> PoolingConfig | None:
     if raw.get("model_type") == "nvembed":
-        if raw.get("pooling", "latent") not in KINDS:
-            raise WeightsError(f"{path / 'config.json'}: pooling is {raw['pooling']!r}, known are {', '.join(KINDS)}")
-        latent = PUBLISHED_LATENT_ATTENTION | (raw.get("latent_attention_config") or {})
-        return PoolingConfig(
-            kind=raw.get("pooling", "latent"),
-            num_latents=latent["num_latents_value"],
-            num_heads=latent["num_cross_heads"],
-            head_width=latent["cross_dim_head"],
-        )
+        return _nv_embed_pooling(raw, path / "config.json")
     modules = path / "1_Pooling" / "config.json"  # sentence-transformers'
     if not modules.is_file():
         return None
@@ -128,15 +134,52 @@ def _pooling(raw: dict[str, Any], path: Path) -> PoolingConfig | None:
     # Since version 6 one field, before one for each mode.
     mode = modes.get("pooling_mode") or [name for name, value in modes.items() if value is True and "_mode_" in name]
     if mode in ("mean", ["pooling_mode_mean_tokens"]):
+        # The library's default is true; without prompts it means nothing.
+        if modes.get("include_prompt", True) is not False and _has_prompts(path):
+            raise WeightsError(
+                f"{modules} has include_prompt true: it pools the tokens of prompts, which are masked here"
+            )
         return PoolingConfig(kind="mean")
     if mode in ("lasttoken", ["pooling_mode_lasttoken"]):
         return PoolingConfig(kind="last")
     raise WeightsError(f"{modules} asks for neither the mean of the tokens nor the last token: {mode}")
 
 
+def _nv_embed_pooling(raw: dict[str, Any], file: Path) -> PoolingConfig:
+    """The head of `config.json`; what the published class does otherwise when told so, ours cannot do."""
+    kind = raw.get("pooling", "latent")
+    if kind not in KINDS:
+        raise WeightsError(f"{file}: pooling is {kind!r}, known are {', '.join(KINDS)}")
+    given = raw.get("latent_attention_config") or {}
+    if not isinstance(given, dict):
+        raise WeightsError(f"{file}: latent_attention_config must be an object, got {given!r}")
+    for name, holder in (("is_mask_instruction", raw), ("output_normalize", given)):
+        if holder.get(name, True) is not True:
+            raise WeightsError(f"{file}: {name} is {holder[name]!r}, this trainer's models have true")
+    latent = PUBLISHED_LATENT_ATTENTION | given
+    for name in PUBLISHED_LATENT_ATTENTION:
+        if type(latent[name]) is not int or latent[name] < 1:
+            raise WeightsError(
+                f"{file}: latent_attention_config.{name} must be an integer of at least 1, got {latent[name]!r}"
+            )
+    return PoolingConfig(
+        kind=kind,
+        num_latents=latent["num_latents_value"],
+        num_heads=latent["num_cross_heads"],
+        head_width=latent["cross_dim_head"],
+    )
+
+
+def _has_prompts(path: Path) -> bool:
+    """Whether sentence-transformers would put a prompt in front of some texts."""
+    file = path / "config_sentence_transformers.json"
+    prompts = read_json(file).get("prompts") if file.is_file() else None
+    return any(prompts.values()) if isinstance(prompts, dict) else bool(prompts)
+
+
 def check_modules(file: Path) -> bool:
-    """Whether there is a `modules.json`; one that would make sentence-transformers run foreign code is refused, also
-    because what such a module does with token states cannot be known."""
+    """Whether there is a `modules.json`; one that would make sentence-transformers run foreign code, or a module that
+    changes what is pooled (`Dense`), is refused: what it does with vectors would be lost."""
     if not file.is_file():
         return False
     try:
@@ -144,10 +187,12 @@ def check_modules(file: Path) -> bool:
     except (OSError, ValueError, TypeError, KeyError) as error:
         raise WeightsError(f"cannot read {file}: {error!r}") from error
     for number, name in enumerate(types):
-        if name != SENTENCE_MODULE and not str(name).startswith("sentence_transformers."):
+        library, _, kind = str(name).rpartition(".")
+        is_known = library.split(".")[0] == "sentence_transformers" and kind in SENTENCE_MODULES
+        if name != SENTENCE_MODULE and not is_known:
             raise WeightsError(
-                f"{file}: module {number} is of type {name!r}; types of sentence_transformers and "
-                f"{SENTENCE_MODULE!r} are accepted"
+                f"{file}: module {number} is of type {name!r}; types {', '.join(SENTENCE_MODULES)} of "
+                f"sentence_transformers and {SENTENCE_MODULE!r} are accepted"
             )
     return True
 
@@ -178,7 +223,7 @@ def largest_token_id(tokenizer_dir: str | os.PathLike) -> int | None:
     """The largest id of a folder's `tokenizer.json`; None where there is no such file.
 
     Raises:
-        WeightsError: the file cannot be read.
+        WeightsError: the file cannot be read, or has no ids.
     """
     file = Path(tokenizer_dir) / "tokenizer.json"
     if not file.is_file():
@@ -187,6 +232,6 @@ def largest_token_id(tokenizer_dir: str | os.PathLike) -> int | None:
     try:
         vocabulary = backend["model"]["vocab"]
         ids: Iterable[int] = vocabulary.values() if isinstance(vocabulary, dict) else range(len(vocabulary))
-        return max([*ids, *(token["id"] for token in backend["added_tokens"])])
-    except (KeyError, TypeError) as error:
+        return max(map(operator.index, [*ids, *(token["id"] for token in backend["added_tokens"])]))
+    except (KeyError, TypeError, ValueError) as error:  # the last: there are none
         raise WeightsError(f"cannot read {file}: {error!r}") from error

@@ -23,7 +23,7 @@ from nvembed_mcore.checkpoint.weights_store import check_new, save_weights
 from nvembed_mcore.config import ParallelConfig, PoolingConfig
 from nvembed_mcore.data.prompts import query_prompt
 from nvembed_mcore.data.tokenizer import load_tokenizer, tokenizer_fingerprint
-from nvembed_mcore.parallel.groups import initialize
+from nvembed_mcore.parallel.groups import every_rank_does, initialize
 
 log = logging.getLogger(__name__)
 
@@ -60,7 +60,7 @@ def import_hf(source: str, output: str, *, tokenizer: str | None = None, dtype: 
     start = time.perf_counter()
     check_new(output)
     initialize(ParallelConfig())
-    model = open_hf_model(source)
+    model = every_rank_does(lambda: open_hf_model(source))[dist.get_rank()]
     facts = _facts(model, source, tokenizer)
     num_checked = verify_sums(model.folder)
     entries = {entry.name: entry for entry in model.entries()}
@@ -163,4 +163,8 @@ def _max_tokens(model: HfModel) -> int:
     """Where texts are cut: as sentence-transformers does it with this folder, otherwise a run's default."""
     file = model.path / "sentence_bert_config.json"
     limit = read_json(file).get("max_seq_length") if file.is_file() else None
-    return limit or 512
+    if limit is None:
+        return 512
+    if type(limit) is not int or limit < 1:
+        raise WeightsError(f"{file}: max_seq_length must be an integer of at least 1, got {limit!r}")
+    return limit

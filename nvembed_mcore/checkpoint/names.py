@@ -14,7 +14,7 @@ neighbouring pairs), so the rows of a head keep their order. What differs:
 Low-rank adapters have PEFT's last two words (`q_proj.lora_A.weight`), one pair a projection on both sides.
 
 Hugging Face names are NV-Embed's (`embedding_model.*`, `latent_attention_model.*`); other prefixes are the reader's
-affair (`hf_import`).
+affair (`hf_folder`).
 """
 
 from __future__ import annotations

@@ -26,9 +26,12 @@ from megatron.core.dist_checkpointing.strategies.cached_metadata_filesystem_read
 from megatron.core.distributed import DistributedDataParallel
 from megatron.core.optimizer import MegatronOptimizer
 from torch.distributed import checkpoint as torch_checkpoint
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
-from nvembed_mcore.config import CheckpointConfig
+from nvembed_mcore.checkpoint.names import Entry, name_table
+from nvembed_mcore.config import CheckpointConfig, LoraConfig, PoolingConfig
+from nvembed_mcore.model.mistral import mistral_config
 
 POINTER = "latest"
 TEMPERATURE = "log_scale"
@@ -68,14 +71,17 @@ def read_checkpoint(path: str | Path) -> Checkpoint:
     """Read the facts of a checkpoint folder.
 
     Raises:
-        CheckpointError: the folder or its `run.json` is missing or unreadable.
+        CheckpointError: the folder or its `run.json` is missing or unreadable, or does not describe a model.
     """
     path = Path(path)
+    file = path / "run.json"
     try:
-        facts = json.loads((path / "run.json").read_text(encoding="utf-8"))
-        return Checkpoint(path, int(facts["step"]), facts)
-    except (OSError, ValueError, KeyError) as error:
-        raise CheckpointError(f"{path} is not a complete checkpoint: {error}") from error
+        facts = json.loads(file.read_text(encoding="utf-8"))
+        found = Checkpoint(path, int(facts["step"]), facts)
+        _table(found)
+        return found
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise CheckpointError(f"{path} is not a complete checkpoint: cannot use {file}: {error!r}") from error
 
 
 def find_checkpoint(path: str | Path) -> Checkpoint | None:
@@ -184,20 +190,51 @@ def adapter_settings(lora: dict[str, Any]) -> dict[str, Any]:
 
 
 def open_weights(checkpoint: Checkpoint) -> Callable[[str], torch.Tensor]:
-    """A function that reads one global tensor by name, for one process and without building the model."""
+    """A function that reads one global tensor by name, for one process and without building the model.
+
+    Raises:
+        CheckpointError: a tensor has another shape than `run.json` says; and, by the function, it cannot be read.
+    """
     reader = _reader(checkpoint)
     stored = reader.read_metadata().state_dict_metadata
+    for entry in _table(checkpoint):
+        name = stored_name(entry.name)
+        if name in stored and tuple(stored[name].size) != entry.shape:
+            raise CheckpointError(
+                f"{checkpoint.path}: tensor {name!r} has shape {list(stored[name].size)}, the model of its run.json "
+                f"needs {list(entry.shape)}"
+            )
 
     def read(name: str) -> torch.Tensor:
         name = stored_name(name)
         if not isinstance(stored.get(name), TensorStorageMetadata):
             raise CheckpointError(f"{checkpoint.path} has no tensor {name!r}")
         tensor = torch.empty(stored[name].size, dtype=stored[name].properties.dtype)
-        # Not Megatron's load, which reads the metadata again for each call.
-        torch_checkpoint.load({name: tensor}, storage_reader=reader, no_dist=True)
+        try:
+            # Not Megatron's load, which reads the metadata again for each call.
+            torch_checkpoint.load({name: tensor}, storage_reader=reader, no_dist=True)
+        except CheckpointException as error:  # not an `Exception`
+            (cause, _), *_ = error.failures.values()
+            raise CheckpointError(f"cannot read tensor {name!r} of {checkpoint.path}: {cause!r}") from error
         return tensor
 
     return read
+
+
+def _table(checkpoint: Checkpoint) -> list[Entry]:
+    """The name table of the model that `run.json` describes."""
+    model = checkpoint.facts["config"]["model"]
+    lora = LoraConfig(**(model.get("lora") or {}))
+    hf_config = mistral_config(checkpoint.facts["hf_config"], checkpoint.path / "run.json")
+    return name_table(hf_config, PoolingConfig(**model["pooling"]), lora if lora.rank else None)
+
+
+def stored_files(checkpoint: Checkpoint) -> dict[str, int]:
+    """The files of all tensors, each with the number of bytes that it must have; only the metadata is read."""
+    needed: dict[str, int] = {}
+    for one in _reader(checkpoint).read_metadata().storage_data.values():
+        needed[one.relative_path] = max(needed.get(one.relative_path, 0), one.offset + one.length)
+    return dict(sorted(needed.items()))
 
 
 def stored_tensors(checkpoint: Checkpoint) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import json
+import math
 import os
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -20,6 +23,7 @@ from nvembed_mcore.model.attention import PackedCoreAttention
 
 VOCABULARY_MULTIPLE = 128
 """The embedding table is padded to this multiple in every layout, so that checkpoints fit any tensor-parallel size."""
+_SIZES = "vocab_size hidden_size intermediate_size num_hidden_layers num_attention_heads num_key_value_heads".split()
 
 
 def read_mistral_config(path: str | os.PathLike) -> MistralConfig:
@@ -28,30 +32,67 @@ def read_mistral_config(path: str | os.PathLike) -> MistralConfig:
     The `text_config` of an NV-Embed folder counts too.
 
     Raises:
-        ConfigError: there is no such file, or it describes another architecture or a rotary variant, or two rotary
-            bases.
+        ConfigError: there is no such file, it is no JSON object, or `mistral_config` refuses what it says.
     """
     path = Path(path)
     file = path / "config.json" if path.is_dir() else path
     if not file.is_file():
         raise ConfigError(f"no Hugging Face config.json at {file}")
-    raw, _ = MistralConfig.get_config_dict(str(file))
-    raw = raw.get("text_config", raw)
+    try:
+        raw = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"cannot read {file}: {error}") from error
+    return mistral_config(text_config(raw, file), file)
+
+
+def text_config(raw: Any, file: Path) -> dict[str, Any]:
+    """The part of a `config.json` that describes the backbone: all of it, or an NV-Embed folder's `text_config`.
+
+    Raises:
+        ConfigError: it is no JSON object.
+    """
+    if not isinstance(raw, dict):
+        raise ConfigError(f"{file} must hold an object, got {raw!r}")
+    found = raw.get("text_config", raw)
+    if not isinstance(found, dict):
+        raise ConfigError(f"{file}: text_config must be an object, got {found!r}")
+    return found
+
+
+def mistral_config(raw: dict[str, Any], file: Path) -> MistralConfig:
+    """The architecture that JSON values describe; `file`, where they stand, is for messages.
+
+    Raises:
+        ConfigError: they describe another architecture or a rotary variant, or two rotary bases; or a value is of a
+            wrong type or out of range.
+    """
     if raw.get("model_type") not in ("mistral", "bidir_mistral"):
         raise ConfigError(f"{file}: model_type is {raw.get('model_type')!r}, this trainer builds 'mistral'")
-    config = MistralConfig.from_dict({key: value for key, value in raw.items() if key != "model_type"})
-    bases = {raw.get("rope_theta"), (raw.get("rope_parameters") or {}).get("rope_theta")} - {None}
-    if len(bases) > 1:
-        raise ConfigError(
-            f"{file}: rope_theta is {raw['rope_theta']}, rope_parameters.rope_theta is "
-            f"{raw['rope_parameters']['rope_theta']}; they must be the same"
-        )
-    rope_type = (config.rope_parameters or {}).get("rope_type", "default")
-    if rope_type != "default":
-        raise ConfigError(f"{file}: rope_type is {rope_type!r}, this trainer computes 'default'")
+    try:
+        config = MistralConfig.from_dict({key: value for key, value in raw.items() if key != "model_type"})
+    except Exception as error:  # transformers' validators have no class of errors in common
+        raise ConfigError(f"{file} is no Mistral configuration: {error}") from error
+    for name in _SIZES:
+        if getattr(config, name) < 1:
+            raise ConfigError(f"{file}: {name} must be at least 1, got {getattr(config, name)}")
+    _check_rotary(config, raw, file)
     if config.hidden_act != "silu":
         raise ConfigError(f"{file}: hidden_act is {config.hidden_act!r}, this trainer computes 'silu'")
     return config
+
+
+def _check_rotary(config: MistralConfig, raw: dict[str, Any], file: Path) -> None:
+    rope_type = config.rope_parameters.get("rope_type", "default")
+    if rope_type != "default":
+        raise ConfigError(f"{file}: rope_type is {rope_type!r}, this trainer computes 'default'")
+    base = config.rope_parameters.get("rope_theta")
+    if type(base) not in (int, float) or not 0 < base < math.inf:
+        raise ConfigError(f"{file}: rope_theta must be a finite number above 0, got {base!r}")
+    bases = [raw.get("rope_theta"), (raw.get("rope_parameters") or {}).get("rope_theta")]
+    if None not in bases and bases[0] != bases[1]:
+        raise ConfigError(
+            f"{file}: rope_theta is {bases[0]}, rope_parameters.rope_theta is {bases[1]}; they must be the same"
+        )
 
 
 def check_layout(hf_config: MistralConfig, parallel: ParallelConfig) -> None:

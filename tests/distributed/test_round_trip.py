@@ -14,8 +14,11 @@ from tests.helpers import runs, transfer
 from tests.helpers.models import tiny_config
 
 LAYOUTS = [(1, 1), (2, 1), (1, 2), (2, 2)]
-KINDS = ["latent", "self_attention", "mean"]
-MODELS = [("latent", "float32"), ("latent", "bfloat16"), ("self_attention", "bfloat16"), ("mean", "float32")]
+KINDS = ["latent", "self_attention", "mean", "last", "multi_layer"]
+MODELS = [
+    *(("latent", "float32"), ("latent", "bfloat16"), ("self_attention", "bfloat16"), ("mean", "float32")),
+    *(("last", "bfloat16"), ("multi_layer", "float32")),
+]
 CONFIG = tiny_config(num_hidden_layers=2)
 STATES, EMBEDDINGS = 2e-6, 2e-6
 
@@ -28,7 +31,7 @@ def pooling_of(kind):
 def folders(tmp_path_factory):
     """(kind, dtype) -> folder and the tensors in it."""
     root, made = tmp_path_factory.mktemp("folders"), {}
-    for kind, dtype in [*MODELS, ("self_attention", "float32")]:
+    for kind, dtype in [*MODELS, ("self_attention", "float32"), ("last", "float32")]:
         path = root / f"{kind}-{dtype}"
         made[kind, dtype] = path, transfer.write_folder(path, CONFIG, pooling_of(kind), getattr(torch, dtype))
     return made

@@ -122,7 +122,7 @@ def import_and_save(folder: Path, output: Path, pooling: PoolingConfig, dtype: s
     dist.barrier()
     dist_checkpointing.save({"0": store._weights(encoder)}, str(output / "state"))
     if groups.rank == 0:
-        facts = {"step": 0, "config": {"loss": {}, "model": {"pooling": vars(pooling)}}}
+        facts = {"step": 0, "config": {"loss": {}, "model": {"pooling": vars(pooling)}}, "hf_config": config.to_dict()}
         (output / "run.json").write_text(json.dumps(facts), encoding="utf-8")
     return missing
 

@@ -85,7 +85,8 @@ def test_a_failed_import_leaves_nothing(groups, tmp_path):
 def test_metadata_is_read_once(groups, tmp_path, monkeypatch):
     """Megatron's own loader reads it for each call, which took 14 ms a tensor."""
     shapes = {name: (entry.shape, torch.float32) for name, entry in ENTRIES.items()}
-    save_weights(tmp_path / "saved", shapes, make_parameter, {"step": 0})
+    facts = {"step": 0, "config": {"model": {"pooling": vars(POOLING)}}, "hf_config": CONFIG.to_dict()}
+    save_weights(tmp_path / "saved", shapes, make_parameter, facts)
     calls, plain = [], FileSystemReader.read_metadata
     monkeypatch.setattr(
         FileSystemReader, "read_metadata", lambda self, *a, **k: calls.append(1) or plain(self, *a, **k)
