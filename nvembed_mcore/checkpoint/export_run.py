@@ -35,7 +35,6 @@ def export_run(source: str, output: str, *, dtype: str, instruction: str | None,
     config = found.facts["config"]
     if config["data"]["tokenizer"] is None:
         raise store.CheckpointError(f"{found.path} knows no tokenizer; import it again with --tokenizer")
-    _check_tokenizer(found)
     if instruction is None:
         imported = found.facts.get("imported_from", {}).get("instruction", "")
         instruction = next((one["instruction"] for one in config["data"]["datasets"]), imported)
@@ -44,6 +43,7 @@ def export_run(source: str, output: str, *, dtype: str, instruction: str | None,
     read = store.open_weights(found)
     if store.adapters_of(found.facts):
         read = merged(read, hf_config, pooling, LoraConfig(**config["model"]["lora"]))
+    _check_tokenizer(found)
     export(
         read,
         hf_config,
