@@ -123,7 +123,7 @@ def _import(arguments: argparse.Namespace) -> None:
 
     done = import_hf(arguments.source, arguments.output, tokenizer=arguments.tokenizer, dtype=arguments.dtype)
     if os.environ.get("RANK", "0") == "0":
-        checked = f", {done.checked_files} files with the SHA-256 they should have" if done.checked_files else ""
+        checked = f", SHA-256 of {done.checked_files} of its files as listed" if done.checked_files else ""
         print(
             f"{done.architecture}: {done.num_tensors} tensors, {done.num_parameters:,} parameters, "
             f"{done.num_bytes / 1e9:.2f} GB in {done.seconds:.1f} s{checked}: {arguments.output}"

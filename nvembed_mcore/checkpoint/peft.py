@@ -253,7 +253,8 @@ config.is_causal = {is_causal}  # obeyed by transformers 5
 model = PeftModel.from_pretrained(AutoModel.from_pretrained({from_base}, config=config), "{name}").eval()
 ```
 
-Its last hidden states are those of the trained model. The embedding of a text is what the head makes of them: for
-`mean`, their mean over the text's tokens, divided by its length; other heads have their weights in
-`{HEAD_FILE}`, under the names of a full export (`{HEAD}*`).
+The base is taken as a plain `MistralModel`; of a model in NV-Embed's form it is the part `embedding_model`, with
+`embedding_model.config.is_causal = {is_causal}`. The last hidden states are those of the trained model. The embedding
+of a text is what the head makes of them: for `mean`, their mean over the text's tokens, divided by its length; other
+heads have their weights in `{HEAD_FILE}`, under the names of a full export (`{HEAD}*`).
 """
