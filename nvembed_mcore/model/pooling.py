@@ -64,7 +64,22 @@ class Mlp(nn.Module):
         return self.mlp_out(value * F.gelu(gate))
 
 
-class LatentAttention(Mlp):
+class AttendingHead(Mlp):
+    """Projections and norms of the heads with attention; what attends to what is theirs."""
+
+    def __init__(self, hidden: int, config: PoolingConfig) -> None:
+        super().__init__(hidden)
+        self.num_heads, self.head_width = config.num_heads, config.head_width or hidden
+        inner = self.num_heads * self.head_width
+        self.norm_query = nn.LayerNorm(hidden)
+        self.norm_context = nn.LayerNorm(hidden)
+        self.to_q = nn.Linear(hidden, inner, bias=False)
+        self.to_kv = nn.Linear(hidden, 2 * inner, bias=False)
+        self.to_out = nn.Linear(inner, hidden, bias=False)
+        self.norm_mlp = nn.LayerNorm(hidden)
+
+
+class LatentAttention(AttendingHead):
     """NV-Embed's latent attention: token states are queries, trained latents are keys and values.
 
     The latents do not depend on the text, so `to_q`, `to_kv` and `to_out` fold into two matrices around a softmax
@@ -74,16 +89,8 @@ class LatentAttention(Mlp):
     needs_whole_texts = False
 
     def __init__(self, hidden: int, config: PoolingConfig) -> None:
-        super().__init__(hidden)
-        self.num_heads, self.head_width = config.num_heads, config.head_width or hidden
-        inner = self.num_heads * self.head_width
+        super().__init__(hidden, config)
         self.latents = nn.Parameter(torch.empty(config.num_latents, hidden))
-        self.norm_query = nn.LayerNorm(hidden)
-        self.norm_context = nn.LayerNorm(hidden)
-        self.to_q = nn.Linear(hidden, inner, bias=False)
-        self.to_kv = nn.Linear(hidden, 2 * inner, bias=False)
-        self.to_out = nn.Linear(inner, hidden, bias=False)
-        self.norm_mlp = nn.LayerNorm(hidden)
 
     def fold(self) -> tuple[torch.Tensor, torch.Tensor]:
         """The cross attention as two float32 matrices, [H, A * R] and [A * R, H].
@@ -116,21 +123,10 @@ class LatentAttention(Mlp):
         return states + super().forward(self.norm_mlp(states))
 
 
-class SelfAttentionPooling(Mlp):
+class SelfAttentionPooling(AttendingHead):
     """The paper's ablation (section 5.2.3): as the latent head, with the text's own tokens as keys and values."""
 
     needs_whole_texts = True
-
-    def __init__(self, hidden: int, config: PoolingConfig) -> None:
-        super().__init__(hidden)
-        self.num_heads, self.head_width = config.num_heads, config.head_width or hidden
-        inner = self.num_heads * self.head_width
-        self.norm_query = nn.LayerNorm(hidden)
-        self.norm_context = nn.LayerNorm(hidden)
-        self.to_q = nn.Linear(hidden, inner, bias=False)
-        self.to_kv = nn.Linear(hidden, 2 * inner, bias=False)
-        self.to_out = nn.Linear(inner, hidden, bias=False)
-        self.norm_mlp = nn.LayerNorm(hidden)
 
     def forward(self, states: torch.Tensor, packing: Packing) -> torch.Tensor:
         """Token states [T, H] of whole texts -> token states [T, H]."""
@@ -141,7 +137,7 @@ class SelfAttentionPooling(Mlp):
         return states + super().forward(self.norm_mlp(states))
 
 
-class MultiLayerPooling(Mlp):
+class MultiLayerPooling(AttendingHead):
     """Multi-layer trainable pooling (arXiv 2409.02727): latents are queries, a text's layers are keys and values.
 
     There are more latents than layers, so values go through `to_out` before they are weighted: exact, and many times
@@ -151,17 +147,9 @@ class MultiLayerPooling(Mlp):
     needs_whole_texts = True
 
     def __init__(self, hidden: int, config: PoolingConfig, num_layers: int) -> None:
-        super().__init__(hidden)
-        self.num_heads, self.head_width = config.num_heads, config.head_width or hidden
-        inner = self.num_heads * self.head_width
+        super().__init__(hidden, config)
         self.latents = nn.Parameter(torch.empty(config.num_latents, hidden))
         self.layer_embedding = nn.Embedding(num_layers, hidden)
-        self.norm_query = nn.LayerNorm(hidden)
-        self.norm_context = nn.LayerNorm(hidden)
-        self.to_q = nn.Linear(hidden, inner, bias=False)
-        self.to_kv = nn.Linear(hidden, 2 * inner, bias=False)
-        self.to_out = nn.Linear(inner, hidden, bias=False)
-        self.norm_mlp = nn.LayerNorm(hidden)
 
     def forward(self, summaries: torch.Tensor) -> torch.Tensor:
         """Summaries [L, B, H] -> vectors, float32 [B, H].
