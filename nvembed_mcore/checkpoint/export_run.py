@@ -121,7 +121,7 @@ def _card_facts(found: store.Checkpoint) -> dict[str, Any]:
     facts: dict[str, Any] = {
         "Training": {
             "step": found.step,
-            **{key: config[key] for key in ("stage", "seed", "steps", "batch_size", "loss", "optim")},
+            **{key: config[key] for key in ("stage", "seed", "steps", "batch_size", "model", "loss", "optim")},
         },
         "Data": {
             **{f"set {number}": one for number, one in enumerate(config["data"]["datasets"], 1)},

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from nvembed_mcore.checkpoint.hf_folder import WeightsError, check_sums, read_json
-from nvembed_mcore.checkpoint.hf_model import HfModel, largest_token_id, open_hf_model
+from nvembed_mcore.checkpoint.hf_model import check_token_ids, open_hf_model
 from nvembed_mcore.checkpoint.names import BACKBONE
 
 if TYPE_CHECKING:
@@ -45,7 +45,7 @@ def load_exported(directory: str | os.PathLike, device: str = "cpu") -> NVEmbedM
             f"{config.get('pooling')!r} in config.json ('nvembed' and a kind of pooling are needed, or 'mistral', "
             f"is_causal and a modules.json beside it)"
         )
-    _check_tokenizer(found)
+    check_token_ids(directory, found)
     check_sums(directory, found.folder.files)
     try:
         model, report = NVEmbedModel.from_pretrained(
@@ -63,15 +63,6 @@ def load_exported(directory: str | os.PathLike, device: str = "cpu") -> NVEmbedM
         return model.to(device).eval()
     except (RuntimeError, AssertionError) as error:  # torch built without CUDA raises the latter
         raise WeightsError(f"cannot put the model of {directory} on device {device!r}: {error}") from error
-
-
-def _check_tokenizer(found: HfModel) -> None:
-    largest = largest_token_id(found.path)
-    if largest is not None and largest >= found.hf_config.vocab_size:
-        raise WeightsError(
-            f"{found.path / 'tokenizer.json'} has ids up to {largest}, {found.path / 'config.json'} says vocab_size "
-            f"is {found.hf_config.vocab_size}"
-        )
 
 
 def exported_prompt(directory: str | os.PathLike) -> str:

@@ -219,6 +219,17 @@ def _check_tensors(model: HfModel) -> None:
         )
 
 
+def check_token_ids(tokenizer_dir: str | os.PathLike, model: HfModel) -> bool:
+    """Whether the folder has a `tokenizer.json`; raises a `WeightsError` when it has ids that the model has not."""
+    largest, size = largest_token_id(tokenizer_dir), model.hf_config.vocab_size
+    if largest is not None and largest >= size:
+        raise WeightsError(
+            f"{Path(tokenizer_dir) / 'tokenizer.json'} has ids up to {largest}, {model.path / 'config.json'} says "
+            f"vocab_size is {size}"
+        )
+    return largest is not None
+
+
 def largest_token_id(tokenizer_dir: str | os.PathLike) -> int | None:
     """The largest id of a folder's `tokenizer.json`; None where there is no such file.
 

@@ -7,7 +7,6 @@ import logging
 import os
 import time
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -17,7 +16,7 @@ from nvembed_mcore import device
 from nvembed_mcore.checkpoint.hf_export import DTYPES
 from nvembed_mcore.checkpoint.hf_folder import WeightsError, read_json
 from nvembed_mcore.checkpoint.hf_import import verify_sums
-from nvembed_mcore.checkpoint.hf_model import HfModel, largest_token_id, open_hf_model
+from nvembed_mcore.checkpoint.hf_model import HfModel, check_token_ids, open_hf_model
 from nvembed_mcore.checkpoint.names import copy_shard
 from nvembed_mcore.checkpoint.weights_store import check_new, save_weights
 from nvembed_mcore.config import ParallelConfig, PoolingConfig
@@ -133,16 +132,10 @@ def _facts(model: HfModel, source: str, tokenizer: str | None) -> dict[str, Any]
 def _tokenizer(model: HfModel, given: str | None) -> tuple[str | None, str | None]:
     """Folder and fingerprint of the tokenizer, which must fit the vocabulary; None twice where there is none."""
     folder = given or model.path
-    largest = largest_token_id(folder)
-    if largest is None:
+    if not check_token_ids(folder, model):
         if given:
             raise WeightsError(f"{given} has no tokenizer.json")
         return None, None
-    if largest >= model.hf_config.vocab_size:
-        raise WeightsError(
-            f"{Path(folder) / 'tokenizer.json'} has ids up to {largest}, {model.path / 'config.json'} says vocab_size "
-            f"is {model.hf_config.vocab_size}"
-        )
     return os.path.abspath(folder), tokenizer_fingerprint(load_tokenizer(str(folder)))
 
 
