@@ -1,0 +1,73 @@
+"""The command line: parses arguments and calls one function for each subcommand. Nothing else parses arguments.
+
+A module here is one family of subcommands; its `add(commands)` declares them.
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import os
+import sys
+import warnings
+from collections.abc import Callable
+
+from nvembed_mcore import __version__
+from nvembed_mcore.cli import data, use, weights
+from nvembed_mcore.cli.train import train
+
+log = logging.getLogger(__name__)
+
+BAD_INPUT, INTERRUPTED = 2, 130
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run one subcommand; returns the exit status (0 done, 2 bad input, 130 interrupted)."""
+    arguments = sys.argv[1:] if arguments is None else arguments
+    _quiet_libraries()
+    if arguments[:1] == ["train"]:
+        return _guarded(lambda: train(arguments[1:]), "; the same command goes on from the newest checkpoint")
+    parsed = _parser().parse_args(arguments)
+    return _guarded(lambda: parsed.run(parsed))
+
+
+def _quiet_libraries() -> None:
+    """Deprecations between torch, Megatron-Core and transformers are ours to read in the test suite, not a user's."""
+    warnings.filterwarnings("ignore", category=FutureWarning)
+    warnings.filterwarnings("ignore", category=UserWarning, module=r"(megatron|torch|transformers)\.")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
+
+
+def _guarded(work: Callable[[], None], if_interrupted: str = "") -> int:
+    """Call `work`; turn what the user can mend into one message on rank 0 instead of a traceback.
+
+    What ends another rank stands in that rank's log.
+    """
+    is_first = os.environ.get("RANK", "0") == "0"
+    try:
+        work()
+        return 0
+    except (ValueError, OSError) as error:
+        if is_first:
+            print(f"nvembed: error: {error}", file=sys.stderr)
+        else:
+            log.info("this rank ends with an error", exc_info=True)
+        return BAD_INPUT
+    except KeyboardInterrupt:
+        if is_first:
+            print(f"nvembed: interrupted{if_interrupted}", file=sys.stderr)
+        return INTERRUPTED
+    finally:
+        if "nvembed_mcore.parallel.groups" in sys.modules:
+            sys.modules["nvembed_mcore.parallel.groups"].shutdown()
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="nvembed", description="Text embedding models on Megatron-Core.")
+    parser.add_argument("--version", action="version", version=__version__)
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    commands.add_parser("train", help="train one stage: nvembed train CONFIG.yaml [--field value ...]", add_help=False)
+    weights.add(commands)
+    use.add(commands)
+    data.add(commands)
+    return parser

@@ -1,0 +1,59 @@
+"""`nvembed data KIND`: what makes and examines data sets."""
+
+from __future__ import annotations
+
+import argparse
+
+
+def add(commands: argparse._SubParsersAction) -> None:
+    kinds = commands.add_parser("data", help="make data sets").add_subparsers(required=True, metavar="KIND")
+    tokenizer = kinds.add_parser("tokenizer", help="write Mistral's tokenizer as a Hugging Face folder")
+    tokenizer.add_argument("output")
+    tokenizer.set_defaults(run=_data_tokenizer)
+    docs = kinds.add_parser("python-docs", help="code search over the installed Python packages' documentation")
+    docs.add_argument("output")
+    docs.add_argument("--tokenizer", required=True, help="tokenizer folder, for the statistics and limits")
+    docs.add_argument("--held-out", type=int, default=3000, help="held-out queries (default 3000)")
+    docs.add_argument("--negatives", type=int, default=7, help="hard negatives of each training record (default 7)")
+    docs.add_argument(
+        "--packages",
+        nargs="+",
+        default=["stdlib", "numpy", "torch", "transformers"],
+        help="packages to parse (default: stdlib numpy torch transformers)",
+    )
+    docs.set_defaults(run=_data_python_docs)
+
+
+def _data_tokenizer(arguments: argparse.Namespace) -> None:
+    from nvembed_mcore.data.tokenizer import write_mistral_tokenizer
+
+    write_mistral_tokenizer(arguments.output)
+    print(f"tokenizer written to {arguments.output}")
+
+
+def _data_python_docs(arguments: argparse.Namespace) -> None:
+    from rich.console import Console
+    from rich.progress import Progress
+
+    from nvembed_mcore.data.python_docs import build_python_docs, statistics_table
+    from nvembed_mcore.data.tokenizer import load_tokenizer
+
+    console = Console()
+    tokenizer = load_tokenizer(arguments.tokenizer)
+    with Progress(console=Console(stderr=True), transient=True) as progress:
+        tasks: dict[str, int] = {}
+
+        def show(what: str, done: int, total: int) -> None:
+            if what not in tasks:
+                tasks[what] = progress.add_task(what, total=total)
+            progress.update(tasks[what], completed=done)
+
+        statistics = build_python_docs(
+            arguments.output,
+            tokenizer,
+            packages=arguments.packages,
+            held_out=arguments.held_out,
+            negatives=arguments.negatives,
+            progress=show,
+        )
+    console.print(statistics_table(statistics))

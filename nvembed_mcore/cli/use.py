@@ -1,0 +1,89 @@
+"""`nvembed evaluate`, `encode` and `search`: an exported folder at work."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+
+def add(commands: argparse._SubParsersAction) -> None:
+    _add_evaluate(commands)
+    _add_encode(commands)
+    _add_search(commands)
+
+
+def _add_model(command: argparse.ArgumentParser) -> None:
+    command.add_argument("model", help="exported folder")
+    command.add_argument("--instruction", help="task of the queries; default: the one the model was exported with")
+    command.add_argument("--max-length", type=int, default=512, help="longest text in tokens (default 512)")
+    command.add_argument("--device", default="cpu", help="torch device (default cpu)")
+
+
+def _encoder(arguments: argparse.Namespace) -> Callable:
+    """The exported model that `_add_model`'s arguments name."""
+    from nvembed_mcore.evaluation.exported import ExportedEncoder
+
+    return ExportedEncoder(
+        arguments.model,
+        instruction=arguments.instruction,
+        max_length=arguments.max_length,
+        device=arguments.device,
+    )
+
+
+def _add_evaluate(commands: argparse._SubParsersAction) -> None:
+    command = commands.add_parser("evaluate", help="retrieval metrics of an exported folder on a BEIR-format test set")
+    _add_model(command)
+    command.add_argument("data", help="folder with corpus.jsonl, queries.jsonl and qrels/test.tsv")
+    command.add_argument("--json", help="write the metrics here as well")
+    command.set_defaults(run=_evaluate)
+
+
+def _evaluate(arguments: argparse.Namespace) -> None:
+    from nvembed_mcore.evaluation.exported import evaluate_beir
+
+    encoder = _encoder(arguments)
+    metrics = evaluate_beir(encoder, arguments.data)
+    if arguments.json:
+        Path(arguments.json).write_text(json.dumps(metrics, indent=1) + "\n", encoding="utf-8")
+    for name, value in metrics.items():
+        print(f"{name:14} {value:.4f}")
+
+
+def _add_encode(commands: argparse._SubParsersAction) -> None:
+    command = commands.add_parser("encode", help="embed the lines of a text file")
+    _add_model(command)
+    command.add_argument("texts", help="UTF-8 file, one text a line")
+    command.add_argument("output", help="NumPy file to write: float32 [lines, D]")
+    command.add_argument("--queries", action="store_true", help="put the instruction in front of each text")
+    command.set_defaults(run=_encode)
+
+
+def _encode(arguments: argparse.Namespace) -> None:
+    from nvembed_mcore.evaluation.exported import encode_file
+
+    encoder = _encoder(arguments)
+    shape = encode_file(encoder, arguments.texts, arguments.output, are_queries=arguments.queries)
+    print(f"{shape[0]} texts, {shape[1]} dimensions: {arguments.output}")
+
+
+def _add_search(commands: argparse._SubParsersAction) -> None:
+    command = commands.add_parser("search", help="search source files by meaning: nvembed search MODEL FILES... QUERY")
+    _add_model(command)
+    command.add_argument("paths", nargs="+", metavar="FILES", help="files or folders (*.py in folders)")
+    command.add_argument("query")
+    command.add_argument("--top", type=int, default=10, help="hits to show (default 10)")
+    command.set_defaults(run=_search)
+
+
+def _search(arguments: argparse.Namespace) -> None:
+    from nvembed_mcore.evaluation.search import search_files
+
+    encoder = _encoder(arguments)
+    result = search_files(encoder, arguments.paths, arguments.query, top_k=arguments.top)
+    for hit in result:
+        print(hit)
+    skipped = f", {result.num_skipped} not text" if result.num_skipped else ""
+    print(f"({result.num_chunks} pieces of {result.num_files} files{skipped})")

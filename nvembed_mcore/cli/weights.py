@@ -1,0 +1,96 @@
+"""`nvembed import-hf`, `export-hf` and `inspect`: weights in, out and looked at."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+from pathlib import Path
+
+
+def add(commands: argparse._SubParsersAction) -> None:
+    _add_import(commands)
+    _add_export(commands)
+    _add_inspect(commands)
+
+
+def _add_import(commands: argparse._SubParsersAction) -> None:
+    command = commands.add_parser(
+        "import-hf",
+        help="write a Hugging Face folder (Mistral, NV-Embed or an export) as a checkpoint for model.init_from",
+    )
+    command.add_argument("source", help="Hugging Face folder with safetensors")
+    command.add_argument("output", help="checkpoint folder to write; must not exist")
+    command.add_argument("--tokenizer", help="tokenizer folder; default: the source, if it has a tokenizer.json")
+    command.add_argument(
+        "--dtype", choices=["float32", "bfloat16", "float16"], help="of the written weights; default: as stored"
+    )
+    command.set_defaults(run=_import)
+
+
+def _import(arguments: argparse.Namespace) -> None:
+    from nvembed_mcore.checkpoint.import_run import import_hf
+
+    done = import_hf(arguments.source, arguments.output, tokenizer=arguments.tokenizer, dtype=arguments.dtype)
+    if os.environ.get("RANK", "0") == "0":
+        checked = f", SHA-256 of {done.checked_files} of its files as listed" if done.checked_files else ""
+        print(
+            f"{done.architecture}: {done.num_tensors} tensors, {done.num_parameters:,} parameters, "
+            f"{done.num_bytes / 1e9:.2f} GB in {done.seconds:.1f} s{checked}: {arguments.output}"
+        )
+
+
+def _add_export(commands: argparse._SubParsersAction) -> None:
+    command = commands.add_parser("export-hf", help="write a checkpoint as a Hugging Face folder")
+    command.add_argument("source", help="run folder or checkpoint folder")
+    command.add_argument("output", help="folder to write; must not exist")
+    command.add_argument(
+        "--format",
+        choices=["nv-embed", "mean", "peft"],
+        default="nv-embed",
+        help="nv-embed (default): NV-Embed's names, with a modelling file; mean: a plain MistralModel without code; "
+        "peft: adapters and head alone, for the base they were trained on",
+    )
+    command.add_argument("--dtype", choices=["float32", "bfloat16", "float16"], default="float32")
+    command.add_argument(
+        "--instruction", help="of the queries (prompt `query` of the export); default: the first data set's"
+    )
+    command.set_defaults(run=_export)
+
+
+def _export(arguments: argparse.Namespace) -> None:
+    from nvembed_mcore.checkpoint.export_run import export_adapters, export_run
+
+    if arguments.format == "peft":
+        export_adapters(arguments.source, arguments.output, dtype=arguments.dtype)
+    else:
+        export_run(
+            arguments.source,
+            arguments.output,
+            format=arguments.format,
+            dtype=arguments.dtype,
+            instruction=arguments.instruction,
+        )
+    print(f"exported to {arguments.output}")
+
+
+def _add_inspect(commands: argparse._SubParsersAction) -> None:
+    command = commands.add_parser("inspect", help="show what a Hugging Face, adapter, run or checkpoint folder holds")
+    command.add_argument("folder")
+    command.add_argument("--tensors", action="store_true", help="list every tensor instead of one line for all layers")
+    command.add_argument("--json", help="write everything here as well")
+    command.set_defaults(run=_inspect)
+
+
+def _inspect(arguments: argparse.Namespace) -> None:
+    from rich.console import Console
+
+    from nvembed_mcore.checkpoint.contents import inspect_folder, tables
+
+    found = inspect_folder(arguments.folder)
+    if arguments.json:
+        Path(arguments.json).write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+    console = Console(width=None if sys.stdout.isatty() else 140)
+    for table in tables(found, all_tensors=arguments.tensors):
+        console.print(table)
