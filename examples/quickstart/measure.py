@@ -14,7 +14,7 @@ from nvembed_mcore.checkpoint.hf_export import export
 from nvembed_mcore.checkpoint.hf_import import RandomWeights
 from nvembed_mcore.checkpoint.names import local_shard, name_table
 from nvembed_mcore.config import PoolingConfig
-from nvembed_mcore.data.records import read_beir
+from nvembed_mcore.data.beir import read_beir
 from nvembed_mcore.evaluation.exported import ExportedEncoder
 from nvembed_mcore.evaluation.lexical import reciprocal_rank_fusion
 from nvembed_mcore.evaluation.retrieval import relevance_of, score_run, search

@@ -10,9 +10,9 @@ from transformers import PreTrainedTokenizerFast
 
 from nvembed_mcore import device
 from nvembed_mcore.config import DataConfig, EvalConfig
+from nvembed_mcore.data.beir import read_beir
 from nvembed_mcore.data.packing import Text
 from nvembed_mcore.data.prompts import encode_texts
-from nvembed_mcore.data.records import read_beir
 from nvembed_mcore.evaluation.retrieval import RetrievalMetrics, relevance_of, score_run, search
 from nvembed_mcore.parallel.gather import share_from_last_stage
 from nvembed_mcore.parallel.groups import Groups

@@ -9,8 +9,9 @@ import numpy as np
 import torch
 
 from nvembed_mcore.checkpoint.hf_load import exported_prompt, load_exported
+from nvembed_mcore.data.beir import read_beir
 from nvembed_mcore.data.prompts import query_prompt
-from nvembed_mcore.data.records import DataError, read_beir
+from nvembed_mcore.data.records import DataError
 from nvembed_mcore.evaluation.retrieval import relevance_of, score_run, search
 
 

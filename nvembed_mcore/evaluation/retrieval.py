@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 if TYPE_CHECKING:
-    from nvembed_mcore.data.records import BeirSet
+    from nvembed_mcore.data.beir import BeirSet
 
 # Scores held at once: 1024 x 8192 float32 are 32 MiB.
 _QUERY_BLOCK = 1024

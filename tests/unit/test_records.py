@@ -8,7 +8,17 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
-from nvembed_mcore.data.records import DataError, Record, Tally, content_id, read_beir, read_records, validate
+from nvembed_mcore.data import files
+from nvembed_mcore.data.beir import read_beir
+from nvembed_mcore.data.records import (
+    DataError,
+    Record,
+    Tally,
+    content_id,
+    read_records,
+    validate,
+    write_records,
+)
 
 GOOD = {"query": "q", "pos": ["p"], "neg": ["n"]}
 
@@ -125,7 +135,47 @@ def test_all_bad_lines_are_counted_and_ten_shown(tmp_path):
     head, *shown = str(caught.value).split("\n")
     assert head == f"{path} has 16 bad lines, the first 10:"
     assert len(shown) == 10 and shown[1].startswith(f"  {path}:3:2: not JSON") and shown[9].startswith(f"  {path}:15:")
-    assert len(records) == 1, "nothing is handed on behind the first bad line"
+    assert records == [], "nothing is handed on of a block with too many bad lines"
+
+
+def test_allowed_bad_lines_are_left_out_and_said(tmp_path, caplog):
+    path = write(tmp_path / "a.jsonl", GOOD, "{", {"query": "second", "pos": ["p"]}, {"query": 1, "pos": []})
+    with caplog.at_level(logging.WARNING):
+        found = list(read_records(path, max_bad_records=2))
+    assert [record.query for record in found] == ["q", "second"]
+    assert f"{path} has 2 bad lines, 2 allowed:\n  {path}:2:2: not JSON" in caplog.text
+    with pytest.raises(DataError, match="a.jsonl has 2 bad lines, 1 allowed:"):
+        list(read_records(path, max_bad_records=1))
+
+
+def test_blocks_end_at_line_ends_and_keep_places(tmp_path, monkeypatch):
+    rows = [{"query": f"query {i}", "pos": ["p" * i]} for i in range(1, 60)]
+    path = write(tmp_path / "a.jsonl", *rows, b'{"query": "caf\xe9"}')
+    whole = path.read_bytes()
+    monkeypatch.setattr(files, "BLOCK_BYTES", 100)
+    cut = list(files.blocks(path))
+    assert len(cut) > 10 and b"".join(block.content for block in cut) == whole
+    for block in cut:
+        assert whole[: block.offset].count(b"\n") == block.first - 1
+        assert whole[block.offset :].startswith(block.content)
+    assert [record.query for record in read_records(path, max_bad_records=1)] == [row["query"] for row in rows]
+    with pytest.raises(DataError, match=f"a.jsonl:60:15: not UTF-8: byte {len(whole) - 4} of the file is 0xe9"):
+        validate(path)
+
+
+def test_written_records_are_read(tmp_path):
+    rows = [{"query": "é", "pos": ["p"], "neg": [], "pos_scores": [0.5]}, {"query": "q", "pos": ["p\u2028"]}]
+    path = tmp_path / "new" / "a.jsonl"
+    assert write_records(path, iter(rows)) == 2
+    assert [record.pos for record in read_records(path)] == [("p",), ("p\u2028",)]
+
+    def broken():
+        yield rows[0]
+        raise DataError("no more")
+
+    with pytest.raises(DataError, match="no more"):
+        write_records(path.with_name("b.jsonl"), broken())
+    assert [one.name for one in path.parent.iterdir()] == ["a.jsonl"]
 
 
 def test_files_that_cannot_be_read(tmp_path):
@@ -176,7 +226,7 @@ def test_bad_parquet_rows(tmp_path):
     assert head == f"{path} has 2 bad lines:"
     assert shown == [
         f"  {path}:2:1: not UTF-8: byte 0 of a value (invalid start byte)",
-        f"  {path}:3:1: query is empty",
+        f"  {path}:3:2: query is empty",
     ]
     pyarrow.parquet.write_table(pyarrow.table({"query": ["q"]}), path)
     with pytest.raises(DataError, match="1:1: pos is missing"):
