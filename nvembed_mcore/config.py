@@ -9,14 +9,9 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
-
-class ConfigError(ValueError):
-    """A value of the configuration cannot work; the message names the field and both values."""
-
-
-def _require(condition: bool, message: str) -> None:
-    if not condition:
-        raise ConfigError(message)
+from nvembed_mcore.config_data import ConfigError as ConfigError
+from nvembed_mcore.config_data import DataConfig, require
+from nvembed_mcore.config_data import DatasetConfig as DatasetConfig
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,7 +33,7 @@ class PoolingConfig:
 
     def __post_init__(self) -> None:
         for name in ("num_latents", "num_heads"):
-            _require(getattr(self, name) >= 1, f"model.pooling.{name} must be at least 1, got {getattr(self, name)}")
+            require(getattr(self, name) >= 1, f"model.pooling.{name} must be at least 1, got {getattr(self, name)}")
 
 
 LORA_TARGETS = ("q", "k", "v", "o", "gate", "up", "down")
@@ -65,15 +60,15 @@ class LoraConfig:
     zero."""
 
     def __post_init__(self) -> None:
-        _require(self.rank >= 0, f"model.lora.rank must not be negative, got {self.rank}")
-        _require(self.alpha > 0, f"model.lora.alpha must be above 0, got {self.alpha}")
-        _require(0 <= self.dropout < 1, f"model.lora.dropout must be from 0 to below 1, got {self.dropout}")
-        _require(
+        require(self.rank >= 0, f"model.lora.rank must not be negative, got {self.rank}")
+        require(self.alpha > 0, f"model.lora.alpha must be above 0, got {self.alpha}")
+        require(0 <= self.dropout < 1, f"model.lora.dropout must be from 0 to below 1, got {self.dropout}")
+        require(
             len(self.targets) > 0 and set(self.targets) <= {*LORA_TARGETS},
             f"model.lora.targets must be one or more of {', '.join(LORA_TARGETS)}, got {self.targets}",
         )
-        _require(len(set(self.targets)) == len(self.targets), f"model.lora.targets must differ, got {self.targets}")
-        _require(
+        require(len(set(self.targets)) == len(self.targets), f"model.lora.targets must differ, got {self.targets}")
+        require(
             self.rank > 0 or self.init_from is None,
             f"model.lora.init_from is {self.init_from}, but model.lora.rank is 0: give the rank of its adapters",
         )
@@ -103,7 +98,7 @@ class ModelConfig:
     """Adapters to train instead of the backbone's weights."""
 
     def __post_init__(self) -> None:
-        _require(
+        require(
             (self.config is None) != (self.init_from is None),
             f"give exactly one of model.config and model.init_from, got {self.config!r} and {self.init_from!r}",
         )
@@ -135,78 +130,17 @@ class ParallelConfig:
 
     def __post_init__(self) -> None:
         for name in ("tp", "pp", "chunks_per_stage"):
-            _require(getattr(self, name) >= 1, f"parallel.{name} must be at least 1, got {getattr(self, name)}")
-        _require(
+            require(getattr(self, name) >= 1, f"parallel.{name} must be at least 1, got {getattr(self, name)}")
+        require(
             self.chunks_per_stage == 1 or self.pp > 1,
             f"parallel.chunks_per_stage = {self.chunks_per_stage} needs parallel.pp above 1, got {self.pp}",
         )
-        _require(
+        require(
             self.bucket_size is None or (self.bucket_size >= 1 and self.overlap_grad_reduce),
             f"parallel.bucket_size must be at least 1 and needs overlap_grad_reduce, got {self.bucket_size} and "
             f"{self.overlap_grad_reduce}",
         )
-        _require(self.timeout_minutes > 0, f"parallel.timeout_minutes must be above 0, got {self.timeout_minutes}")
-
-
-@dataclass(frozen=True, kw_only=True)
-class DatasetConfig:
-    """One data set of the blend."""
-
-    path: str
-    """A JSONL or Parquet file of records (`query`, `pos`, `neg`)."""
-    instruction: str = ""
-    """The task in one sentence; a query becomes `Instruct: {instruction}\\nQuery: {text}`. Empty: no prompt."""
-    task: Literal["retrieval", "classification", "clustering", "sts"] = "retrieval"
-    """Sets what the two switches below mean when they are null."""
-    weight: float | None = None
-    """Share of the blend relative to the other data sets; null means the number of its records."""
-    in_batch_negatives: bool | None = None
-    """Whether the passages of other queries serve as negatives; null means: for retrieval only."""
-    instruct_documents: bool | None = None
-    """Whether documents carry the instruction too (symmetric tasks); null means: for sts only."""
-    num_positives: int = 1
-    """Positives a query uses at most in a step, each with its own term of the loss; of more, as with negatives."""
-    num_negatives: int = 7
-    """Hard negatives a query uses at most; of more, a different choice is drawn in each epoch."""
-
-    @property
-    def uses_in_batch_negatives(self) -> bool:
-        return self.task == "retrieval" if self.in_batch_negatives is None else self.in_batch_negatives
-
-    @property
-    def instructs_documents(self) -> bool:
-        return self.task == "sts" if self.instruct_documents is None else self.instruct_documents
-
-    def __post_init__(self) -> None:
-        _require(self.num_positives >= 1, f"data.datasets.num_positives must be at least 1, got {self.num_positives}")
-        _require(
-            self.num_negatives >= 0, f"data.datasets.num_negatives must not be negative, got {self.num_negatives}"
-        )
-        _require(
-            self.weight is None or self.weight > 0,
-            f"data.datasets.weight of {self.path} must be above 0: {self.weight}",
-        )
-
-
-@dataclass(frozen=True, kw_only=True)
-class DataConfig:
-    """What a run trains on."""
-
-    tokenizer: str
-    """A folder with a Hugging Face fast tokenizer (`nvembed data tokenizer DIR` writes Mistral's)."""
-    datasets: list[DatasetConfig]
-    """The blend. Samples of all data sets are mixed in each batch (paper section 2.2)."""
-    max_query_tokens: int = 512
-    """Longest query in tokens, prompt and special tokens included; longer ones are cut and keep `</s>`."""
-    max_document_tokens: int = 512
-    """Longest document in tokens, likewise."""
-    cache_dir: str = "cache/tokens"
-    """Where the tokenised stores live, one folder a fingerprint."""
-
-    def __post_init__(self) -> None:
-        _require(len(self.datasets) > 0, "data.datasets must name at least one data set, got none")
-        for name in ("max_query_tokens", "max_document_tokens"):
-            _require(getattr(self, name) >= 3, f"data.{name} must be at least 3, got {getattr(self, name)}")
+        require(self.timeout_minutes > 0, f"parallel.timeout_minutes must be above 0, got {self.timeout_minutes}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -225,7 +159,7 @@ class StepConfig:
     it. `recompute`: its rank makes it alone, from all queries and their log-sum-exp. `auto`: the cheaper one."""
 
     def __post_init__(self) -> None:
-        _require(
+        require(
             self.tokens_per_microbatch >= 1,
             f"step.tokens_per_microbatch must be at least 1, got {self.tokens_per_microbatch}",
         )
@@ -258,13 +192,13 @@ class LossConfig:
     these and the whole vector."""
 
     def __post_init__(self) -> None:
-        _require(self.temperature > 0, f"loss.temperature must be above 0, got {self.temperature}")
+        require(self.temperature > 0, f"loss.temperature must be above 0, got {self.temperature}")
         low, high = self.temperature_range
-        _require(
+        require(
             0 < low <= self.temperature <= high or not self.learn_temperature,
             f"loss.temperature_range must hold loss.temperature {self.temperature}, got {low} to {high}",
         )
-        _require(
+        require(
             len(set(self.matryoshka_dims)) == len(self.matryoshka_dims)
             and all(dim >= 1 for dim in self.matryoshka_dims),
             f"loss.matryoshka_dims must be different numbers of at least 1, got {self.matryoshka_dims}",
@@ -293,10 +227,10 @@ class OptimConfig:
     """Shard the optimizer's state over data-parallel ranks (Megatron's distributed optimizer)."""
 
     def __post_init__(self) -> None:
-        _require(self.lr > 0, f"optim.lr must be above 0, got {self.lr}")
-        _require(0 <= self.min_lr <= self.lr, f"optim.min_lr must be between 0 and lr {self.lr}, got {self.min_lr}")
+        require(self.lr > 0, f"optim.lr must be above 0, got {self.lr}")
+        require(0 <= self.min_lr <= self.lr, f"optim.min_lr must be between 0 and lr {self.lr}, got {self.min_lr}")
         for name in ("warmup_steps", "weight_decay", "clip_norm"):
-            _require(getattr(self, name) >= 0, f"optim.{name} must not be negative, got {getattr(self, name)}")
+            require(getattr(self, name) >= 0, f"optim.{name} must not be negative, got {getattr(self, name)}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -312,8 +246,8 @@ class CheckpointConfig:
     `never`: end with an error when there is one."""
 
     def __post_init__(self) -> None:
-        _require(self.every_steps >= 1, f"checkpoint.every_steps must be at least 1, got {self.every_steps}")
-        _require(self.keep >= 2, f"checkpoint.keep must be at least 2 (the newest may be damaged), got {self.keep}")
+        require(self.every_steps >= 1, f"checkpoint.every_steps must be at least 1, got {self.every_steps}")
+        require(self.keep >= 2, f"checkpoint.keep must be at least 2 (the newest may be damaged), got {self.keep}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -328,7 +262,7 @@ class EvalConfig:
     """Steps between evaluations; 0 means before the first and after the last step only."""
 
     def __post_init__(self) -> None:
-        _require(self.every_steps >= 0, f"eval.every_steps must not be negative, got {self.every_steps}")
+        require(self.every_steps >= 0, f"eval.every_steps must not be negative, got {self.every_steps}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -343,7 +277,7 @@ class LogConfig:
     """Show a progress bar on rank 0."""
 
     def __post_init__(self) -> None:
-        _require(self.every_steps >= 1, f"log.every_steps must be at least 1, got {self.every_steps}")
+        require(self.every_steps >= 1, f"log.every_steps must be at least 1, got {self.every_steps}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -382,18 +316,18 @@ class RunConfig:
     """Logging."""
 
     def __post_init__(self) -> None:
-        _require(self.steps >= 1, f"steps must be at least 1, got {self.steps}")
-        _require(self.batch_size >= 1, f"batch_size must be at least 1, got {self.batch_size}")
-        _require(
+        require(self.steps >= 1, f"steps must be at least 1, got {self.steps}")
+        require(self.batch_size >= 1, f"batch_size must be at least 1, got {self.batch_size}")
+        require(
             self.stop_at is None or 1 <= self.stop_at <= self.steps,
             f"stop_at must be between 1 and steps ({self.steps}), got {self.stop_at}",
         )
-        _require(
+        require(
             self.parallel.pp == 1 or self.step.way in ("auto", "cached"),
             f"step.way {self.step.way!r} keeps graphs, which pipeline stages cannot; parallel.pp is "
             f"{self.parallel.pp}. Use 'auto' or 'cached'",
         )
-        _require(
+        require(
             self.step.gradient_exchange != "recompute" or self.loss.false_negative_margin is None,
             f"step.gradient_exchange 'recompute' computes scores twice, and loss.false_negative_margin "
             f"{self.loss.false_negative_margin} could decide differently each time. Use 'auto' or 'reduce_scatter'",

@@ -181,13 +181,16 @@ def _retain_tokens(found: store.Checkpoint | None, facts: dict[str, Any]) -> int
 def _identity(facts: dict[str, Any]) -> dict[str, Any]:
     """The part of a run's facts that a resumed run may not change: what fixes its samples and its arithmetic."""
     config = facts["config"]
+    # What an older checkpoint does not name was as it is now by default.
     datasets = {
-        f"data.datasets.{number}.{key}": dataset[key]
+        f"data.datasets.{number}.{key}": dataset.get(key)
         for number, dataset in enumerate(config["data"]["datasets"])
-        for key in ("task", "weight", "in_batch_negatives", "num_positives", "num_negatives")
+        for key in ("task", "weight", "max_records", "in_batch_negatives", "num_positives", "num_negatives")
     }
     return {
         **{key: config[key] for key in ("stage", "seed", "steps", "batch_size", "loss", "optim")},
+        "data.blend_temperature": config["data"].get("blend_temperature", 1.0),
+        "data.one_dataset_batches": config["data"].get("one_dataset_batches", False),
         **datasets,
         "model.attention_mask": config["model"]["attention_mask"],
         "model.pooling": config["model"]["pooling"],

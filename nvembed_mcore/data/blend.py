@@ -2,10 +2,10 @@
 
 Nothing here depends on the number of ranks and nothing has to be saved but the step. Three parts do it:
 
-- **Shares.** Each sample goes down a binary tree with the data sets as leaves; of the first `n` samples that reach a
-  node, `round(n * left / (left + right))` went left, in exact integers. So how often each data set was drawn before
-  sample `g` is a formula; the counts sum to `g`, never fall, and (the tree is Huffman's) stay within 2 of the ideal
-  share for any number of data sets.
+- **Shares.** Each sample goes down a binary tree with the data sets as leaves (each batch, where it comes from one
+  data set); of the first `n` that reach a node, `round(n * left / (left + right))` went left, in exact integers. So
+  how often each data set was drawn before sample `g` is a formula; the counts sum to `g`, never fall, and (the tree
+  is Huffman's) stay within 2 of the ideal share for any number of data sets.
 - **Order.** Draw `k` of a data set is position `k % size` of epoch `k // size`, and a keyed permutation turns a
   position into a record without a table: a Feistel network on `a x b >= size` numbers with cycle walking
   (Black and Rogaway, "Ciphers with Arbitrary Finite Domains", 2002).
@@ -21,9 +21,11 @@ import json
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from decimal import Decimal, localcontext
 from fractions import Fraction
 
 _ROUNDS = 6
+_SHARE_DIGITS = 9
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,11 +61,13 @@ class Blend:
 
     Args:
         sizes: records of each data set.
-        weights: share of each data set relative to the others; None stands for its size.
+        weights: share of each data set relative to the others; None stands for `share_of_size(size, temperature)`.
         batch_size: samples of a step, over all ranks.
         seed: seed of the run.
         stage: stage of the run; another stage has another order.
         fingerprint: names the data; other data have another order.
+        temperature: of the shares by size; 1 is by size, large is the same for each.
+        one_dataset_batches: whether all samples of a step come from one data set.
 
     Raises:
         ValueError: no data set, an empty one, a weight that is not a positive number, or a batch so large that it
@@ -78,22 +82,32 @@ class Blend:
         seed: int,
         stage: int,
         fingerprint: str,
+        *,
+        temperature: float = 1.0,
+        one_dataset_batches: bool = False,
     ) -> None:
         _check(sizes, weights, batch_size)
         self._sizes = tuple(sizes)
         self._batch_size = batch_size
+        # Samples that go down the tree together.
+        self._together = batch_size if one_dataset_batches else 1
         self._identity = (seed, stage, fingerprint)
-        shares = [Fraction(size if weight is None else weight) for size, weight in zip(sizes, weights, strict=True)]
-        self._paths = _tree_paths(shares)
+        self._paths = _tree_paths(
+            [
+                share_of_size(size, temperature) if weight is None else Fraction(weight)
+                for size, weight in zip(sizes, weights, strict=True)
+            ]
+        )
         self._blocks = []
         for dataset, (size, path) in enumerate(zip(self._sizes, self._paths, strict=True)):
-            most = batch_size
+            most = batch_size // self._together
             for turn in path:
                 most = turn.most(most)
+            most *= self._together
             if most > size:
                 raise ValueError(
                     f"a batch of {batch_size} takes up to {most} records of data set {dataset}, which has {size}: "
-                    f"lower batch_size or its weight"
+                    f"lower batch_size{'' if one_dataset_batches else ' or its weight'}"
                 )
             # Records of one block come back at least `size - block + 1` draws later.
             self._blocks.append(size if most <= 1 else min(size - most + 1, -(-size // 2)))
@@ -102,10 +116,10 @@ class Blend:
         """Draws from each data set before `step` (counted from 0); they sum to `step * batch_size`."""
         counts = []
         for path in self._paths:
-            count = step * self._batch_size
+            count = step * self._batch_size // self._together
             for turn in path:
                 count = turn.passed(count)
-            counts.append(count)
+            counts.append(count * self._together)
         return counts
 
     def samples(self, step: int) -> list[Sample]:
@@ -133,6 +147,30 @@ class Blend:
         length = min(self._blocks[dataset], size - start)
         place = start + _permuted(offset, length, _key("epoch", *self._identity, dataset, epoch, block))
         return Sample(dataset, _permuted(place, size, _key("order", *self._identity, dataset)), epoch)
+
+
+def share_of_size(size: int, temperature: float) -> Fraction:
+    """The share `size ** (1 / temperature)` of a data set, a number that is the same on every machine.
+
+    C libraries differ in the last bit of a power, and one bit of a share moves samples. So the power is Python's own
+    decimal arithmetic, defined to the digit, and is cut to nine digits. At temperature 1 it is `size` itself.
+    """
+    if temperature == 1:
+        return Fraction(size)
+    with localcontext() as context:
+        context.prec = 3 * _SHARE_DIGITS
+        power = Decimal(size) ** (1 / Decimal(temperature))
+        context.prec = _SHARE_DIGITS
+        return Fraction(+power)
+
+
+def chosen_record(index: int, num_chosen: int, num_records: int) -> int:
+    """Record `index` of the `num_chosen` that stand for a data set of `num_records`, 0 <= index < num_chosen.
+
+    The choice follows from `num_records` alone, so it is the same in every stage, for every seed, prompt and
+    tokenizer; of fewer records it is a part of that of more. All of them keep their numbers.
+    """
+    return index if num_chosen >= num_records else _permuted(index, num_records, _key("chosen", num_records))
 
 
 def choose_negatives(num_available: int, num_wanted: int, *, seed: int, stage: int, sample: Sample) -> list[int]:

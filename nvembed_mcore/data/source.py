@@ -10,7 +10,7 @@ import numpy as np
 from nvembed_mcore.config import DataConfig
 from nvembed_mcore.data import blend
 from nvembed_mcore.data.batch import Batch, Sample, make_batch
-from nvembed_mcore.data.blend import Blend, choose_negatives, choose_positives
+from nvembed_mcore.data.blend import Blend, choose_negatives, choose_positives, chosen_record
 from nvembed_mcore.data.packing import Text
 from nvembed_mcore.data.tokens import TokenStore
 
@@ -31,21 +31,16 @@ class BatchSource:
         self.datasets, self.stores = config.datasets, list(stores)
         self.seed, self.stage = seed, stage
         self.fingerprint = fingerprint_of(stores)
-        self.blend = Blend(
-            [len(store) for store in stores],
-            [dataset.weight for dataset in config.datasets],
-            batch_size,
-            seed,
-            stage,
-            self.fingerprint,
-        )
+        self.sizes = used_records(config, [len(store) for store in stores])
+        self.blend = make_blend(config, self.sizes, batch_size, seed, stage, self.fingerprint)
 
     def batch(self, step: int) -> Batch:
         """The batch of optimizer step `step`, counted from 0."""
         return make_batch([self._sample(drawn) for drawn in self.blend.samples(step)])
 
     def _sample(self, drawn: blend.Sample) -> Sample:
-        dataset, example = self.datasets[drawn.dataset], self.stores[drawn.dataset].example(drawn.index)
+        dataset, store = self.datasets[drawn.dataset], self.stores[drawn.dataset]
+        example = store.example(chosen_record(drawn.index, self.sizes[drawn.dataset], len(store)))
         chance = dict(seed=self.seed, stage=self.stage, sample=drawn)
         positives = choose_positives(len(example.positives), dataset.num_positives, **chance)
         negatives = choose_negatives(len(example.negatives), dataset.num_negatives, **chance)
@@ -60,6 +55,32 @@ class BatchSource:
             num_positives=len(positives),
             dataset=drawn.dataset,
         )
+
+
+def used_records(config: DataConfig, counts: Sequence[int]) -> list[int]:
+    """Of the records of each data set, how many a run uses: at most `max_records`."""
+    limits = [dataset.max_records for dataset in config.datasets]
+    return [count if limit is None else min(count, limit) for count, limit in zip(counts, limits, strict=True)]
+
+
+def make_blend(
+    config: DataConfig, sizes: Sequence[int], batch_size: int, seed: int, stage: int, fingerprint: str
+) -> Blend:
+    """The blend of a run whose data sets use `sizes` records.
+
+    Raises:
+        ValueError: a batch would hold a record twice.
+    """
+    return Blend(
+        sizes,
+        [dataset.weight for dataset in config.datasets],
+        batch_size,
+        seed,
+        stage,
+        fingerprint,
+        temperature=config.blend_temperature,
+        one_dataset_batches=config.one_dataset_batches,
+    )
 
 
 def fingerprint_of(stores: Sequence[TokenStore]) -> str:
