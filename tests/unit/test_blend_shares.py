@@ -16,6 +16,7 @@ from nvembed_mcore.data.blend import Blend, chosen_record, share_of_size
 from nvembed_mcore.data.source import BatchSource, make_blend, used_records
 from nvembed_mcore.train import _identity, _plain
 from tests.helpers import runs
+from tests.helpers.stores import Numbers
 
 
 def make(sizes, batch_size, *, weights=None, temperature=1.0, one_dataset_batches=False, seed=7, stage=1):
@@ -84,22 +85,6 @@ def test_a_part_of_the_records_is_spread_over_the_file():
     chosen = np.array([chosen_record(index, 1000, 100_000) for index in range(1000)])
     counts = np.bincount(chosen // 10_000, minlength=10)
     assert ((counts - 100) ** 2 / 100).sum() < 28  # chi square with 9 degrees of freedom, 1 in 1000
-
-
-class Numbers:
-    """Stands for a token store whose examples are their own numbers."""
-
-    def __init__(self, count: int, fingerprint: str = "f") -> None:
-        self.count, self.fingerprint = count, fingerprint
-
-    def __len__(self) -> int:
-        return self.count
-
-    def example(self, index: int):
-        from nvembed_mcore.data.tokens import Example
-
-        tokens = np.array([index], np.int32)
-        return Example(tokens, 0, [tokens], [], 0, np.array([index]), np.array([], np.int64))
 
 
 def test_a_source_uses_the_same_part_in_both_stages_and_all_of_it_in_an_epoch():
