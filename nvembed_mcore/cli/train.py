@@ -2,34 +2,12 @@
 
 from __future__ import annotations
 
-import os
+from nvembed_mcore.cli.run_config import read_run_config
 
 
 def train(arguments: list[str]) -> None:
     """`nvembed train CONFIG.yaml [--field.of.the.tree value ...]`."""
-    from jsonargparse import ActionConfigFile, ArgumentError, ArgumentParser, set_parsing_settings
-
-    from nvembed_mcore.config import ConfigError, RunConfig
-
-    set_parsing_settings(docstring_parse_attribute_docstrings=True)
-    parser = ArgumentParser(
-        prog="nvembed train",
-        usage="nvembed train CONFIG.yaml [--field value ...]",
-        description="Train one stage. With several processes: torchrun --nproc-per-node N -m nvembed_mcore train ...",
-        exit_on_error=False,
-    )
-    parser.add_argument("--config", action=ActionConfigFile, help="YAML file; the first argument may be it as well")
-    parser.add_class_arguments(RunConfig)
-    if arguments and not arguments[0].startswith("-"):
-        if not os.path.isfile(arguments[0]):
-            raise FileNotFoundError(f"no configuration file at {arguments[0]}")
-        arguments = ["--config", *arguments]
-    try:
-        fields = parser.instantiate(parser.parse_args(arguments)).as_dict()
-    except ArgumentError as error:
-        source = f"{arguments[1]} or the options" if arguments[:1] == ["--config"] else "the options"
-        raise ConfigError(f"{error}\n(in {source}; `nvembed train --help` lists all fields)") from error
-    fields.pop("config")
+    config = read_run_config(arguments)
     from nvembed_mcore.train import train as run
 
-    run(RunConfig(**fields))
+    run(config)

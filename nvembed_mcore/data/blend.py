@@ -59,6 +59,9 @@ class _Turn:
 class Blend:
     """The endless sequence of batches over several data sets.
 
+    Attributes:
+        shares: of each data set, as parts of 1.
+
     Args:
         sizes: records of each data set.
         weights: share of each data set relative to the others; None stands for `share_of_size(size, temperature)`.
@@ -92,12 +95,12 @@ class Blend:
         # Samples that go down the tree together.
         self._together = batch_size if one_dataset_batches else 1
         self._identity = (seed, stage, fingerprint)
-        self._paths = _tree_paths(
-            [
-                share_of_size(size, temperature) if weight is None else Fraction(weight)
-                for size, weight in zip(sizes, weights, strict=True)
-            ]
-        )
+        shares = [
+            share_of_size(size, temperature) if weight is None else Fraction(weight)
+            for size, weight in zip(sizes, weights, strict=True)
+        ]
+        self.shares = [share / sum(shares) for share in shares]
+        self._paths = _tree_paths(shares)
         self._blocks = []
         for dataset, (size, path) in enumerate(zip(self._sizes, self._paths, strict=True)):
             most = batch_size // self._together

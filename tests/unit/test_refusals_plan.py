@@ -1,0 +1,63 @@
+"""What `nvembed data plan` refuses, by its exact message."""
+
+from __future__ import annotations
+
+import pytest
+import yaml
+
+from nvembed_mcore.cli import main
+
+BASE = {"run_dir": "r", "steps": 5, "batch_size": 8, "model": {"config": "c"}}
+
+
+def dataset(**fields):
+    return {"path": "TMP/none.jsonl", **fields}
+
+
+@pytest.mark.parametrize(
+    ("datasets", "more", "message"),
+    [
+        (
+            [dataset(max_records=9), dataset(path="hf:some/set")],
+            {},
+            "TMP/run.yaml: data.datasets.1: nothing to count at hf:some/set, and max_records is null; make the file, "
+            "or give the number to expect",
+        ),
+        (
+            [dataset(max_records=5)],
+            {},
+            "TMP/run.yaml: batch_size must be between 1 and the 5 records of the data, got 8",
+        ),
+        (
+            [dataset(max_records=5), dataset(path="b", max_records=5, weight=100.0)],
+            {},
+            "TMP/run.yaml: a batch of 8 takes up to 8 records of data set 1, which has 5: lower batch_size or its "
+            "weight",
+        ),
+        (
+            [dataset(max_records=5), dataset(path="b", max_records=50)],
+            {"one_dataset_batches": True},
+            "TMP/run.yaml: a batch of 8 takes up to 8 records of data set 0, which has 5: lower batch_size",
+        ),
+        ([dataset(path="TMP/broken.parquet")], {}, "cannot read TMP/broken.parquet as Parquet: "),
+        ([dataset(path="TMP/beir")], {}, "cannot read TMP/beir/qrels/train.tsv: No such file or directory"),
+    ],
+)
+def test_refused(capsys, tmp_path, datasets, more, message):
+    (tmp_path / "broken.parquet").write_bytes(b"no parquet")
+    (tmp_path / "beir" / "qrels").mkdir(parents=True)
+    tree = BASE | {"data": {"tokenizer": "t", "datasets": datasets} | more}
+    text = yaml.safe_dump(tree).replace("TMP", str(tmp_path))
+    (tmp_path / "run.yaml").write_text(text, encoding="utf-8")
+    assert main(["data", "plan", str(tmp_path / "run.yaml"), "--json", str(tmp_path / "out.json")]) == 2
+    error = capsys.readouterr().err.replace(str(tmp_path), "TMP")
+    if message.endswith(": "):  # what follows is of the library
+        assert error.startswith(f"nvembed: error: {message}")
+    else:
+        assert error == f"nvembed: error: {message}\n"
+    assert not (tmp_path / "out.json").exists()
+
+
+def test_a_configuration_that_is_not_there(capsys, tmp_path):
+    assert main(["data", "plan", str(tmp_path / "none.yaml")]) == 2
+    assert capsys.readouterr().err == f"nvembed: error: no configuration file at {tmp_path}/none.yaml\n"
