@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import argparse
 
+from nvembed_mcore.cli import data_convert
+
 
 def add(commands: argparse._SubParsersAction) -> None:
     kinds = commands.add_parser("data", help="make data sets").add_subparsers(required=True, metavar="KIND")
@@ -22,6 +24,7 @@ def add(commands: argparse._SubParsersAction) -> None:
         help="packages to parse (default: stdlib numpy torch transformers)",
     )
     docs.set_defaults(run=_data_python_docs)
+    data_convert.add(kinds)
 
 
 def _data_tokenizer(arguments: argparse.Namespace) -> None:
