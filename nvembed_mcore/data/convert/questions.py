@@ -203,13 +203,13 @@ def hover(intake: Intake, *, corpus: str | Path) -> Iterator[Draft]:
         if isinstance(facts, list) and facts and isinstance(facts[0], dict):
             facts = [[fact.get("key"), fact.get("value")] for fact in facts if isinstance(fact, dict)]
         couples = _couples({"supporting_facts": facts}, "supporting_facts", "value")
-        titles = dict.fromkeys(_title(couple, "supporting_facts") for couple in couples)
+        titles = dict.fromkeys(_key(_title(couple, "supporting_facts")) for couple in couples)
         return text_of(row, "claim"), list(titles), optional_id(row, "uid", "id")
 
     claims = list(intake.rows(parse))
-    articles = _articles(Path(corpus), {_key(title) for _, titles, _ in claims for title in titles})
+    articles = _articles(Path(corpus), {title for _, titles, _ in claims for title in titles})
     for claim, titles, claim_id in claims:
-        found = [Document(articles[_key(title)]) for title in titles if _key(title) in articles]
+        found = [Document(articles[title]) for title in titles if title in articles]
         if len(found) < len(titles):
             intake.counts.notes["articles that the corpus lacks"] += len(titles) - len(found)
         if found:

@@ -147,7 +147,8 @@ def _streamed(stream: IO[str]) -> Iterator[Any]:
             more = stream.read(max(_CHUNK, len(text) - at))
             if not more or len(text) - at > _LONGEST_ITEM:
                 raise
-            text, at = text[at:] + more, 0
+            text = text[at:] + more
+            at = _SPACES.match(text).end()
             continue
         yield value
         at = end if text[end] == "]" else _SPACES.match(text, end + 1).end()
