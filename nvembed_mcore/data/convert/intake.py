@@ -136,11 +136,19 @@ class Intake:
                 counts.negatives += len(row["neg"])
                 counts.without_negatives += not row["neg"]
                 yield row
-        if counts.bad > self.max_bad_records:
-            raise DataError(self.bad_rows())
+        self.stop_if_bad()
         if not counts.records:
             why = "".join(f"\n  {number}: {reason}" for reason, number in counts.left_out.most_common())
             raise DataError(f"{self.names()}: none of {counts.rows} rows gives a record{':' if why else ''}{why}")
+
+    def stop_if_bad(self) -> None:
+        """Call it when the rows of a set are read, before something is said or made of the whole set.
+
+        Raises:
+            DataError: there were more bad rows than allowed.
+        """
+        if self.counts.bad > self.max_bad_records:
+            raise DataError(self.bad_rows())
 
     def names(self) -> str:
         """The sources, for a message."""

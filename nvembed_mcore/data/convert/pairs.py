@@ -7,7 +7,7 @@ from typing import Any
 
 from nvembed_mcore.data.convert.intake import Document, Draft, Intake, LeftOut, clean, list_of, text_of
 from nvembed_mcore.data.convert.rows import json_lines
-from nvembed_mcore.data.files import kind_of
+from nvembed_mcore.data.files import DataError, kind_of
 from nvembed_mcore.data.records import Fault
 
 _RELATED = 2.5  # of 5: a text whose pair with the query is scored above this is no negative (NV-Embed v1)
@@ -34,7 +34,12 @@ def sts(
         scale: least and greatest score of the set; scores are mapped to 0 to 5.
         negatives: most negatives of a record; 0 for none.
         first_field, second_field, score_field: fields of a row.
+
+    Raises:
+        DataError: the scale is empty.
     """
+    if not scale[0] < scale[1]:
+        raise DataError(f"--scale must rise from the least to the greatest score, got {scale[0]:g} {scale[1]:g}")
 
     def parse(row: dict[str, Any]) -> tuple[str, str, float]:
         first, second, score = text_of(row, first_field), text_of(row, second_field), _number(row, score_field)
@@ -46,6 +51,7 @@ def sts(
         return first, second, 5 * (score - scale[0]) / (scale[1] - scale[0])
 
     pairs = list(intake.rows(parse))
+    intake.stop_if_bad()
     related: dict[str, set[str]] = {}
     for first, second, score in pairs:
         for one, other in ((first, second), (second, first)):

@@ -207,6 +207,7 @@ def hover(intake: Intake, *, corpus: str | Path) -> Iterator[Draft]:
         return text_of(row, "claim"), list(titles), optional_id(row, "uid", "id")
 
     claims = list(intake.rows(parse))
+    intake.stop_if_bad()
     articles = _articles(Path(corpus), {title for _, titles, _ in claims for title in titles})
     for claim, titles, claim_id in claims:
         found = [Document(articles[title]) for title in titles if title in articles]
@@ -225,8 +226,7 @@ def _articles(path: Path, wanted: Iterable[str]) -> dict[str, str]:
     for title, text in reader.rows(lambda row: (text_of(row, "title"), text_of(row, "text"))):
         if (key := _key(title)) in wanted:
             articles.setdefault(key, f"{title} {text}".strip())
-    if reader.counts.bad:
-        raise DataError(reader.bad_rows())
+    reader.stop_if_bad()
     return articles
 
 

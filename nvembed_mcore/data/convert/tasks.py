@@ -126,6 +126,7 @@ def _drafts(
     labels: str | Path | None,
 ) -> Iterator[Draft]:
     texts = _TextsByClass(intake, labelled)
+    intake.stop_if_bad()
     if len(texts.members) == 1:
         raise DataError(
             f"{intake.names()}: all texts have the label {next(iter(texts.members))!r}, so none has a negative"
