@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 
-from nvembed_mcore.cli import data_convert
+from nvembed_mcore.cli import data_convert, data_decontaminate
 
 
 def add(commands: argparse._SubParsersAction) -> None:
@@ -25,6 +25,7 @@ def add(commands: argparse._SubParsersAction) -> None:
     )
     docs.set_defaults(run=_data_python_docs)
     data_convert.add(kinds)
+    data_decontaminate.add(kinds)
 
 
 def _data_tokenizer(arguments: argparse.Namespace) -> None:

@@ -18,7 +18,7 @@ def add(kinds: argparse._SubParsersAction) -> None:
         layout.add_argument("sources", nargs="+", help="files of the set (JSONL, JSON, Parquet; .gz)")
         layout.add_argument("output", help="JSONL file of records to write")
         declare(layout)
-        layout.add_argument("--max-bad-records", type=_count, default=0, help="leave out so many bad rows (default 0)")
+        layout.add_argument("--max-bad-records", type=count, default=0, help="leave out so many bad rows (default 0)")
         layout.add_argument("--overwrite", action="store_true", help="replace OUTPUT where it exists")
         layout.add_argument("--json", metavar="PATH", help="write the counts there")
         layout.set_defaults(run=_run)
@@ -29,13 +29,11 @@ def _run(arguments: argparse.Namespace) -> None:
 
     options = {name: value for name, value in vars(arguments).items() if name not in _GENERAL}
     counts = convert(arguments.layout, arguments.sources, arguments.output, **options)
-    show_counts(f"records in {arguments.output}", counts.by_name())
-    if arguments.json:
-        Path(arguments.json).write_text(json.dumps(counts.by_name(), indent=2) + "\n", encoding="utf-8")
+    show_counts(f"records in {arguments.output}", counts.by_name(), arguments.json)
 
 
-def show_counts(title: str, counts: dict[str, int]) -> None:
-    """A small table."""
+def show_counts(title: str, counts: dict[str, int], json_path: str | None) -> None:
+    """A small table, and the same figures as a JSON file where one is named."""
     from rich.console import Console
     from rich.table import Table
 
@@ -45,9 +43,11 @@ def show_counts(title: str, counts: dict[str, int]) -> None:
     console = Console()
     console.print(title, soft_wrap=True)
     console.print(table)
+    if json_path is not None:
+        Path(json_path).write_text(json.dumps(counts, indent=2) + "\n", encoding="utf-8")
 
 
-def _count(text: str) -> int:
+def count(text: str) -> int:
     """A whole number from 0 on."""
     number = int(text)
     if number < 0:
@@ -56,7 +56,7 @@ def _count(text: str) -> int:
 
 
 def _negatives(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--negatives", type=_count, default=7, help="most negatives of a record (default 7)")
+    parser.add_argument("--negatives", type=count, default=7, help="most negatives of a record (default 7)")
 
 
 def _seed(parser: argparse.ArgumentParser) -> None:
@@ -124,7 +124,7 @@ def _squad(parser: argparse.ArgumentParser) -> None:
 
 def _dpr(parser: argparse.ArgumentParser) -> None:
     _negatives(parser)
-    parser.add_argument("--positives", type=_count, default=1, help="most positives of a record (default 1)")
+    parser.add_argument("--positives", type=count, default=1, help="most positives of a record (default 1)")
 
 
 def _hover(parser: argparse.ArgumentParser) -> None:

@@ -321,6 +321,13 @@ def test_many_bad_rows(tmp_path, capsys):
     assert len((tmp_path / "out.jsonl").read_text().splitlines()) == 1
 
 
+def test_output_of_another_format(tmp_path, capsys):
+    message = "TMP/out.parquet: records are written as JSON Lines, so the name must end in .jsonl"
+    assert refusal(tmp_path, capsys, "data", "convert", "pairs", "TMP/a.jsonl", "TMP/out.parquet") == message
+    words = ["data", "decontaminate", "TMP/in.jsonl", "TMP/out.parquet", "--against", "TMP/test.jsonl"]
+    assert refusal(tmp_path, capsys, *words) == message
+
+
 def test_output_exists(tmp_path, capsys):
     write(tmp_path / "a.jsonl", '["a", "b"]\n')
     write(tmp_path / "b.jsonl", '["c", "d"]\n')

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from nvembed_mcore.data.convert import pairs, questions, tasks
-from nvembed_mcore.data.convert.intake import Counts, Draft, Intake
+from nvembed_mcore.data.convert.intake import Counts, Draft, Intake, check_output
 from nvembed_mcore.data.files import DataError
 from nvembed_mcore.data.records import write_records
 
@@ -47,8 +47,9 @@ def convert(
         options: keywords of the layout's function.
 
     Raises:
-        DataError: `output` exists, or a source cannot be read, has more bad rows than allowed, or gives no record.
+        DataError: `output` exists or is not named `.jsonl`, or a source cannot be read, has more bad rows than allowed, or gives no record.
     """
+    check_output(output)
     if Path(output).exists() and not overwrite:
         raise DataError(f"{output} exists; it is the file to write, and only --overwrite replaces it")
     intake = Intake(sources, max_bad_records)

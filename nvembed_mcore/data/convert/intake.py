@@ -199,6 +199,16 @@ class Intake:
         }
 
 
+def check_output(path: str | Path) -> None:
+    """Whether a file of records may have this name.
+
+    Raises:
+        DataError: it says another format than the one that is written.
+    """
+    if not str(path).endswith(".jsonl"):
+        raise DataError(f"{path}: records are written as JSON Lines, so the name must end in .jsonl")
+
+
 def text_of(row: dict[str, Any], name: str) -> str:
     """A field that must hold a string; spaces around it are cut off."""
     if row.get(name) is None:
