@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 
-from nvembed_mcore.cli import data_convert, data_decontaminate
+from nvembed_mcore.cli import data_convert, data_decontaminate, data_prompts
 
 
 def add(commands: argparse._SubParsersAction) -> None:
@@ -26,6 +26,7 @@ def add(commands: argparse._SubParsersAction) -> None:
     docs.set_defaults(run=_data_python_docs)
     data_convert.add(kinds)
     data_decontaminate.add(kinds)
+    data_prompts.add(kinds)
 
 
 def _data_tokenizer(arguments: argparse.Namespace) -> None:

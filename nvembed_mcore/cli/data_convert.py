@@ -55,6 +55,14 @@ def count(text: str) -> int:
     return number
 
 
+def at_least_one(text: str) -> int:
+    """A whole number from 1 on."""
+    number = int(text)
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"must be at least 1: {number}")
+    return number
+
+
 def _negatives(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--negatives", type=count, default=7, help="most negatives of a record (default 7)")
 
@@ -124,7 +132,7 @@ def _squad(parser: argparse.ArgumentParser) -> None:
 
 def _dpr(parser: argparse.ArgumentParser) -> None:
     _negatives(parser)
-    parser.add_argument("--positives", type=count, default=1, help="most positives of a record (default 1)")
+    parser.add_argument("--positives", type=at_least_one, default=1, help="most positives of a record (default 1)")
 
 
 def _hover(parser: argparse.ArgumentParser) -> None:
@@ -148,5 +156,6 @@ _LAYOUTS: dict[str, tuple[str, Callable[[argparse.ArgumentParser], None]]] = {
     "dpr": ("files of Dense Passage Retrieval: NQ, TriviaQA, PAQ", _dpr),
     "hotpotqa": ("HotpotQA with its paragraphs", _negatives),
     "bioasq": ("BioASQ's task b", lambda parser: None),
+    "synthetic": ("a file of prompts (data prompts write), then files of answers", lambda parser: None),
     "hover": ("HoVer, with its articles in a file of their own", _hover),
 }

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from nvembed_mcore.data.convert import pairs, questions, tasks
+from nvembed_mcore.data.convert import pairs, questions, synthetic, tasks
 from nvembed_mcore.data.convert.intake import Counts, Draft, Intake, check_output
 from nvembed_mcore.data.files import DataError
 from nvembed_mcore.data.records import write_records
@@ -22,6 +22,7 @@ LAYOUTS: dict[str, Callable[..., Iterator[Draft]]] = {
     "hotpotqa": questions.hotpotqa,
     "bioasq": questions.bioasq,
     "hover": questions.hover,
+    "synthetic": synthetic.synthetic,
 }
 
 
@@ -47,7 +48,8 @@ def convert(
         options: keywords of the layout's function.
 
     Raises:
-        DataError: `output` exists or is not named `.jsonl`, or a source cannot be read, has more bad rows than allowed, or gives no record.
+        DataError: `output` exists or is not named `.jsonl`, or a source cannot be read, has more bad rows than
+            allowed, or gives no record.
     """
     check_output(output)
     if Path(output).exists() and not overwrite:
