@@ -18,6 +18,8 @@ def add(kinds: argparse._SubParsersAction) -> None:
         layout.add_argument("sources", nargs="+", help="files of the set (JSONL, JSON, Parquet; .gz)")
         layout.add_argument("output", help="JSONL file of records to write")
         declare(layout)
+        layout.add_argument("--sample", type=at_least_one, metavar="N", help="draw so many records instead of all")
+        layout.add_argument("--seed", type=int, default=0, help="decides what is drawn (default 0)")
         layout.add_argument("--max-bad-records", type=count, default=0, help="leave out so many bad rows (default 0)")
         layout.add_argument("--overwrite", action="store_true", help="replace OUTPUT where it exists")
         layout.add_argument("--json", metavar="PATH", help="write the counts there")
@@ -67,10 +69,6 @@ def _negatives(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--negatives", type=count, default=7, help="most negatives of a record (default 7)")
 
 
-def _seed(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--seed", type=int, default=0, help="decides what is drawn (default 0)")
-
-
 def _task(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--by",
@@ -79,7 +77,6 @@ def _task(parser: argparse.ArgumentParser) -> None:
         help="positives and negatives are the texts of labels, or other texts of the same class and of other classes",
     )
     _negatives(parser)
-    _seed(parser)
     parser.add_argument("--labels", metavar="FILE", help="JSON object: label -> its text")
 
 
@@ -125,11 +122,6 @@ def _nli(parser: argparse.ArgumentParser) -> None:
     _fields(parser, premise="premise", hypothesis="hypothesis", label="label")
 
 
-def _squad(parser: argparse.ArgumentParser) -> None:
-    _negatives(parser)
-    _seed(parser)
-
-
 def _dpr(parser: argparse.ArgumentParser) -> None:
     _negatives(parser)
     parser.add_argument("--positives", type=at_least_one, default=1, help="most positives of a record (default 1)")
@@ -152,7 +144,7 @@ _LAYOUTS: dict[str, tuple[str, Callable[[argparse.ArgumentParser], None]]] = {
     "sts": ("rows of sentence1, sentence2 and score", _sts),
     "nli": ("rows of premise, hypothesis and label", _nli),
     "pairs": ("lines of sentence-transformers' embedding-training-data", _negatives),
-    "squad": ("SQuAD 1.1 and 2.0, as JSON or rows", _squad),
+    "squad": ("SQuAD 1.1 and 2.0, as JSON or rows", _negatives),
     "dpr": ("files of Dense Passage Retrieval: NQ, TriviaQA, PAQ", _dpr),
     "hotpotqa": ("HotpotQA with its paragraphs", _negatives),
     "bioasq": ("BioASQ's task b", lambda parser: None),

@@ -51,6 +51,13 @@ def test_sts_scale(tmp_path):
     assert triples(rows) == [("a", ["b"], []), ("b", ["a"], [])]
 
 
+def test_sts_positives_below_the_related_score_are_no_negatives(tmp_path):
+    source = [pair("a b c", "a b d", 1.5), pair("a b c", "a b e", 1.6), pair("a b f", "a b g", 0)]
+    _, rows = converted(tmp_path, "sts", source, min_score=1)
+    assert rows and all("a b e" not in row["neg"] and "a b d" not in row["neg"] for row in rows[:2])
+    assert [row["query"] for row in rows[:2]] == ["a b c", "a b c"]
+
+
 def plain_bm25(texts, query, k1=1.5, b=0.75):
     """BM25 as Lucene has it, of every text for one query, word by word."""
     words = [text.lower().split() for text in texts]

@@ -139,6 +139,20 @@ def test_several_labels_of_a_text(tmp_path):
     assert rows[1]["pos"] == ["cs.AI", "math"] and rows[1]["neg"] == ["cs.CL", "q-bio"]
 
 
+def test_sample(tmp_path):
+    source = [{"text": f"text {number}", "label": number % 2, "label_text": "ab"[number % 2]} for number in range(40)]
+    everything = converted(tmp_path, "classification", source, by="label")[1]
+    drawn = Counter()
+    for seed in range(200):
+        counts, rows = converted(tmp_path, "classification", source, by="label", sample=10, seed=seed)
+        assert len(rows) == 10 and [row for row in everything if row in rows] == rows
+        drawn.update(row["query"] for row in rows)
+    assert counts.records == 10 and counts.notes == {"records that were not drawn": 30}
+    # Each of 40 is drawn 50 times of 200 in the mean, with a deviation of 6.1.
+    assert len(drawn) == 40 and all(25 < number < 75 for number in drawn.values())
+    assert converted(tmp_path, "classification", source, by="label", sample=99)[1] == everything
+
+
 @pytest.mark.parametrize("name", ["a.json", "a.parquet"])
 def test_other_formats(tmp_path, name):
     expected = converted(tmp_path, "classification", COLOURS, by="label")[1]

@@ -217,6 +217,10 @@ CASES = {
         *("squad", [], "a.json", '{"data": [{"paragraphs": [{}]}]}'),
         "TMP/a.json: data[0].paragraphs[0] must be an object with a list qas",
     ),
+    "squad paragraph of a number": (
+        *("squad", [], "a.json", '{"data": [{"paragraphs": [1]}]}'),
+        "TMP/a.json: data[0].paragraphs[0] must be an object with a list qas",
+    ),
     "squad question": (
         *("squad", [], "a.json", '{"data": [{"paragraphs": [{"qas": [1]}]}]}'),
         "TMP/a.json: data[0].paragraphs[0].qas[0] must be an object, got a number",
@@ -256,6 +260,14 @@ CASES = {
     "bioasq question": (
         *("bioasq", [], "a.json", '{"questions": [1]}'),
         "TMP/a.json: questions[0] must be an object, got a number",
+    ),
+    "bioasq snippets": (
+        *("bioasq", [], "a.json", '{"questions": [{"body": "b", "snippets": 3}]}'),
+        one_bad("a.json: questions[0]", "snippets must be a list, got a number"),
+    ),
+    "hotpot lists of different lengths": (
+        *("hotpotqa", [], "a.jsonl", lines({**HOTPOT, "supporting_facts": {"title": ["A"], "sent_id": []}})),
+        one_bad("a.jsonl:1:51", "supporting_facts has 1 of title and 0 of sent_id"),
     ),
     "bioasq snippet": (
         *("bioasq", [], "a.json", '{"questions": [{"body": "b", "snippets": ["s"]}]}'),

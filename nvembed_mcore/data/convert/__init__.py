@@ -31,6 +31,8 @@ def convert(
     sources: Sequence[str | Path],
     output: str | Path,
     *,
+    sample: int | None = None,
+    seed: int = 0,
     max_bad_records: int = 0,
     overwrite: bool = False,
     **options: Any,
@@ -43,6 +45,8 @@ def convert(
         layout: a key of `LAYOUTS`.
         sources: files of that layout.
         output: the JSONL file to write.
+        sample: draw so many records at random instead of writing all.
+        seed: decides what is drawn.
         max_bad_records: so many bad rows are left out.
         overwrite: replace `output`. Where it exists, a source may have been taken for it.
         options: keywords of the layout's function.
@@ -54,6 +58,6 @@ def convert(
     check_output(output)
     if Path(output).exists() and not overwrite:
         raise DataError(f"{output} exists; it is the file to write, and only --overwrite replaces it")
-    intake = Intake(sources, max_bad_records)
-    write_records(output, intake.records(LAYOUTS[layout](intake, **options)))
+    intake = Intake(sources, max_bad_records, seed)
+    write_records(output, intake.records(LAYOUTS[layout](intake, **options), sample))
     return intake.counts

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -90,9 +91,10 @@ class Counts:
 class Intake:
     """The sources of one conversion, and the counts of what became of them."""
 
-    def __init__(self, sources: Sequence[str | Path], max_bad_records: int = 0) -> None:
+    def __init__(self, sources: Sequence[str | Path], max_bad_records: int = 0, seed: int = 0) -> None:
         self.sources = [Path(source) for source in sources]
         self.max_bad_records = max_bad_records
+        self.seed = seed
         self.counts = Counts()
         self._shown: list[str] = []
 
@@ -121,21 +123,20 @@ class Intake:
         if len(self._shown) < _SHOWN:
             self._shown.append(f"  {place}: {reason}")
 
-    def records(self, drafts: Iterable[Draft]) -> Iterator[dict[str, Any]]:
-        """The records of some drafts, as rows to write.
+    def records(self, drafts: Iterable[Draft], sample: int | None = None) -> Iterator[dict[str, Any]]:
+        """The records of some drafts, as rows to write; or so many of them, drawn at random, in their order.
 
         Raises:
             DataError: at the end, when there were more bad rows than allowed, or no record.
         """
         counts = self.counts
-        for draft in drafts:
-            row = self._record(draft)
-            if row is not None:
-                counts.records += 1
-                counts.positives += len(row["pos"])
-                counts.negatives += len(row["neg"])
-                counts.without_negatives += not row["neg"]
-                yield row
+        made = (row for draft in drafts if (row := self._record(draft)) is not None)
+        for row in made if sample is None else self._drawn(made, sample):
+            counts.records += 1
+            counts.positives += len(row["pos"])
+            counts.negatives += len(row["neg"])
+            counts.without_negatives += not row["neg"]
+            yield row
         self.stop_if_bad()
         if not counts.records:
             why = "".join(f"\n  {number}: {reason}" for reason, number in counts.left_out.most_common())
@@ -162,6 +163,21 @@ class Intake:
         if self.counts.bad > len(self._shown):
             head += f", the first {len(self._shown)}"
         return "\n".join([f"{head}:", *self._shown])
+
+    def _drawn(self, made: Iterable[dict[str, Any]], sample: int) -> Iterator[dict[str, Any]]:
+        """Reservoir sampling: only the sample is in memory."""
+        rng = random.Random(f"{self.seed}/sample")
+        kept: list[tuple[int, dict[str, Any]]] = []
+        for number, row in enumerate(made):
+            if number < sample:
+                kept.append((number, row))
+                continue
+            self.counts.notes["records that were not drawn"] += 1
+            place = rng.randrange(number + 1)
+            if place < sample:
+                kept[place] = (number, row)
+        for _, row in sorted(kept, key=lambda one: one[0]):
+            yield row
 
     def _record(self, draft: Draft) -> dict[str, Any] | None:
         """Look a draft over: blank and repeated documents go, and negatives that are the query or a positive."""

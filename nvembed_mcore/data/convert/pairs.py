@@ -56,7 +56,7 @@ def sts(
     for first, second, score in pairs:
         for one, other in ((first, second), (second, first)):
             related.setdefault(one, {one})
-            if score > _RELATED:
+            if score > _RELATED or score >= min_score:
                 related[one].add(other)
     positives: dict[str, list[str]] = {}
     for first, second, score in pairs:

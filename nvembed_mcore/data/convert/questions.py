@@ -14,7 +14,7 @@ from nvembed_mcore.data.files import DataError, kind_of
 from nvembed_mcore.data.records import Fault, content_id
 
 
-def squad(intake: Intake, *, negatives: int = 7, seed: int = 0) -> Iterator[Draft]:
+def squad(intake: Intake, *, negatives: int = 7) -> Iterator[Draft]:
     """SQuAD 1.1 and 2.0: a question's passage is its positive, others of the same article are its negatives.
 
     Reads the published JSON (`data`, `paragraphs`, `qas`) and rows of `title`, `context`, `question` and `answers`.
@@ -23,7 +23,6 @@ def squad(intake: Intake, *, negatives: int = 7, seed: int = 0) -> Iterator[Draf
     Args:
         intake: the sources.
         negatives: most negatives of a record, drawn at random from the article.
-        seed: decides what is drawn, together with the question.
     """
     passages: dict[str, dict[str, None]] = {}
     asked: list[tuple[str, str, str, str | None]] = []
@@ -44,7 +43,7 @@ def squad(intake: Intake, *, negatives: int = 7, seed: int = 0) -> Iterator[Draf
             pass
     for question, context, title, query_id in asked:
         others = [passage for passage in passages[title] if passage != context]
-        rng = random.Random(f"{seed}/squad/{content_id(question)}")
+        rng = random.Random(f"{intake.seed}/squad/{content_id(question)}")
         chosen = others if len(others) <= negatives else rng.sample(others, negatives)
         yield Draft(question, [Document(context)], [Document(one) for one in chosen], query_id)
 
@@ -55,8 +54,8 @@ def _squad_rows(path: Path) -> Iterator[Item]:
         at_article = f"{path}: data[{a}]"
         for p, paragraph in enumerate(_list_at(article, "paragraphs", at_article)):
             at_paragraph = f"{at_article}.paragraphs[{p}]"
-            shared = {"title": article.get("title"), "context": paragraph.get("context")}
             questions = _list_at(paragraph, "qas", at_paragraph)
+            shared = {"title": article.get("title"), "context": paragraph.get("context")}
             for q, question in enumerate(questions or [{}]):
                 at = f"{at_paragraph}.qas[{q}]" if questions else at_paragraph
                 if not isinstance(question, dict):
@@ -118,9 +117,11 @@ def hotpotqa(intake: Intake, *, negatives: int = 7) -> Iterator[Draft]:
     """
 
     def parse(row: dict[str, Any]) -> Draft:
-        supporting = {_title(fact, "supporting_facts") for fact in _couples(row, "supporting_facts", "sent_id")}
+        supporting = {
+            _title(fact, "supporting_facts") for fact in _couples(row, "supporting_facts", "title", "sent_id")
+        }
         pos, neg = [], []
-        for couple in _couples(row, "context", "sentences"):
+        for couple in _couples(row, "context", "title", "sentences"):
             title, sentences = _title(couple, "context"), couple[1]
             if not isinstance(sentences, list):
                 raise Fault(f"the sentences of {title!r} must be a list, got {kind_of(sentences)}", "context")
@@ -133,18 +134,19 @@ def hotpotqa(intake: Intake, *, negatives: int = 7) -> Iterator[Draft]:
     return intake.rows(parse)
 
 
-def _couples(row: dict[str, Any], name: str, second: str) -> list[list[Any]]:
-    """Lists of two that a field holds, as such or as an object of two lists `title` and `second`."""
+def _couples(row: dict[str, Any], name: str, first: str, second: str) -> list[list[Any]]:
+    """Couples of a field: lists of two, objects with the keys `first` and `second`, or one object of two lists."""
     value = row.get(name)
     if isinstance(value, dict):
-        titles, others = list_of(value, "title"), list_of(value, second)
-        value = [list(couple) for couple in zip(titles, others, strict=False)]
-    elif value is None or not isinstance(value, list):
-        raise Fault(f"{name} is missing" if value is None else f"{name} must be a list, got {kind_of(value)}", name)
-    for number, couple in enumerate(value):
+        firsts, seconds = list_of(value, first), list_of(value, second)
+        if len(firsts) != len(seconds):
+            raise Fault(f"{name} has {len(firsts)} of {first} and {len(seconds)} of {second}", name)
+        return [list(couple) for couple in zip(firsts, seconds, strict=True)]
+    couples = [[one.get(first), one.get(second)] if isinstance(one, dict) else one for one in list_of(row, name)]
+    for number, couple in enumerate(couples):
         if not isinstance(couple, list) or len(couple) < 2:
             raise Fault(f"{name}[{number}] must be a list of a title and what belongs to it", name)
-    return value
+    return couples
 
 
 def _title(couple: list[Any], name: str) -> str:
@@ -167,7 +169,7 @@ def bioasq(intake: Intake) -> Iterator[Draft]:
 
     def parse(row: dict[str, Any]) -> Draft:
         pos = []
-        for number, snippet in enumerate(row.get("snippets") or []):
+        for number, snippet in enumerate(list_of(row, "snippets") if row.get("snippets") is not None else []):
             if not isinstance(snippet, dict):
                 raise Fault(f"snippets[{number}] must be an object, got {kind_of(snippet)}", "snippets")
             pos.append(Document(clean(snippet.get("text"), f"snippets[{number}].text", "snippets")))
@@ -194,15 +196,13 @@ def hover(intake: Intake, *, corpus: str | Path) -> Iterator[Draft]:
     that is not supported was made out of the facts of the same articles.
 
     Args:
-        intake: the items: `claim`, `supporting_facts` (lists of title and sentence number, or objects with `key`).
+        intake: the items: `claim`, and `supporting_facts` as lists of title and sentence number, or as the Hugging
+            Face set has them, with `key` and `value`.
         corpus: the articles, rows of `title` and `text` in any format of rows.
     """
 
     def parse(row: dict[str, Any]) -> tuple[str, list[str], str | None]:
-        facts = row.get("supporting_facts")
-        if isinstance(facts, list) and facts and isinstance(facts[0], dict):
-            facts = [[fact.get("key"), fact.get("value")] for fact in facts if isinstance(fact, dict)]
-        couples = _couples({"supporting_facts": facts}, "supporting_facts", "value")
+        couples = _couples(row, "supporting_facts", "key", "value")
         titles = dict.fromkeys(_key(_title(couple, "supporting_facts")) for couple in couples)
         return text_of(row, "claim"), list(titles), optional_id(row, "uid", "id")
 

@@ -31,7 +31,6 @@ def classification(
     *,
     by: Form,
     negatives: int = 7,
-    seed: int = 0,
     text_field: str = "text",
     label_field: str = "label",
     label_text_field: str = "label_text",
@@ -43,7 +42,6 @@ def classification(
         intake: the rows.
         by: `label` or `example`.
         negatives: most negatives of a record.
-        seed: decides what is drawn, together with the text's id.
         text_field, label_field, label_text_field: fields of a row.
         labels: JSON file with one object, label -> its text; takes the place of `label_text_field`.
 
@@ -63,7 +61,7 @@ def classification(
                 )
         return text, classes
 
-    yield from _drafts(intake, intake.rows(parse), by, negatives, seed, label_texts, labels)
+    yield from _drafts(intake, intake.rows(parse), by, negatives, label_texts, labels)
 
 
 def clustering(
@@ -71,7 +69,6 @@ def clustering(
     *,
     by: Form,
     negatives: int = 7,
-    seed: int = 0,
     fields: Sequence[str] = ("sentences",),
     label_field: str = "labels",
     label_separator: str | None = None,
@@ -83,7 +80,6 @@ def clustering(
         intake: the rows.
         by: `label` or `example`.
         negatives: most negatives of a record.
-        seed: decides what is drawn, together with the text's id.
         fields: fields of a row that make a text, a space between (`title` and `abstract` for P2P, `title` for S2S), or
             one that holds a list of texts.
         label_field: the label; beside a list of texts, a list of labels.
@@ -113,7 +109,7 @@ def clustering(
 
     label_texts = {} if labels is None else _label_texts(Path(labels))
     labelled = (one for several in intake.rows(parse) for one in several)
-    yield from _drafts(intake, labelled, by, negatives, seed, label_texts, labels)
+    yield from _drafts(intake, labelled, by, negatives, label_texts, labels)
 
 
 def _drafts(
@@ -121,7 +117,6 @@ def _drafts(
     labelled: _Labelled,
     by: Form,
     negatives: int,
-    seed: int,
     label_texts: dict[str, str],
     labels: str | Path | None,
 ) -> Iterator[Draft]:
@@ -132,7 +127,7 @@ def _drafts(
             f"{intake.names()}: all texts have the label {next(iter(texts.members))!r}, so none has a negative"
         )
     if by == "example":
-        yield from _by_example(intake, texts, negatives, seed)
+        yield from _by_example(intake, texts, negatives)
         return
     missing = [label for label in texts.members if label not in label_texts]
     if labels is not None and missing:
@@ -145,7 +140,7 @@ def _drafts(
             raise DataError(
                 f"{intake.names()}: the text of label {label} is {text!r}; --labels FILE gives labels better texts"
             )
-    yield from _by_label(texts, negatives, seed, label_texts)
+    yield from _by_label(intake, texts, negatives, label_texts)
 
 
 class _TextsByClass:
@@ -175,18 +170,18 @@ class _TextsByClass:
             intake.counts.notes["texts of several classes"] += several
 
 
-def _by_label(texts: _TextsByClass, negatives: int, seed: int, label_texts: Mapping[str, str]) -> Iterator[Draft]:
+def _by_label(intake: Intake, texts: _TextsByClass, negatives: int, label_texts: Mapping[str, str]) -> Iterator[Draft]:
     for text, classes in texts.classes.items():
         others = [label_texts[name] for name in texts.members if name not in classes]
-        rng = random.Random(f"{seed}/labels/{content_id(text)}")
+        rng = random.Random(f"{intake.seed}/labels/{content_id(text)}")
         chosen = others if len(others) <= negatives else rng.sample(others, negatives)
         yield Draft(text, [Document(label_texts[name]) for name in classes], [Document(one) for one in chosen])
 
 
-def _by_example(intake: Intake, texts: _TextsByClass, negatives: int, seed: int) -> Iterator[Draft]:
+def _by_example(intake: Intake, texts: _TextsByClass, negatives: int) -> Iterator[Draft]:
     outside = _Outside(texts)
     for text, classes in texts.classes.items():
-        rng = random.Random(f"{seed}/examples/{content_id(text)}")
+        rng = random.Random(f"{intake.seed}/examples/{content_id(text)}")
         shared = [name for name in classes if len(texts.members[name]) > 1]
         if not shared:
             intake.counts.left_out["no other text of its class"] += 1

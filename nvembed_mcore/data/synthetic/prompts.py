@@ -5,8 +5,8 @@ differ (field, length, style, language, ...) is drawn by seed from `choices.json
 model is called here.
 
 A folder of templates has `choices.json`, `brainstorm.txt`, `short_long.txt`, `long_short.txt` and `short_short.txt`.
-In these texts `$name` is a placeholder. Step one fills in `tasks`, `given`, `wanted` and `example`, step two `task` and
-`language`, and both what the choices name.
+In these texts `$name` is a placeholder. Step one fills in `tasks`, `given`, `wanted` and `example`, step two `task`
+and `language`, and both what the choices name.
 """
 
 from __future__ import annotations
