@@ -346,3 +346,17 @@ def test_output_exists(tmp_path, capsys):
     message = "TMP/b.jsonl exists; it is the file to write, and only --overwrite replaces it"
     assert refusal(tmp_path, capsys, "data", "convert", "pairs", "TMP/a.jsonl", "TMP/b.jsonl") == message
     assert (tmp_path / "b.jsonl").read_text() == '["c", "d"]\n'
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--sample", "0"], "argument --sample: must be at least 1: 0"),
+        (["--negatives", "-1"], "argument --negatives: must not be negative: -1"),
+    ],
+)
+def test_numbers_of_options(capsys, words, message):
+    with pytest.raises(SystemExit) as caught:
+        main(["data", "convert", "pairs", "a.jsonl", "b.jsonl", *words])
+    assert caught.value.code == 2
+    assert capsys.readouterr().err.splitlines()[-1] == f"nvembed data convert pairs: error: {message}"
