@@ -10,7 +10,7 @@ setup(
     python_requires=">=3.10,<3.13",
     packages=[*find_packages(include=["nvembed_mcore*"]), "nvembed_mcore.kernels"],
     package_dir={"nvembed_mcore.kernels": "kernels"},
-    package_data={"nvembed_mcore.checkpoint": ["hf_files/*"]},
+    package_data={"nvembed_mcore.checkpoint": ["hf_files/*"], "nvembed_mcore.data.synthetic": ["templates/*"]},
     install_requires=[
         "torch>=2.11,<2.15",
         "megatron-core>=0.16.1,<0.17",

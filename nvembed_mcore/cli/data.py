@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 
-from nvembed_mcore.cli import data_plan
+from nvembed_mcore.cli import data_convert, data_decontaminate, data_plan, data_prompts
 
 
 def add(commands: argparse._SubParsersAction) -> None:
@@ -25,6 +25,9 @@ def add(commands: argparse._SubParsersAction) -> None:
     )
     docs.set_defaults(run=_data_python_docs)
     data_plan.add(kinds)
+    data_convert.add(kinds)
+    data_decontaminate.add(kinds)
+    data_prompts.add(kinds)
 
 
 def _data_tokenizer(arguments: argparse.Namespace) -> None:

@@ -54,6 +54,16 @@ def read_beir(folder: str | Path, split: str = "test") -> BeirSet:
     return BeirSet(corpus, {key: all_queries[key] for key in qrels}, qrels)
 
 
+def read_queries(folder: str | Path, split: str = "test") -> dict[str, str]:
+    """Query id -> text of the queries that a split judges; the corpus is not read.
+
+    Raises:
+        DataError: as `read_beir`, of `queries.jsonl` and the judgements.
+    """
+    queries = _read_id_text(Path(folder) / "queries.jsonl", _query_text)
+    return {key: queries[key] for key in _read_qrels(Path(folder) / "qrels" / f"{split}.tsv", queries)}
+
+
 def _document_text(row: dict[str, Any]) -> str:
     for name in ("title", "text"):
         if row.get(name) is not None:
