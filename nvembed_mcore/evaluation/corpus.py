@@ -150,9 +150,15 @@ def _rows_have_ids(source: Path) -> bool:
 
 
 def fingerprint_of(ids: Sequence[str], texts: Sequence[str]) -> str:
-    """SHA-256 of all ids and texts, in order."""
+    """SHA-256 of all ids and texts, in order.
+
+    Raises:
+        ValueError: a text is blank; the message has its index and id.
+    """
     digest = hashlib.sha256()
-    for key, text in zip(ids, texts, strict=True):
+    for number, (key, text) in enumerate(zip(ids, texts, strict=True)):
+        if not text.strip():
+            raise ValueError(f"text {number} of {len(texts)}, id {key!r}, is empty: {text!r}")
         _add(digest, key, text)
     return digest.hexdigest()
 

@@ -26,7 +26,7 @@ from nvembed_mcore.data import prompts
 from nvembed_mcore.data.packing import make_pack
 from nvembed_mcore.data.tokenizer import load_tokenizer, tokenizer_fingerprint
 from nvembed_mcore.evaluation.encode import tokenize
-from nvembed_mcore.parallel.groups import first_rank_does, initialize
+from nvembed_mcore.parallel.groups import every_rank_does, first_rank_does, initialize
 from nvembed_mcore.schedule import Chunks, embed_packs, pack_multiple, plan_texts
 
 SENTENCE_TRANSFORMERS = "st:"
@@ -108,37 +108,29 @@ def open_embedder(
             used.
     """
     if token_budget < 1:
-        raise EmbedderError(f"the token budget of a pack must be at least 1, got {token_budget}")
+        raise EmbedderError(f"a pack must have at least 1 token, got --tokens-per-pack {token_budget}")
+    how: dict[str, Any] = dict(
+        instruction=instruction,
+        max_length=max_length,
+        parallel=parallel or ParallelConfig(),
+        token_budget=token_budget,
+    )
+    sentence_options: dict[str, Any] = dict(
+        query_prompt=query_prompt, document_prompt=document_prompt, trust_remote_code=trust_remote_code
+    )
     if model.startswith(SENTENCE_TRANSFORMERS):
         from nvembed_mcore.evaluation.sentence_embedder import SentenceEmbedder
 
         if tokenizer is not None:
             raise EmbedderError(f"{model} brings its own tokenizer; got --tokenizer {tokenizer}")
-        return SentenceEmbedder(
-            model.removeprefix(SENTENCE_TRANSFORMERS),
-            instruction=instruction,
-            max_length=max_length,
-            parallel=parallel or ParallelConfig(),
-            token_budget=token_budget,
-            query_prompt=query_prompt,
-            document_prompt=document_prompt,
-            trust_remote_code=trust_remote_code,
-        )
-    given = {"--query-prompt": query_prompt, "--document-prompt": document_prompt}
-    for name in (name for name, value in given.items() if value is not None):
-        raise EmbedderError(
-            f"{name} is for sentence-transformers models (st:...); {model} takes an --instruction, as it was trained"
-        )
-    if trust_remote_code:
-        raise EmbedderError(f"--trust-remote-code is for sentence-transformers models (st:...); {model} needs no code")
-    return PackedEmbedder(
-        model,
-        instruction=instruction,
-        max_length=max_length,
-        parallel=parallel or ParallelConfig(),
-        token_budget=token_budget,
-        tokenizer=tokenizer,
-    )
+        return SentenceEmbedder(model.removeprefix(SENTENCE_TRANSFORMERS), **how, **sentence_options)
+    for name, value in sentence_options.items():
+        if value not in (None, False):
+            raise EmbedderError(
+                f"--{name.replace('_', '-')} is for models of sentence-transformers (st:...), and {model} is not one; "
+                f"it takes an --instruction"
+            )
+    return PackedEmbedder(model, **how, tokenizer=tokenizer)
 
 
 class PackedEmbedder:
@@ -158,8 +150,7 @@ class PackedEmbedder:
         """See `open_embedder`."""
         self._groups = initialize(parallel)
         facts, weights = first_rank_does(lambda: _describe(model))
-        folder = first_rank_does(lambda: _check_tokenizer(model, facts, tokenizer))
-        self._tokenizer = load_tokenizer(folder)
+        every_rank_does(lambda: self._load_tokenizer(model, facts, tokenizer))
         instruction = store.instruction_of(facts) if instruction is None else instruction
         data = facts["config"]["data"]
         limits = {name: data[name] if max_length is None else max_length for name in _LIMITS}
@@ -181,6 +172,27 @@ class PackedEmbedder:
         self.num_replicas, self.replica = self._groups.dp_size, self._groups.dp_rank
         self.is_writer = self._groups.is_last_stage and self._groups.tp_rank == 0
         self.tokens = self.positions = 0
+
+    def _load_tokenizer(self, model: str, facts: dict[str, Any], given: str | None) -> None:
+        """The model's tokenizer, which must be the one that it was trained with."""
+        folder = given or facts["config"]["data"]["tokenizer"]
+        if folder is None:
+            raise EmbedderError(f"{model} knows no tokenizer; give its folder with --tokenizer")
+        if not given and not Path(folder).is_dir():
+            raise EmbedderError(
+                f"the tokenizer of {model} was at {folder} and is there no more; give it with --tokenizer"
+            )
+        self._tokenizer = load_tokenizer(folder)
+        has, had = tokenizer_fingerprint(self._tokenizer), facts["tokenizer"]
+        if had not in (None, has):
+            raise EmbedderError(
+                f"the tokenizer in {folder} is not the one of {model}: its fingerprint is {has}, the model had {had}"
+            )
+        size = facts["hf_config"]["vocab_size"]
+        if len(self._tokenizer) > size:
+            raise EmbedderError(
+                f"the tokenizer in {folder} has {len(self._tokenizer)} ids, vocab_size of {model} is {size}"
+            )
 
     def embed(self, texts: list[str], is_query: bool) -> np.ndarray | None:
         """See `Embedder.embed`."""
@@ -233,27 +245,6 @@ def _describe(model: str) -> tuple[dict[str, Any], str]:
         )
     opened = open_hf_model(path)
     return describe(opened), opened.fingerprint()
-
-
-def _check_tokenizer(model: str, facts: dict[str, Any], given: str | None) -> str:
-    """The folder of the model's tokenizer, which must be the one that it was trained with."""
-    folder = given or facts["config"]["data"]["tokenizer"]
-    if folder is None:
-        raise EmbedderError(f"{model} knows no tokenizer; give its folder with --tokenizer")
-    if not given and not Path(folder).is_dir():
-        raise EmbedderError(f"the tokenizer of {model} was at {folder}, where it is no more; give it with --tokenizer")
-    tokenizer = load_tokenizer(folder)
-    has, had = tokenizer_fingerprint(tokenizer), facts["tokenizer"]
-    if had not in (None, has):
-        raise EmbedderError(
-            f"the tokenizer in {folder} is not the one of {model}: its fingerprint is {has}, the model had {had}"
-        )
-    if len(tokenizer) > facts["hf_config"]["vocab_size"]:
-        raise EmbedderError(
-            f"the tokenizer in {folder} has {len(tokenizer)} ids, vocab_size of {model} is "
-            f"{facts['hf_config']['vocab_size']}"
-        )
-    return str(folder)
 
 
 def _model_config(model: str, facts: dict[str, Any]) -> ModelConfig:

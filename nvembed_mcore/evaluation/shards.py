@@ -91,13 +91,41 @@ class Shards:
     def __getitem__(self, number: int) -> np.ndarray:
         if not 0 <= number < len(self):
             raise IndexError(f"shard {number} of {len(self)}")
-        file = _file_of(self.folder, self.manifest, number)
+        file = self.file_of(number)
         if self.manifest["format"] == "npy":
             rows = np.load(file, mmap_mode="r")
         else:
             column = pyarrow.parquet.read_table(file, columns=["embedding"])["embedding"].combine_chunks()
             rows = column.flatten().to_numpy(zero_copy_only=False).reshape(-1, self.dim)
         return rows if rows.dtype == np.float32 else rows.astype(np.float32)
+
+    def file_of(self, number: int) -> Path:
+        return self.folder / f"shard-{number:05d}.{self.manifest['format']}"
+
+    def rows_of(self, number: int) -> int:
+        """How many rows a shard has."""
+        return min(self.shard_size, self.count - number * self.shard_size)
+
+    def is_complete(self, number: int) -> bool:
+        """Whether a shard is there with the rows, the width and the bytes that it must have."""
+        file, shape, dtype = self.file_of(number), (self.rows_of(number), self.dim), self.manifest["dtype"]
+        try:
+            if self.manifest["format"] == "npy":
+                rows = np.load(file, mmap_mode="r")  # compares the file's size with its header
+                return rows.shape == shape and rows.dtype == dtype
+            with pyarrow.parquet.ParquetFile(file) as opened:
+                kind = opened.schema_arrow.field("embedding").type
+                return (opened.metadata.num_rows, kind.list_size) == shape and kind.value_type == dtype
+        except (OSError, EOFError, ValueError, KeyError, AttributeError, pyarrow.ArrowException):
+            return False
+
+    def missing(self) -> list[int]:
+        """Numbers of the shards that are not there, or damaged."""
+        return [number for number in range(len(self)) if not self.is_complete(number)]
+
+    def num_present(self) -> int:
+        """Rows of all shards that are there."""
+        return sum(self.rows_of(number) for number in range(len(self)) if self.file_of(number).is_file())
 
     def ids(self) -> Iterator[str]:
         """The id of each row."""
@@ -134,7 +162,7 @@ def encode_shards(
 
     Raises:
         ShardsError: an argument cannot work, or the folder holds something else; the message has what differs.
-        ValueError: a text is blank; the message has its index and id.
+        ValueError: a text is blank.
     """
     folder = Path(folder)
     start = time.perf_counter()
@@ -146,24 +174,11 @@ def encode_shards(
     manifest, missing = first_rank_does(
         lambda: _begin(folder, wanted | {"texts": fingerprint or fingerprint_of(ids, texts)}, ids)
     )
-    begun = embedder.tokens, embedder.positions
-
-    def work() -> tuple[int, int]:
-        for number in missing[embedder.replica :: embedder.num_replicas]:
-            _make_shard(embedder, texts, ids, folder, manifest, number)
-            # Packs differ in length, so on a CPU the heap fills with gaps and grows unless released.
-            device.release_unused_memory()
-            if progress is not None:
-                rate = (embedder.tokens - begun[0]) / (time.perf_counter() - start)
-                progress(_num_present(folder, manifest), len(texts), rate * embedder.num_replicas)
-        if not embedder.is_writer:
-            return 0, 0
-        return embedder.tokens - begun[0], embedder.positions - begun[1]
-
-    done = every_rank_does(work)
+    shards = Shards(folder, manifest)
+    done = every_rank_does(lambda: _make_shards(embedder, texts, ids, shards, missing, progress))
     first_rank_does(lambda: write_json(folder / MANIFEST, manifest | {"complete": True}))
     tokens, positions = (sum(counts) for counts in zip(*done, strict=True))
-    made = sum(_rows_of(manifest, number) for number in missing)
+    made = sum(shards.rows_of(number) for number in missing)
     seconds = time.perf_counter() - start
     return Encoded(len(texts), len(texts) - made, tokens, positions, seconds, embedder.dim)
 
@@ -179,11 +194,11 @@ def open_shards(folder: str | Path) -> Shards:
     if manifest is None:
         raise ShardsError(f"{folder} has no {MANIFEST}: `nvembed encode` writes one with its embeddings")
     shards = Shards(folder, manifest)
-    missing = [number for number in range(len(shards)) if not _is_complete(folder, manifest, number)]
+    missing = shards.missing()
     if missing:
         raise ShardsError(
             f"{folder} lacks {len(missing)} of {len(shards)} shards, or they are damaged: "
-            f"{_file_of(folder, manifest, missing[0]).name} is the first; the command that wrote it makes them"
+            f"{shards.file_of(missing[0]).name} is the first; the command that wrote it makes them"
         )
     if not manifest["complete"]:
         raise ShardsError(f"{folder / MANIFEST} does not say that it is complete; run what wrote it once more")
@@ -268,7 +283,6 @@ def _check_arguments(texts, ids, shard_size: int, format: str, dtype: str) -> di
 
 def _begin(folder: Path, wanted: dict[str, Any], ids: Sequence[str]) -> tuple[dict[str, Any], list[int]]:
     """Write the manifest, or check the one that is there; returns it and the numbers of the missing shards."""
-    numbers = range(len(Shards(folder, wanted)))
     found = _read_manifest(folder)
     if found is None:
         if folder.is_dir() and any(folder.glob("shard-*")):
@@ -279,7 +293,7 @@ def _begin(folder: Path, wanted: dict[str, Any], ids: Sequence[str]) -> tuple[di
             file.writelines(json.dumps(key, ensure_ascii=False) + "\n" for key in ids)
         os.replace(aside, folder / IDS)
         write_json(folder / MANIFEST, wanted | {"complete": False})
-        return wanted, list(numbers)
+        return wanted, Shards(folder, wanted).missing()
     changed = differences({key: value for key, value in found.items() if key != "complete"}, wanted)
     if changed:
         lines = "\n  ".join(changed)
@@ -289,7 +303,7 @@ def _begin(folder: Path, wanted: dict[str, Any], ids: Sequence[str]) -> tuple[di
         )
     for leftover in folder.glob(".writing-*"):
         leftover.unlink()
-    return wanted, [number for number in numbers if not _is_complete(folder, wanted, number)]
+    return wanted, Shards(folder, wanted).missing()
 
 
 def _read_manifest(folder: Path) -> dict[str, Any] | None:
@@ -302,21 +316,35 @@ def _read_manifest(folder: Path) -> dict[str, Any] | None:
     return found
 
 
-def _make_shard(embedder: Embedder, texts, ids, folder: Path, manifest: dict[str, Any], number: int) -> None:
+def _make_shards(
+    embedder: Embedder, texts, ids, shards: Shards, missing: list[int], progress: Progress | None
+) -> tuple[int, int]:
+    """This replica's part of the missing shards; returns what its writer counted, tokens and positions."""
+    start, tokens, positions = time.perf_counter(), embedder.tokens, embedder.positions
+    for number in missing[embedder.replica :: embedder.num_replicas]:
+        _make_shard(embedder, texts, ids, shards, number)
+        # Packs differ in length, so on a CPU the heap fills with gaps and grows unless released.
+        device.release_unused_memory()
+        if progress is not None:
+            rate = (embedder.tokens - tokens) / (time.perf_counter() - start)
+            progress(shards.num_present(), shards.count, rate * embedder.num_replicas)
+    if not embedder.is_writer:
+        return 0, 0
+    return embedder.tokens - tokens, embedder.positions - positions
+
+
+def _make_shard(embedder: Embedder, texts, ids, shards: Shards, number: int) -> None:
     """Embed and write one shard; all processes of a replica call this."""
-    begin = number * manifest["shard_size"]
-    end = begin + _rows_of(manifest, number)
-    part = list(texts[begin:end])
-    for index, text in enumerate(part, begin):
-        if not text.strip():
-            raise ValueError(f"text {index} of {len(texts)}, id {ids[index]!r}, is empty: {text!r}")
-    rows = embedder.embed(part, manifest["are_queries"])
+    begin = number * shards.shard_size
+    end = begin + shards.rows_of(number)
+    rows = embedder.embed(list(texts[begin:end]), shards.manifest["are_queries"])
 
     def write() -> None:
         if rows is not None:
-            file = _file_of(folder, manifest, number)
+            file = shards.file_of(number)
             aside = file.with_name(f".writing-{file.name}")
-            _write_rows(aside, rows.astype(manifest["dtype"], copy=False), ids[begin:end], manifest["format"])
+            values = rows.astype(shards.manifest["dtype"], copy=False)
+            _write_rows(aside, values, ids[begin:end], shards.manifest["format"])
             os.replace(aside, file)
 
     # A full disk stops all processes of the replica, and none waits for the next shard.
@@ -333,31 +361,3 @@ def _write_rows(file: Path, rows: np.ndarray, ids: Sequence[str], format: str) -
     table = pyarrow.table({"id": pyarrow.array(ids, pyarrow.string()), "embedding": embeddings})
     # Vectors do not compress, and repeated numbers are rare.
     pyarrow.parquet.write_table(table, file, compression="none", use_dictionary=False)
-
-
-def _file_of(folder: Path, manifest: dict[str, Any], number: int) -> Path:
-    return folder / f"shard-{number:05d}.{manifest['format']}"
-
-
-def _rows_of(manifest: dict[str, Any], number: int) -> int:
-    return min(manifest["shard_size"], manifest["count"] - number * manifest["shard_size"])
-
-
-def _is_complete(folder: Path, manifest: dict[str, Any], number: int) -> bool:
-    """Whether a shard is there with the rows, the width and the bytes that it must have."""
-    file = _file_of(folder, manifest, number)
-    shape = (_rows_of(manifest, number), manifest["dim"])
-    try:
-        if manifest["format"] == "npy":
-            rows = np.load(file, mmap_mode="r")  # compares the file's size with its header
-            return rows.shape == shape and rows.dtype == manifest["dtype"]
-        found = pyarrow.parquet.ParquetFile(file)
-        return (found.metadata.num_rows, found.schema_arrow.field("embedding").type.list_size) == shape
-    except (OSError, ValueError, KeyError, AttributeError, pyarrow.ArrowException):
-        return False
-
-
-def _num_present(folder: Path, manifest: dict[str, Any]) -> int:
-    """Texts of all shards that are there."""
-    numbers = range(len(Shards(folder, manifest)))
-    return sum(_rows_of(manifest, number) for number in numbers if _file_of(folder, manifest, number).is_file())
