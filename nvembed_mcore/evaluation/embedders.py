@@ -179,9 +179,7 @@ class PackedEmbedder:
         if folder is None:
             raise EmbedderError(f"{model} knows no tokenizer; give its folder with --tokenizer")
         if not given and not Path(folder).is_dir():
-            raise EmbedderError(
-                f"the tokenizer of {model} was at {folder} and is there no more; give it with --tokenizer"
-            )
+            raise EmbedderError(f"the tokenizer of {model} is no more at {folder}; give it with --tokenizer")
         self._tokenizer = load_tokenizer(folder)
         has, had = tokenizer_fingerprint(self._tokenizer), facts["tokenizer"]
         if had not in (None, has):
