@@ -125,8 +125,8 @@ class Corpus:
             DataError: the folder holds none, or a damaged one.
         """
         folder = Path(folder)
+        facts = read_json(folder / "texts.json")
         try:
-            facts = read_json(folder / "texts.json")
             reader = pyarrow.ipc.open_file(pyarrow.memory_map(str(folder / "texts.arrow")))
             batches = [reader.get_batch(number) for number in range(reader.num_record_batches)]
             opened = cls(

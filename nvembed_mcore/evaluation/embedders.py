@@ -166,7 +166,7 @@ class PackedEmbedder:
         self._facts = {
             "weights": weights,
             "precision": str(device.default_dtype(config.precision)).removeprefix("torch."),
-            "tokenizer": tokenizer_fingerprint(self._tokenizer),
+            "tokenizer": self._tokenizer_fingerprint,
         }
         self.dim = hf_config.hidden_size
         self.num_replicas, self.replica = self._groups.dp_size, self._groups.dp_rank
@@ -182,6 +182,7 @@ class PackedEmbedder:
             raise EmbedderError(f"the tokenizer of {model} is no more at {folder}; give it with --tokenizer")
         self._tokenizer = load_tokenizer(folder)
         has, had = tokenizer_fingerprint(self._tokenizer), facts["tokenizer"]
+        self._tokenizer_fingerprint = has
         if had not in (None, has):
             raise EmbedderError(
                 f"the tokenizer in {folder} is not the one of {model}: its fingerprint is {has}, the model had {had}"

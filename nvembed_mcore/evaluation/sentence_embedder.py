@@ -68,10 +68,12 @@ class SentenceEmbedder:
             raise EmbedderError(f"sentence-transformers cannot load {self._name}: {error}") from error
         if max_length is None:
             return
+        if max_length < 3:
+            raise EmbedderError(f"texts need room for 3 tokens at least, got --max-length {max_length}")
         config = getattr(getattr(self._model[0], "auto_model", None), "config", None)
-        most = getattr(config, "max_position_embeddings", None) or max_length
-        if not 3 <= max_length <= most:
-            raise EmbedderError(f"st:{self._name} takes texts of 3 to {most} tokens, got --max-length {max_length}")
+        positions = getattr(config, "max_position_embeddings", None) or max_length
+        if max_length > positions:
+            raise EmbedderError(f"st:{self._name} knows {positions} positions, got --max-length {max_length}")
         self._model.max_seq_length = max_length
 
     def _count(self, module: torch.nn.Module, inputs: tuple[dict[str, Any], ...]) -> None:

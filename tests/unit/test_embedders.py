@@ -6,11 +6,11 @@ import shutil
 
 import numpy as np
 import pytest
-import torch
 
 from nvembed_mcore.data.prompts import query_prompt
 from nvembed_mcore.evaluation.embedders import open_embedder
 from nvembed_mcore.parallel.groups import shutdown
+from tests.helpers import exports
 from tests.helpers.exports import INSTRUCTION, KINDS, LIMIT, PROMPT, TEXTS, Case, auto_model
 
 
@@ -118,29 +118,7 @@ def test_sentence_transformers_gives_the_numbers_of_ours(cases, kind):
 
 @pytest.fixture(scope="module")
 def bert(tmp_path_factory):
-    """A model of sentence-transformers that is none of ours: tiny, with pads, without prompts, not normalised."""
-    from sentence_transformers import SentenceTransformer, models
-    from transformers import BertConfig, BertModel, BertTokenizer
-
-    folder = tmp_path_factory.mktemp("bert")
-    words = [
-        "[PAD]",
-        "[UNK]",
-        "[CLS]",
-        "[SEP]",
-        "[MASK]",
-        *"abcdefghijklmnopqrstuvwxyz:",
-        *(f"##{c}" for c in "abcdefghijklmnopqrstuvwxyz"),
-    ]
-    (folder / "vocab.txt").write_text("\n".join(words), encoding="utf-8")
-    tokenizer = BertTokenizer(str(folder / "vocab.txt"))
-    torch.manual_seed(0)
-    sizes = dict(hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=32)
-    BertModel(BertConfig(vocab_size=len(words), max_position_embeddings=40, **sizes)).save_pretrained(folder / "bert")
-    tokenizer.save_pretrained(folder / "bert")
-    word = models.Transformer(str(folder / "bert"), max_seq_length=32)
-    SentenceTransformer(modules=[word, models.Pooling(16)], device="cpu").save(str(folder / "model"))
-    return folder / "model"
+    return exports.tiny_bert(tmp_path_factory.mktemp("bert"))
 
 
 def test_any_model_of_sentence_transformers(bert):
