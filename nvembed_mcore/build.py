@@ -13,7 +13,7 @@ from nvembed_mcore.checkpoint import hf_import, peft, store
 from nvembed_mcore.checkpoint.hf_folder import HfFolder
 from nvembed_mcore.checkpoint.hf_model import check_pooling, open_hf_model, same_head
 from nvembed_mcore.checkpoint.names import Entry, name_table
-from nvembed_mcore.config import ConfigError, ModelConfig, PoolingConfig, RunConfig
+from nvembed_mcore.config import ConfigError, ModelConfig, ParallelConfig, PoolingConfig, RunConfig
 from nvembed_mcore.model.encoder import Encoder, wrap_data_parallel
 from nvembed_mcore.model.mistral import read_mistral_config
 from nvembed_mcore.parallel.groups import Groups, every_rank_does, first_rank_does
@@ -48,21 +48,45 @@ def build_model(config: RunConfig, hf_config: MistralConfig, groups: Groups) -> 
             f"loss.matryoshka_dims must be below the model's hidden_size {hf_config.hidden_size}, got "
             f"{config.loss.matryoshka_dims}"
         )
-    start = store.find_checkpoint(config.model.init_from) if config.model.init_from else None
-    table = name_table(hf_config, config.model.pooling, config.model.adapters)
-    sources = _sources(config, hf_config, start, groups)
-    missing = _parts_to_make(start, config.model, hf_config) if start else {entry.name for entry in table}
     temperature = config.loss.temperature if config.loss.learn_temperature else None
+    encoders = build_encoders(
+        config.model, hf_config, config.parallel, groups, seed=config.seed, temperature=temperature
+    )
+    return wrap_data_parallel(encoders, config.parallel, distributed_optimizer=config.optim.distributed)
+
+
+def build_encoders(
+    model: ModelConfig,
+    hf_config: MistralConfig,
+    parallel: ParallelConfig,
+    groups: Groups,
+    *,
+    seed: int = 0,
+    temperature: float | None = None,
+) -> list[Encoder]:
+    """This stage's chunks with their initial weights, without anything that only training needs.
+
+    Args:
+        seed: of the weights that are drawn.
+        temperature: where a learned temperature starts; None: it is not learned.
+
+    Raises:
+        ConfigError, WeightsError: as `build_model`.
+    """
+    start = store.find_checkpoint(model.init_from) if model.init_from else None
+    table = name_table(hf_config, model.pooling, model.adapters)
+    sources = _sources(model, seed, hf_config, start, groups)
+    missing = _parts_to_make(start, model, hf_config) if start else {entry.name for entry in table}
     encoders = [
-        Encoder(hf_config, config.model, config.parallel, groups, chunk=chunk, temperature=temperature)
-        for chunk in range(config.parallel.chunks_per_stage)
+        Encoder(hf_config, model, parallel, groups, chunk=chunk, temperature=temperature)
+        for chunk in range(parallel.chunks_per_stage)
     ]
     if start:
         store.load_weights(start, encoders, but=missing)
         log.info("weights from step %d of %s", start.step, start.path)
     entries = [entry for entry in table if entry.name in missing]
     every_rank_does(lambda: [_fill(encoder, entries, sources, groups) for encoder in encoders])
-    return wrap_data_parallel(encoders, config.parallel, distributed_optimizer=config.optim.distributed)
+    return encoders
 
 
 def _parts_to_make(start: store.Checkpoint, model: ModelConfig, hf_config: MistralConfig) -> set[str]:
@@ -105,13 +129,13 @@ def _check_adapters(start: store.Checkpoint, model: ModelConfig) -> bool:
 
 
 def _sources(
-    config: RunConfig, hf_config: MistralConfig, start: store.Checkpoint | None, groups: Groups
+    model: ModelConfig, seed: int, hf_config: MistralConfig, start: store.Checkpoint | None, groups: Groups
 ) -> list[HfFolder | hf_import.RandomWeights]:
     """Where parameters come from that no checkpoint gives; the first source that has one gives it."""
-    model, sources = config.model, []
+    sources = []
     random = hf_import.RandomWeights(
         name_table(hf_config, model.pooling, model.adapters),
-        config.seed,
+        seed,
         hf_config.initializer_range,
         model.pooling,
     )

@@ -13,11 +13,12 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import Tensor
 
 from nvembed_mcore.data.packing import Pack, Plan, Text, make_pack, make_plan
+from nvembed_mcore.model.encoder import Encoder
 from nvembed_mcore.parallel.gather import gather_rows
 from nvembed_mcore.parallel.groups import Groups
 
-Chunks = list[DistributedDataParallel]
-"""The model chunks of this pipeline stage: one, or several where stages are interleaved."""
+Chunks = list[DistributedDataParallel] | list[Encoder]
+"""The model chunks of this pipeline stage: one, or several where stages are interleaved. Bare ones can only embed."""
 
 
 def pack_multiple(chunks: Chunks) -> int:
@@ -26,10 +27,14 @@ def pack_multiple(chunks: Chunks) -> int:
     return config.tensor_model_parallel_size if config.sequence_parallel else 1
 
 
-def plan_texts(lengths, chunks: Chunks, groups: Groups, token_budget: int) -> Plan:
-    """Which rank embeds which text in which pack; interleaved stages need a multiple of their number of packs."""
+def plan_texts(lengths, chunks: Chunks, groups: Groups, token_budget: int, num_ranks: int | None = None) -> Plan:
+    """Which rank embeds which text in which pack; interleaved stages need a multiple of their number of packs.
+
+    Args:
+        num_ranks: those that share the texts; None: all data-parallel ones.
+    """
     multiple = groups.pp_size if len(chunks) > 1 else 1
-    return make_plan(lengths, groups.dp_size, token_budget, multiple=multiple)
+    return make_plan(lengths, num_ranks or groups.dp_size, token_budget, multiple=multiple)
 
 
 def packs_of_rank(texts: list[Text], plan: Plan, chunks: Chunks, groups: Groups) -> list[Pack]:

@@ -36,8 +36,7 @@ def export_run(source: str, output: str, *, dtype: str, instruction: str | None,
     if config["data"]["tokenizer"] is None:
         raise store.CheckpointError(f"{found.path} knows no tokenizer; import it again with --tokenizer")
     if instruction is None:
-        imported = found.facts.get("imported_from", {}).get("instruction", "")
-        instruction = next((one["instruction"] for one in config["data"]["datasets"]), imported)
+        instruction = store.instruction_of(found.facts)
     hf_config = MistralConfig.from_dict(found.facts["hf_config"])
     pooling = PoolingConfig(**config["model"]["pooling"])
     read = store.open_weights(found)

@@ -60,7 +60,7 @@ def import_hf(source: str, output: str, *, tokenizer: str | None = None, dtype: 
     check_new(output)
     initialize(ParallelConfig())
     model = every_rank_does(lambda: open_hf_model(source))[dist.get_rank()]
-    facts = _facts(model, source, tokenizer)
+    facts = describe(model, tokenizer)
     num_checked = verify_sums(model.folder)
     entries = {entry.name: entry for entry in model.entries()}
     tensors = {name: (entry.shape, _dtype(model, list(entry.hf), dtype)) for name, entry in entries.items()}
@@ -95,8 +95,15 @@ def _dtype(model: HfModel, hf_names: list[str], wanted: str | None) -> torch.dty
     return torch.float32 if widest == torch.float64 else widest
 
 
-def _facts(model: HfModel, source: str, tokenizer: str | None) -> dict[str, Any]:
-    """What `run.json` says: as a run's, as far as an import knows it."""
+def describe(model: HfModel, tokenizer: str | None = None) -> dict[str, Any]:
+    """What `run.json` says of a Hugging Face folder: as of a run, as far as the folder tells. Every rank calls this.
+
+    Args:
+        tokenizer: folder of the tokenizer; None: the model's own, if it has one.
+
+    Raises:
+        WeightsError: the tokenizer does not fit the model, or the folder's metadata cannot be read.
+    """
     tokenizer_dir, fingerprint = _tokenizer(model, tokenizer)
     limit = _max_tokens(model)
     return {
@@ -104,7 +111,7 @@ def _facts(model: HfModel, source: str, tokenizer: str | None) -> dict[str, Any]
         "config": {
             "model": {
                 "config": None,
-                "init_from": os.path.abspath(source),
+                "init_from": os.path.abspath(model.path),
                 "attention_mask": model.attention_mask,
                 "precision": "auto",
                 "pooling": dataclasses.asdict(model.pooling or PoolingConfig(kind="mean")),

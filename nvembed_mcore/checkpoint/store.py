@@ -9,6 +9,7 @@ Random states are not stored: they follow from seed and step (docs/design.md).
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import shutil
@@ -42,6 +43,7 @@ _STORED_AS = {
     ".input_layernorm.weight": ".self_attention.linear_qkv.layer_norm_weight",
     ".pre_mlp_layernorm.weight": ".mlp.linear_fc1.layer_norm_weight",
 }
+_SAMPLES, _SAMPLE_BYTES = 64, 4096
 _METADATA = {"distrib_optim_sharding_type": "fully_reshardable", "non_homogeneous_layers": True}
 
 
@@ -187,6 +189,27 @@ def adapters_of(facts: dict[str, Any]) -> dict[str, Any] | None:
 def adapter_settings(lora: dict[str, Any]) -> dict[str, Any]:
     """All of `model.lora` but where the adapters started; targets in the order of their names, which says nothing."""
     return {name: value for name, value in lora.items() if name != "init_from"} | {"targets": sorted(lora["targets"])}
+
+
+def instruction_of(facts: dict[str, Any]) -> str:
+    """Instruction of the queries: of a run's first data set, or what an imported folder knew; empty without."""
+    imported = facts.get("imported_from", {}).get("instruction", "")
+    return next((one["instruction"] for one in facts["config"]["data"]["datasets"]), imported)
+
+
+def fingerprint(checkpoint: Checkpoint) -> str:
+    """SHA-256 of `run.json`, and of the sizes and samples of the tensors' files: two checkpoints differ in it.
+
+    It says nothing of the numbers between the samples.
+    """
+    digest = hashlib.sha256((checkpoint.path / "run.json").read_bytes())
+    for name, size in stored_files(checkpoint).items():
+        digest.update(f"{name} {size}".encode())
+        with open(Path(checkpoint.state_dir) / name, "rb") as file:
+            for place in range(_SAMPLES):
+                file.seek(size * place // _SAMPLES)
+                digest.update(file.read(_SAMPLE_BYTES))
+    return digest.hexdigest()
 
 
 def open_weights(checkpoint: Checkpoint) -> Callable[[str], torch.Tensor]:

@@ -13,7 +13,7 @@ import warnings
 from collections.abc import Callable
 
 from nvembed_mcore import __version__
-from nvembed_mcore.cli import data, use, weights
+from nvembed_mcore.cli import data, encode, use, weights
 from nvembed_mcore.cli.train import train
 
 log = logging.getLogger(__name__)
@@ -69,5 +69,6 @@ def _parser() -> argparse.ArgumentParser:
     commands.add_parser("train", help="train one stage: nvembed train CONFIG.yaml [--field value ...]", add_help=False)
     weights.add(commands)
     use.add(commands)
+    encode.add(commands)
     data.add(commands)
     return parser

@@ -1,4 +1,4 @@
-"""`nvembed evaluate`, `encode` and `search`: an exported folder at work."""
+"""`nvembed evaluate` and `search`: an exported folder at work."""
 
 from __future__ import annotations
 
@@ -10,7 +10,6 @@ from pathlib import Path
 
 def add(commands: argparse._SubParsersAction) -> None:
     _add_evaluate(commands)
-    _add_encode(commands)
     _add_search(commands)
 
 
@@ -50,23 +49,6 @@ def _evaluate(arguments: argparse.Namespace) -> None:
         Path(arguments.json).write_text(json.dumps(metrics, indent=1) + "\n", encoding="utf-8")
     for name, value in metrics.items():
         print(f"{name:14} {value:.4f}")
-
-
-def _add_encode(commands: argparse._SubParsersAction) -> None:
-    command = commands.add_parser("encode", help="embed the lines of a text file")
-    _add_model(command)
-    command.add_argument("texts", help="UTF-8 file, one text a line")
-    command.add_argument("output", help="NumPy file to write: float32 [lines, D]")
-    command.add_argument("--queries", action="store_true", help="put the instruction in front of each text")
-    command.set_defaults(run=_encode)
-
-
-def _encode(arguments: argparse.Namespace) -> None:
-    from nvembed_mcore.evaluation.exported import encode_file
-
-    encoder = _encoder(arguments)
-    shape = encode_file(encoder, arguments.texts, arguments.output, are_queries=arguments.queries)
-    print(f"{shape[0]} texts, {shape[1]} dimensions: {arguments.output}")
 
 
 def _add_search(commands: argparse._SubParsersAction) -> None:

@@ -76,6 +76,13 @@ def check_room(tokenizer: PreTrainedTokenizerFast, instruction: str, max_tokens:
         )
 
 
+def check_not_blank(texts: Sequence[str]) -> None:
+    """Raise a `ValueError` that names the first text of nothing but spaces."""
+    for number, text in enumerate(texts):
+        if not text.strip():
+            raise ValueError(f"text {number} of {len(texts)} is empty: {text!r}")
+
+
 def encode_texts(
     tokenizer: PreTrainedTokenizerFast, texts: Sequence[str], instruction: str, max_tokens: int
 ) -> EncodedTexts:
@@ -92,9 +99,7 @@ def encode_texts(
             prompt with the beginning of a text, so that no position separates them.
     """
     check_room(tokenizer, instruction, max_tokens)
-    for number, text in enumerate(texts):
-        if not text.strip():
-            raise ValueError(f"text {number} of {len(texts)} is empty: {text!r}")
+    check_not_blank(texts)
     prefix = prompt_tokens(tokenizer, instruction)
     prompt = query_prompt(instruction)
     rows = _pieces(tokenizer, [prompt + text for text in texts]) if texts else []

@@ -5,13 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-import numpy as np
 import torch
 
 from nvembed_mcore.checkpoint.hf_load import exported_prompt, load_exported
 from nvembed_mcore.data.beir import read_beir
 from nvembed_mcore.data.prompts import query_prompt
-from nvembed_mcore.data.records import DataError
 from nvembed_mcore.evaluation.retrieval import relevance_of, score_run, search
 
 
@@ -42,24 +40,3 @@ def evaluate_beir(encoder: ExportedEncoder, folder: str | Path) -> dict[str, flo
     documents = encoder(list(beir.corpus.values()), False)
     _, ranked = search(queries, documents, 100)
     return dict(score_run(ranked, relevance_of(beir)))
-
-
-def encode_file(encoder: ExportedEncoder, source: str, output: str, *, are_queries: bool) -> tuple[int, int]:
-    """Embed each line of a UTF-8 file; writes float32 [lines, D] and returns its shape.
-
-    Raises:
-        DataError: the file is missing, empty, not UTF-8, or has an empty line; the message names the line.
-    """
-    try:
-        lines = Path(source).read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise DataError(f"cannot read {source}: {error}") from error
-    if not lines:
-        raise DataError(f"{source} has no lines")
-    for number, line in enumerate(lines, 1):
-        if not line.strip():
-            raise DataError(f"{source}:{number}: empty text")
-    embeddings = encoder(lines, are_queries).cpu().numpy()
-    with open(output, "wb") as file:
-        np.save(file, embeddings)
-    return embeddings.shape

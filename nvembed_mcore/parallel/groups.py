@@ -128,14 +128,28 @@ def every_rank_does(work: Callable[[], Any]) -> list[Any]:
     What it raises on one rank is raised on every rank, so that none hangs.
     """
     patient = dist.new_group(backend="gloo", timeout=timedelta(days=7))
+    try:
+        return _all_do(work, patient)
+    finally:
+        dist.destroy_process_group(patient)
+
+
+def replica_does(work: Callable[[], Any]) -> list[Any]:
+    """As `every_rank_does`, among the processes of one replica of the model only (tensor and pipeline parallel).
+
+    They wait for each other under `parallel.timeout_minutes`.
+    """
+    return _all_do(work, parallel_state.get_model_parallel_group())
+
+
+def _all_do(work: Callable[[], Any], group: dist.ProcessGroup) -> list[Any]:
     outcome: tuple[Any, Exception | None]
     try:
         outcome = (work(), None)
     except Exception as caught:
         outcome = (None, caught)
-    outcomes: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(outcomes, outcome, group=patient)
-    dist.destroy_process_group(patient)
+    outcomes: list[Any] = [None] * group.size()
+    dist.all_gather_object(outcomes, outcome, group=group)
     for _, caught in outcomes:
         if caught is not None:
             raise caught

@@ -83,3 +83,20 @@ def sentence_transformer(folder):
     from sentence_transformers import SentenceTransformer
 
     return SentenceTransformer(str(folder), trust_remote_code=True, local_files_only=True, device="cpu")
+
+
+def tiny_bert(folder):
+    """A model of sentence-transformers that is none of ours: with pads, without prompts, not normalised."""
+    from sentence_transformers import SentenceTransformer, models
+    from transformers import BertConfig, BertModel, BertTokenizer
+
+    letters = "abcdefghijklmnopqrstuvwxyz:"
+    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *letters, *(f"##{letter}" for letter in letters)]
+    (folder / "vocab.txt").write_text("\n".join(words), encoding="utf-8")
+    torch.manual_seed(0)
+    sizes = dict(hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=32)
+    BertModel(BertConfig(vocab_size=len(words), max_position_embeddings=40, **sizes)).save_pretrained(folder / "bert")
+    BertTokenizer(str(folder / "vocab.txt")).save_pretrained(folder / "bert")
+    transformer = models.Transformer(str(folder / "bert"), max_seq_length=32)
+    SentenceTransformer(modules=[transformer, models.Pooling(16)], device="cpu").save(str(folder / "model"))
+    return folder / "model"
