@@ -32,12 +32,14 @@ PROCESSES = 2
 console = Console(highlight=False, soft_wrap=True)
 
 PLAN = """\
-What happens now, on {cores} CPU cores, in about 10 minutes:
-  1. data       parse the installed Python packages into a code search set             ~1 minute
+What happens now, on {cores} CPU cores, in about 12 minutes:
+  1. data       parse the installed Python packages into a code search set, check it   ~1 minute
   2. stage 1    train a small Mistral from random weights on {processes} processes      ~5 minutes
-  3. stage 2    go on with retrieval and classification, no in-batch negatives   ~1 minute
-  4. export     write a Hugging Face folder, evaluate it beside BM25             ~1 minute
-  5. proofs     another layout gives the same gradient; kill -9 loses nothing    ~1 minute
+  3. mining     let that model find hard negatives among all documents           ~1 minute
+  4. stage 2    go on with retrieval and classification, no in-batch negatives;
+                once with mined negatives, once with code of the same file       ~2 minutes
+  5. export     write a Hugging Face folder, evaluate it beside BM25             ~1 minute
+  6. proofs     another layout gives the same gradient; kill -9 loses nothing    ~1 minute
 Everything is written to {output}."""
 
 
@@ -55,10 +57,16 @@ def main() -> None:
         docs = ["data", "python-docs", str(output / "data"), "--tokenizer", str(output / "tokenizer")]
         sizes = ["--held-out", str(options.held_out), "--negatives", "2", "--packages", *options.packages]
         _command("nvembed", *docs, *sizes)
-        stages = [_train(_stage_config(number, output, options), overrides) for number in (1, 2)]
+        configs = [_stage_config(number, output, options) for number in (1, 2)]
+        _command("nvembed", "data", "plan", *map(str, configs))
+        _command("nvembed", "data", "check", str(configs[0]), "--report", str(output / "check.html"))
+        stages = [_train(configs[0], overrides)]
+        _mine(stages[0], output)
+        stages.append(_train(configs[1], overrides))
+        neighbours = _train(_with_neighbours(configs[1], output), overrides)
         export_dir = output / "export"
         _command("nvembed", "export-hf", str(stages[1]), str(export_dir))
-        scores = _evaluate(output, stages, export_dir)
+        scores = _evaluate(output, stages, neighbours, export_dir)
         if not options.skip_proofs:
             _heading("This is Megatron-Core")
             console.print(same_gradient_in_another_layout(output / "proofs", output / "stage1" / "config.yaml"))
@@ -74,7 +82,7 @@ def _options() -> tuple[argparse.Namespace, list[str]]:
     parser.add_argument("--held-out", type=int, default=3000, help="held-out queries (default 3000)")
     packages = ["stdlib", "numpy", "torch", "transformers"]
     parser.add_argument("--packages", nargs="+", default=packages, help="installed packages to learn from")
-    parser.add_argument("--skip-proofs", action="store_true", help="leave out step 5")
+    parser.add_argument("--skip-proofs", action="store_true", help="leave out step 6")
     options, rest = parser.parse_known_args()
     if wrong := [word for word in rest[::2] if not word.startswith("--parallel.")]:
         parser.error(f"unknown option {wrong[0]}; only those that begin with --parallel. go on to the training runs")
@@ -100,6 +108,24 @@ def _train(config: Path, overrides: Sequence[str]) -> Path:
     return config.with_suffix("")
 
 
+def _mine(run: Path, output: Path) -> None:
+    """Hard negatives for stage 2 by the model of stage 1, as many as the records had."""
+    _heading("Mining hard negatives")
+    records, mined = output / "data" / "train.jsonl", output / "mined"
+    torchrun = ["torchrun", "--nproc-per-node", str(PROCESSES), "-m", "nvembed_mcore"]
+    _command(*torchrun, "mine", str(run), str(records), str(mined), "--negatives", "2")
+
+
+def _with_neighbours(config: Path, output: Path) -> Path:
+    """Stage 2 with the negatives that the records came with: other code of the same file."""
+    tree = yaml.safe_load(config.read_text(encoding="utf-8"))
+    tree["run_dir"] = str(output / "stage2_neighbours")
+    tree["data"]["datasets"][0]["path"] = str(output / "data" / "train.jsonl")
+    path = output / "stage2_neighbours.yaml"
+    path.write_text(yaml.safe_dump(tree, sort_keys=False), encoding="utf-8")
+    return path
+
+
 def _command(*words: str) -> None:
     """Show a command, run it, and end with its status when it fails."""
     console.print(f"\n[bold]$ {' '.join(words)}[/bold]")
@@ -114,12 +140,13 @@ def _heading(text: str) -> None:
     console.print(f"\n[bold cyan]{text}[/bold cyan]")
 
 
-def _evaluate(output: Path, stages: list[Path], export_dir: Path) -> dict[str, Scores]:
+def _evaluate(output: Path, stages: list[Path], neighbours: Path, export_dir: Path) -> dict[str, Scores]:
     """All rows of the final table; shows a few searches before and after on the way."""
     _heading("Evaluating")
     held, hidden = Held(output / "data" / "heldout"), Held(output / "data" / "heldout_hidden_names")
     before = _evaluations(stages[0])
     scores = {"untrained": before[0], "stage1": before[-1], "stage2": _evaluations(stages[1])[-1]}
+    scores["stage2, negatives of the same file"] = _evaluations(neighbours)[-1]
     lexical, lexical_hidden = (bm25_rank(one.documents, one.queries, 100) for one in (held, hidden))
     dense, dense_hidden = dense_rankings(export_dir, held.queries, held.documents, hidden.documents)
     scores["bm25"] = held.score(lexical)
