@@ -104,9 +104,9 @@ class Layout:
         """A fault of a record as one of the row that it was made from: it names and points at the row's field."""
         if self.query not in row or self.positive not in row:
             other = _layout_or_none(row)
-            if other and other.kind != self.kind:
-                fields = ", ".join(row)
-                return Fault(f"another layout than the first row's: {other.kind} with the fields {fields}")
+            if other and (other.query, other.positive) != (self.query, self.positive):
+                first = f"that of the first row ({self.query}, {self.positive})"
+                return Fault(f"another layout than {first}: the fields are {', '.join(row)}")
         if self.kind == "records":
             return fault
         of_record = {"query": self.query, "pos": self.positive, "neg": self.negative}
