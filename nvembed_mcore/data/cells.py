@@ -24,6 +24,15 @@ _ROW_ENDS = (b"\n", b"")
 Cells = list[re.Match[bytes]]
 
 
+class _BadCell(Exception):
+    """What is wrong with a cell, and the place of it in the block."""
+
+    def __init__(self, reason: str, place: int) -> None:
+        super().__init__(reason)
+        self.reason = reason
+        self.place = place
+
+
 def last_row_end(content: bytes) -> int:
     """The place behind the last line end of CSV that is not within a quoted cell; `content` begins with a row."""
     if b'"' not in content:
@@ -39,19 +48,19 @@ def without_header(block: Block) -> tuple[tuple[str, ...], Block]:
     """The names of the columns, and the block behind them.
 
     Raises:
-        DataError: the header is not UTF-8, or has a column without a name or two of one name.
+        DataError: the header is not UTF-8, has quotes out of order, or a column without a name or two of one name.
     """
     header = next(_rows_of_cells(block), [])
     names: list[str] = []
     for cell in header:
-        column = _column(block, header, cell)
         try:
             name = _text(block, cell)
-        except Fault as fault:
-            raise DataError(f"{block.path}:{block.first}:{column}: the header: {fault.reason}") from fault
-        if not name or name in names:
-            what = f"two columns are named {name!r}" if name else "a column has no name"
-            raise DataError(f"{block.path}:{block.first}:{column}: the header: {what}")
+            if not name or name in names:
+                reason = f"two columns are named {name!r}" if name else "a column has no name"
+                raise _BadCell(reason, cell.start())
+        except _BadCell as bad:
+            line, column = _line_and_column(block, block.first, header, bad.place)
+            raise DataError(f"{block.path}:{line}:{column}: the header: {bad.reason}") from bad
         names.append(name)
     end = header[-1].end() if header else 0
     first = block.first + block.content.count(b"\n", 0, end)
@@ -66,14 +75,17 @@ def rows(block: Block, add_problem: AddProblem) -> Iterator[Row]:
         if len(cells) == 1 and not cells[0][0].strip():
             continue
         if len(cells) != len(block.columns):
-            add_problem(number, 1, f"{len(cells)} cells under the {len(block.columns)} of the header")
+            add_problem(number, 1, f"{len(cells)} cells, where the header has {len(block.columns)} columns")
             continue
         row: dict[str, Any] = {}
         for name, cell in zip(block.columns, cells, strict=True):
             try:
                 row[name] = parse_cell(name, _text(block, cell))
+            except _BadCell as bad:
+                add_problem(*_line_and_column(block, number, cells, bad.place), f"{name}: {bad.reason}")
+                break
             except Fault as fault:
-                add_problem(number, _column(block, cells, cell), f"{name}: {fault.reason}")
+                add_problem(*_line_and_column(block, number, cells, cell.start()), f"{name}: {fault.reason}")
                 break
         else:
             yield number, row, lambda name, cells=cells: _column_named(block, cells, name)
@@ -98,24 +110,28 @@ def _text(block: Block, cell: re.Match[bytes]) -> str:
         plain = plain[:-1]
     if quoted is not None:
         if cell["close"] == b"":
-            raise Fault("the quote that opens this cell is not closed")
+            raise _BadCell("the quote that opens this cell is not closed", cell.start())
         if plain:
-            raise Fault("there is text behind the quote that closes this cell")
+            raise _BadCell("there is text behind the quote that closes this cell", cell.start("plain"))
     name = "plain" if quoted is None else "quoted"
     try:
         text = (plain if quoted is None else quoted).decode()
     except UnicodeDecodeError as error:
-        where = cell.start(name) + error.start
-        offset, byte = block.offset + where, block.content[where]
-        raise Fault(f"not UTF-8: byte {offset} of the file is 0x{byte:02x} ({error.reason})") from error
+        place = cell.start(name) + error.start
+        where = f"byte {block.offset + place} of the file is 0x{block.content[place]:02x}"
+        raise _BadCell(f"not UTF-8: {where} ({error.reason})", place) from error
     return text if quoted is None else text.replace('""', '"')
 
 
-def _column(block: Block, cells: Cells, cell: re.Match[bytes]) -> int:
-    """The column where a cell begins in its line, in characters from 1; in its row's first line, or 1."""
-    before = block.content[cells[0].start() : cell.start()]
-    return 1 if b"\n" in before else len(before.decode(errors="replace")) + 1
+def _line_and_column(block: Block, first: int, cells: Cells, place: int) -> tuple[int, int]:
+    """Line and column (in characters, from 1) of a place in a row that begins in line `first`."""
+    before = block.content[cells[0].start() : place]
+    return first + before.count(b"\n"), len(before[before.rfind(b"\n") + 1 :].decode(errors="replace")) + 1
 
 
 def _column_named(block: Block, cells: Cells, name: str) -> int:
-    return _column(block, cells, cells[block.columns.index(name)]) if name in block.columns else 1
+    """The column of a named cell if it begins in the first line of its row, else 1."""
+    if name not in block.columns:
+        return 1
+    line, column = _line_and_column(block, 0, cells, cells[block.columns.index(name)].start())
+    return 1 if line else column
