@@ -39,9 +39,9 @@ REFUSALS = {
         "{path}/x holds files of several kinds (a.csv, b.jsonl.gz): name one file, or a folder of one of them",
     ),
     "splits": (
-        {"x/train-0.jsonl": GOOD, "x/train-1.jsonl": GOOD, "x/test.jsonl": GOOD},
+        {"x/train-0.csv": "", "x/train-1.csv": "", "x/test.csv": ""},
         "x",
-        "{path}/x holds files of several splits (test.jsonl, train-1.jsonl): name one file, or a folder of one of them",
+        "{path}/x holds files of several splits (test.csv, train-1.csv): name one file, or a folder of one of them",
     ),
     "no judgements": (
         BEIR,
