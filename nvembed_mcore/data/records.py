@@ -71,7 +71,7 @@ class Parsed:
 
 def content_id(text: str) -> str:
     """The id of a text that was given none: 16 hex digits of its SHA-256."""
-    return hashlib.sha256(text.encode()).hexdigest()[:16]
+    return hashlib.sha256(text.encode()).digest()[:8].hex()
 
 
 def read_records(path: str | Path, tally: Tally | None = None, *, max_bad_records: int = 0) -> Iterator[Record]:
@@ -165,14 +165,15 @@ def _record(row: Mapping[str, Any]) -> tuple[Record, int]:
     query = required_text(row, "query")
     pos, pos_ids = _documents(row, "pos")
     for index, text in enumerate(pos):
-        if not text.strip():
+        if not text or text.isspace():
             raise Fault(f"pos[{index}] is blank", "pos")
     if not pos:
         raise Fault("pos is empty: a record needs at least one positive", "pos")
     neg, neg_ids = _documents(row, "neg") if row.get("neg") is not None else ((), ())
-    kept = [index for index, text in enumerate(neg) if text.strip()]
-    blank = len(neg) - len(kept)
-    neg, neg_ids = tuple(neg[index] for index in kept), tuple(neg_ids[index] for index in kept)
+    blank = sum(not text or text.isspace() for text in neg)
+    if blank:
+        kept = [index for index, text in enumerate(neg) if text.strip()]
+        neg, neg_ids = tuple(neg[index] for index in kept), tuple(neg_ids[index] for index in kept)
     query_id = required_text(row, "query_id") if row.get("query_id") is not None else content_id(query)
     return Record(query, pos, neg, query_id, pos_ids, neg_ids), blank
 
@@ -203,5 +204,6 @@ def _strings(row: Mapping[str, Any], name: str) -> tuple[str, ...]:
     if not isinstance(values, list):
         raise Fault(f"{name} must be a list of strings, got {kind_of(values)}", name)
     for index, value in enumerate(values):
-        check_string(value, f"{name}[{index}]", name)
+        if not isinstance(value, str) or not value.isascii() or "\0" in value:  # the label costs more than the check
+            check_string(value, f"{name}[{index}]", name)
     return tuple(values)
