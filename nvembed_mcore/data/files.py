@@ -159,7 +159,7 @@ def _opened(path: Path) -> IO[bytes]:
 
 def _json_blocks(path: Path) -> Iterator[Block]:
     for block in line_blocks(path):
-        if block.first == 1 and re.match(rb"\s*\[\s*[\[{]", block.content):
+        if block.first == 1 and ".json" in path.suffixes and re.match(rb"\s*\[\s*\{", block.content):
             raise DataError(f"{path} holds one JSON list, not JSON Lines: write each item of it in a line of its own")
         yield block
 

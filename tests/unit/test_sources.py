@@ -18,6 +18,7 @@ import pytest
 from nvembed_mcore.data import files
 from nvembed_mcore.data.records import DataError, parse_block, read_records
 from nvembed_mcore.data.sources import blocks, source_fingerprint
+from nvembed_mcore.data.workers import ordered_map
 
 ROWS = [
     {"query": "first", "pos": ["p1", "p, 2"], "neg": ["n"], "query_id": "a"},
@@ -44,6 +45,10 @@ def table(rows, write_row, names=("query", "pos", "neg", "query_id")):
     return text.getvalue().encode()
 
 
+def commas(text):
+    return csv.writer(text).writerow
+
+
 def tabs(text):
     return lambda cells: text.write("\t".join(cells) + "\n")
 
@@ -51,7 +56,7 @@ def tabs(text):
 FORMATS = {
     "jsonl": lines(*ROWS),
     "json": b"\xef\xbb\xbf" + lines(*ROWS).replace(b"\n", b"\r\n\r\n"),
-    "csv": b"\xef\xbb\xbf" + table(ROWS, lambda text: csv.writer(text).writerow),
+    "csv": b"\xef\xbb\xbf" + table(ROWS, commas),
     "tsv": table(ROWS, tabs),
 }
 
@@ -219,6 +224,15 @@ def test_tevatron_beside_a_corpus(tmp_path, named, ending, monkeypatch):
     column = 3 if ending == "parquet" else 64
     assert problems == [(3, column, "positive_document_ids[0] = 'd9' is not in the corpus")]
     assert {one for block in blocks(path) for one in block.documents} == {"d1", "d2"}, "documents that rows name"
+
+
+def test_other_processes_need_the_block_alone(tmp_path, monkeypatch):
+    corpus = [{"docid": one["_id"], **one} for one in CORPUS]
+    write(tmp_path / "train.csv", table(TEVATRON[:2] * 20, commas, list(TEVATRON[0])))
+    write(tmp_path / "corpus.csv", table(corpus, commas, ["docid", "title", "text"]))
+    monkeypatch.setattr(files, "BLOCK_BYTES", 300)
+    found = [record for part in ordered_map(parse_block, blocks(tmp_path), processes=2) for record in part.records]
+    assert found == list(read_records(tmp_path)) and len(found) == 40 and len(list(blocks(tmp_path))) > 3
 
 
 @pytest.fixture
