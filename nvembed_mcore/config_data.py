@@ -21,7 +21,10 @@ class DatasetConfig:
     """One data set of the blend."""
 
     path: str
-    """A JSONL or Parquet file of records (`query`, `pos`, `neg`)."""
+    """Training data: a file (JSON Lines, CSV, TSV, Parquet; text also compressed), a folder of such files of one kind,
+    a BEIR folder (corpus.jsonl, queries.jsonl, qrels/train.tsv), a folder that `datasets` saved, or
+    `hf:NAME[:CONFIG[:SPLIT]]`. Rows hold records (`query`, `pos`, `neg`), or have the fields of FlagEmbedding,
+    Tevatron or sentence-transformers."""
     instruction: str = ""
     """The task in one sentence; a query becomes `Instruct: {instruction}\\nQuery: {text}`. Empty: no prompt."""
     task: Literal["retrieval", "classification", "clustering", "sts"] = "retrieval"

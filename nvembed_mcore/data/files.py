@@ -1,4 +1,11 @@
-"""Rows of data files: which formats there are, and what is wrong with a line.
+"""Rows of one data file: which formats there are, and how a file is cut into blocks.
+
+Text is UTF-8 with or without a byte order mark, plain or compressed (`.gz`, `.bz2`, `.xz`, `.zst`):
+
+    .jsonl, .json     one JSON object, or one list of strings, a line
+    .csv              a header, commas, quotes as in RFC 4180: a quoted cell may hold commas, quotes, line ends
+    .tsv              a header, tabs, no quotes: what stands between two tabs is the cell
+    .parquet          columns
 
 A file is cut into blocks that other processes can parse: the process that reads hands them on as bytes, so a format
 that must be read from its beginning (gzip) is parsed by all cores too. A row's place is its line counted from 1 (of a
@@ -7,27 +14,45 @@ Parquet file its row) and the column where a field stands.
 
 from __future__ import annotations
 
+import bz2
 import gzip
 import io
 import json
+import lzma
+import re
 import zlib
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import IO, TYPE_CHECKING, Any
+
+from nvembed_mcore.data import cells
+from nvembed_mcore.data.faults import DataError, kind_of
+
+if TYPE_CHECKING:
+    import pyarrow
+
+    from nvembed_mcore.data.layouts import Layout
 
 BLOCK_BYTES = 1 << 22
-"""A block of lines ends at the first line end behind so many bytes."""
+"""A block of lines ends at the first line end (of CSV: the last row's end) behind so many bytes."""
 BLOCK_ROWS = 8192
-"""Rows of a block of a Parquet file."""
-_SHOWN = 10
+"""Rows of a block of a Parquet file, if they are not larger than `BLOCK_BYTES`."""
+_LONGEST_ROW = 1 << 26  # bytes: a quote that nobody closes must not read the rest of a large file into memory
+
+_KINDS = {".jsonl": "lines", ".json": "lines", ".csv": "csv", ".tsv": "tsv", ".parquet": "arrow"}
+COMPRESSIONS = (".gz", ".bz2", ".xz", ".zst")
+"""Endings that a text file may have behind its own."""
+_NAMES = (
+    "a data file ends in .jsonl, .json, .csv, .tsv or .parquet; of text also in .gz, .bz2, .xz or .zst behind that"
+)
 
 Row = tuple[int, dict[str, Any], Callable[[str], int]]
 """A row of a file: its line, its fields, and the column where a field stands."""
-
-
-class DataError(ValueError):
-    """A data file cannot be used; the message names the file, the lines and what is wrong with them."""
+AddProblem = Callable[[int, int, str], None]
+"""Is called with line, column and reason of what holds no row."""
+Select = Callable[[Sequence[str]], Sequence[str]]
+"""Of the columns of a table those to read."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,10 +61,13 @@ class Block:
 
     Attributes:
         path: the file, as messages name it.
-        kind: what `content` is: `lines` of JSON, or an `arrow` stream with one batch.
+        kind: what `content` is: `lines` of JSON, rows of `csv` or `tsv` without the header, or an `arrow` stream.
         first: number of its first line or row, from 1.
         offset: place of its first byte in the (uncompressed) file; 0 for `arrow`.
-        content: whole lines, or the stream.
+        content: whole rows, or the stream.
+        columns: names of all columns of a table, in the file's order.
+        layout: how the rows hold records; None: not looked at.
+        documents: texts of documents that the rows name by id, where the layout says that they do.
     """
 
     path: str
@@ -47,132 +75,189 @@ class Block:
     first: int
     offset: int
     content: bytes
+    columns: tuple[str, ...] = ()
+    layout: Layout | None = None
+    documents: dict[str, str] | None = None
 
 
-@dataclass(slots=True)
-class Problems:
-    """Bad lines of one file: all counted, the first few kept.
-
-    Attributes:
-        path: the file.
-        allowed: so many bad lines are no error.
-    """
-
-    path: Path | str
-    allowed: int = 0
-    count: int = 0
-    shown: list[str] = field(default_factory=list)
-
-    def add(self, line: int, column: int, reason: str) -> None:
-        self.count += 1
-        if len(self.shown) < _SHOWN:
-            self.shown.append(f"  {self.path}:{line}:{column}: {reason}")
-
-    @property
-    def too_many(self) -> bool:
-        return self.count > self.allowed
-
-    def raise_if_too_many(self) -> None:
-        if self.too_many:
-            raise DataError(self.message())
-
-    def message(self) -> str:
-        """What is wrong, one line for each of the first few."""
-        head = f"{self.path} has {self.count} bad line{'s' if self.count > 1 else ''}"
-        if self.allowed:
-            head += f", {self.allowed} allowed"
-        if self.count > len(self.shown):
-            head += f", the first {len(self.shown)}"
-        return "\n".join([f"{head}:", *self.shown])
+def kind_of_file(path: Path) -> str | None:
+    """The kind of a file's blocks by its name; None: no data file."""
+    name = path.name
+    for compression in COMPRESSIONS:
+        if name.endswith(compression):
+            kind = _KINDS.get(Path(name.removesuffix(compression)).suffix)
+            return None if kind == "arrow" else kind
+    return _KINDS.get(path.suffix)
 
 
-def blocks(path: str | Path) -> Iterator[Block]:
-    """The rows of a JSON Lines (`.jsonl`, `.jsonl.gz`) or Parquet file as blocks, in order.
+def blocks(path: str | Path, select: Select | None = None) -> Iterator[Block]:
+    """The rows of one file as blocks, in order.
+
+    Args:
+        path: a file of a kind that this module's head lists.
+        select: of the columns of a Parquet file those to read; None: all.
 
     Raises:
-        DataError: the file is missing, cannot be read, or is of an unknown kind.
+        DataError: the file is missing, cannot be read, is of an unknown kind, or has a header that cannot be used.
     """
     path = Path(path)
-    return _arrow_blocks(path) if path.name.endswith(".parquet") else _line_blocks(path)
+    kind = kind_of_file(path)
+    if kind is None:
+        raise DataError(f"{path}: {_NAMES}")
+    if kind == "arrow":
+        return _parquet_blocks(path, select)
+    return _json_blocks(path) if kind == "lines" else _table_blocks(path, kind)
 
 
-def rows(block: Block, add_problem: Callable[[int, int, str], None]) -> Iterator[Row]:
-    """The rows of a block; `add_problem(line, column, reason)` is called for lines that hold none."""
-    return _json_rows(block, add_problem) if block.kind == "lines" else _arrow_rows(block, add_problem)
+def line_blocks(path: str | Path) -> Iterator[Block]:
+    """The lines of a text file, whatever they hold, without the byte order mark.
 
-
-def numbered_lines(block: Block) -> Iterator[tuple[int, int, bytes]]:
-    """Number (from 1), byte offset and bytes of each line, without line end and byte order mark."""
-    offset = block.offset
-    for number, raw in enumerate(io.BytesIO(block.content), start=block.first):
-        mark = 3 if number == 1 and raw.startswith(b"\xef\xbb\xbf") else 0
-        yield number, offset + mark, raw[mark:].rstrip(b"\r\n")
-        offset += len(raw)
-
-
-def _line_blocks(path: Path) -> Iterator[Block]:
-    if not path.name.endswith((".jsonl", ".json", ".jsonl.gz", ".tsv")):
-        raise DataError(f"{path}: a data file ends in .jsonl, .jsonl.gz or .parquet")
-    opener = gzip.open if path.name.endswith(".gz") else open
+    Raises:
+        DataError: the file is missing or cannot be read.
+    """
+    path = Path(path)
     first, offset = 1, 0
     try:
-        with opener(path, "rb") as stream:
+        with _opened(path) as stream:
             while content := stream.read(BLOCK_BYTES):
                 content += stream.readline()
-                yield Block(str(path), "lines", first, offset, content)
+                mark = 3 if offset == 0 and content.startswith(b"\xef\xbb\xbf") else 0
+                yield Block(str(path), "lines", first, offset + mark, content[mark:])
                 first += content.count(b"\n")
                 offset += len(content)
     except FileNotFoundError as error:
         raise DataError(f"no data file at {path}") from error
-    except (OSError, EOFError, zlib.error) as error:
+    except (OSError, EOFError, zlib.error, lzma.LZMAError) as error:
         raise DataError(f"cannot read {path}: {error}") from error
 
 
-def _arrow_blocks(path: Path) -> Iterator[Block]:
+def rows(block: Block, add_problem: AddProblem) -> Iterator[Row]:
+    """The rows of a block; `add_problem(line, column, reason)` is called for lines that hold none."""
+    if block.kind == "lines":
+        return _json_rows(block, add_problem)
+    return _arrow_rows(block, add_problem) if block.kind == "arrow" else cells.rows(block, add_problem)
+
+
+def numbered_lines(block: Block) -> Iterator[tuple[int, int, bytes]]:
+    """Number (from 1), byte offset and bytes of each line, without line end."""
+    offset = block.offset
+    for number, raw in enumerate(io.BytesIO(block.content), start=block.first):
+        yield number, offset, raw.rstrip(b"\r\n")
+        offset += len(raw)
+
+
+def _opened(path: Path) -> IO[bytes]:
+    """A file's bytes, uncompressed."""
+    if path.suffix == ".zst":
+        import pyarrow
+
+        # Not the zstandard package: its reader takes a file that was cut off for a whole one.
+        return io.BufferedReader(pyarrow.input_stream(str(path), compression="zstd"))
+    openers = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open}
+    return openers.get(path.suffix, open)(path, "rb")
+
+
+def _json_blocks(path: Path) -> Iterator[Block]:
+    for block in line_blocks(path):
+        if block.first == 1 and ".json" in path.suffixes and re.match(rb"\s*\[\s*\{", block.content):
+            raise DataError(f"{path} holds one JSON list, not JSON Lines: write each item of it in a line of its own")
+        yield block
+
+
+def _table_blocks(path: Path, kind: str) -> Iterator[Block]:
+    """Blocks of a file with a header, which goes with each of them."""
+    columns: tuple[str, ...] | None = None
+    for block in line_blocks(path) if kind == "tsv" else _whole_rows(path):
+        block = replace(block, kind=kind)
+        if columns is None:
+            columns, block = cells.without_header(block)
+        if block.content:
+            yield replace(block, columns=columns)
+
+
+def _whole_rows(path: Path) -> Iterator[Block]:
+    """Blocks of a CSV file, which end where a row ends, not within a quoted cell."""
+    pending: Block | None = None
+    for block in line_blocks(path):
+        if pending:
+            block = replace(pending, content=pending.content + block.content)
+        end = cells.last_row_end(block.content)
+        if end:
+            yield replace(block, content=block.content[:end])
+        first = block.first + block.content.count(b"\n", 0, end)
+        pending = replace(block, first=first, offset=block.offset + end, content=block.content[end:])
+        if len(pending.content) > _LONGEST_ROW:
+            raise DataError(f"{path}:{first}:1: a row of more than {_LONGEST_ROW} bytes: a quote in it is not closed")
+    if pending and pending.content:
+        yield pending
+
+
+def _parquet_blocks(path: Path, select: Select | None) -> Iterator[Block]:
     import pyarrow
     import pyarrow.parquet
 
     if not path.is_file():
         raise DataError(f"no data file at {path}")
-    first = 1
     try:
         with pyarrow.parquet.ParquetFile(path) as file:
-            for batch in file.iter_batches(batch_size=BLOCK_ROWS):
-                sink = io.BytesIO()
-                with pyarrow.ipc.new_stream(sink, batch.schema) as writer:
-                    writer.write_batch(batch)
-                yield Block(str(path), "arrow", first, 0, sink.getvalue())
+            columns = tuple(file.schema_arrow.names)
+            wanted = list(select(columns)) if select else None
+            first = 1
+            for batch in file.iter_batches(batch_size=BLOCK_ROWS, columns=wanted):
+                yield from arrow_blocks(str(path), first, columns, batch)
                 first += batch.num_rows
     except (pyarrow.ArrowException, OSError) as error:
         raise DataError(f"cannot read {path} as Parquet: {error}") from error
 
 
-def _arrow_rows(block: Block, add_problem: Callable[[int, int, str], None]) -> Iterator[Row]:
+def arrow_blocks(path: str, first: int, columns: tuple[str, ...], batch: pyarrow.RecordBatch) -> Iterator[Block]:
+    """A batch of rows as blocks of about `BLOCK_BYTES` at most.
+
+    Args:
+        path: what messages name.
+        first: number of the batch's first row.
+        columns: all columns of the table, of which the batch has some.
+    """
+    import pyarrow
+
+    step = max(1, batch.num_rows * BLOCK_BYTES // max(batch.nbytes, BLOCK_BYTES))
+    for start in range(0, batch.num_rows, step):
+        sink = io.BytesIO()
+        with pyarrow.ipc.new_stream(sink, batch.schema) as writer:
+            writer.write_batch(batch.slice(start, step))
+        yield Block(path, "arrow", first + start, 0, sink.getvalue(), columns)
+
+
+def _arrow_rows(block: Block, add_problem: AddProblem) -> Iterator[Row]:
     import pyarrow
 
     with pyarrow.ipc.open_stream(block.content) as stream:
         batch = stream.read_next_batch()
-    columns = batch.schema.names
-    for index in range(batch.num_rows):
-        number = block.first + index
-        try:
-            row = {name: batch.column(name)[index].as_py() for name in columns}
-        except UnicodeDecodeError as error:
-            add_problem(number, 1, f"not UTF-8: byte {error.start} of a value ({error.reason})")
-            continue
-        yield number, row, lambda name: columns.index(name) + 1 if name in columns else 1
+    names = batch.schema.names
+
+    def column_of(name: str) -> int:
+        return block.columns.index(name) + 1 if name in block.columns else 1
+
+    try:
+        values = [column.to_pylist() for column in batch.columns]
+    except UnicodeDecodeError:  # somewhere: look for the rows
+        for index in range(batch.num_rows):
+            try:
+                row = {name: batch.column(name)[index].as_py() for name in names}
+            except UnicodeDecodeError as error:
+                reason = f"not UTF-8: byte {error.start} of a value ({error.reason})"
+                add_problem(block.first + index, 1, reason)
+            else:
+                yield block.first + index, row, column_of
+        return
+    for number, row in enumerate(zip(*values, strict=True), start=block.first):
+        yield number, dict(zip(names, row, strict=True)), column_of
 
 
-def _json_rows(block: Block, add_problem: Callable[[int, int, str], None]) -> Iterator[Row]:
-    """The JSON objects of a block."""
-    for number, offset, raw in numbered_lines(block):
-        try:
-            line = raw.decode("utf-8")
-        except UnicodeDecodeError as error:
-            where = f"byte {offset + error.start} of the file is 0x{raw[error.start]:02x}"
-            add_problem(number, error.start + 1, f"not UTF-8: {where} ({error.reason})")
-            continue
-        if not line.strip():
+def _json_rows(block: Block, add_problem: AddProblem) -> Iterator[Row]:
+    """The JSON objects of a block; of a list of strings the items, named [0], [1], ..."""
+    for number, line in _text_lines(block, add_problem):
+        if not line or line.isspace():
             continue
         try:
             row = json.loads(line)
@@ -183,8 +268,25 @@ def _json_rows(block: Block, add_problem: Callable[[int, int, str], None]) -> It
         else:
             if isinstance(row, dict):
                 yield number, row, lambda name, line=line: column_of(line, name)
+            elif isinstance(row, list) and len(row) > 1 and all(isinstance(item, str) for item in row):
+                yield number, {f"[{index}]": item for index, item in enumerate(row)}, lambda name: 1
             else:
                 add_problem(number, 1, f"not a JSON object but {kind_of(row)}")
+
+
+def _text_lines(block: Block, add_problem: AddProblem) -> Iterator[tuple[int, str]]:
+    """Number and text of each line."""
+    try:
+        lines = block.content.decode().split("\n")
+    except UnicodeDecodeError:  # somewhere: look for the lines
+        for number, offset, raw in numbered_lines(block):
+            try:
+                yield number, raw.decode()
+            except UnicodeDecodeError as error:
+                where = f"byte {offset + error.start} of the file is 0x{raw[error.start]:02x}"
+                add_problem(number, error.start + 1, f"not UTF-8: {where} ({error.reason})")
+    else:
+        yield from enumerate(lines, start=block.first)
 
 
 def column_of(line: str, name: str) -> int:
@@ -202,11 +304,3 @@ def column_of(line: str, name: str) -> int:
         if key == name:
             column = position + 1
         _, position = decoder.raw_decode(line, position)
-
-
-def kind_of(value: Any) -> str:
-    """A value's type in JSON's words."""
-    if isinstance(value, bool) or value is None:
-        return json.dumps(value)
-    names = {int: "a number", float: "a number", str: "a string", list: "a list", dict: "an object"}
-    return names.get(type(value), type(value).__name__)

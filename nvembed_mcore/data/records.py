@@ -1,8 +1,8 @@
-"""Training records: what a row must hold, and saying exactly what is wrong with a file.
+"""Training records: what a row must hold, and saying exactly what is wrong with a data set.
 
 A record is `{"query": str, "pos": [str, ...], "neg": [str, ...]}` with optional `query_id`, `pos_ids` and `neg_ids`;
-other fields are ignored. All bad lines of a file are counted and the first ten shown before one `DataError` is raised,
-so that a file is repaired in one go.
+other fields are ignored. Rows of other layouts become such rows first (`layouts`). All bad lines of a data set are
+counted and the first ten shown before one `DataError` is raised, so that it is repaired in one go.
 """
 
 from __future__ import annotations
@@ -17,7 +17,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from nvembed_mcore.data.files import Block, DataError, Problems, blocks, kind_of, rows
+from nvembed_mcore.data.faults import DataError, Fault, Problems, check_string, kind_of, required_text
+from nvembed_mcore.data.files import Block, rows
+from nvembed_mcore.data.sources import blocks
 
 _LOG = logging.getLogger(__name__)
 
@@ -53,12 +55,14 @@ class Parsed:
     """What a block held.
 
     Attributes:
+        path: the file that it is of.
         records: its good records.
         lines: where each of them stands, counted from 1.
         problems: line, column and reason of each bad line.
         blank_negatives: negatives without text, which are left out.
     """
 
+    path: str
     records: list[Record] = field(default_factory=list)
     lines: list[int] = field(default_factory=list)
     problems: list[tuple[int, int, str]] = field(default_factory=list)
@@ -67,29 +71,30 @@ class Parsed:
 
 def content_id(text: str) -> str:
     """The id of a text that was given none: 16 hex digits of its SHA-256."""
-    return hashlib.sha256(text.encode()).hexdigest()[:16]
+    return hashlib.sha256(text.encode()).digest()[:8].hex()
 
 
 def read_records(path: str | Path, tally: Tally | None = None, *, max_bad_records: int = 0) -> Iterator[Record]:
-    """The records of a JSON Lines (`.jsonl`, `.jsonl.gz`) or Parquet file, in order.
+    """The records of a data set in any of the known layouts and formats, in order.
 
     Blocks are yielded until there are more bad lines than allowed; from that block on bad lines are only counted, and
     the end of the file raises. Blank lines and a byte order mark are skipped, blank negatives left out.
 
     Args:
-        path: the file.
+        path: a file, a folder, or `hf:NAME[:CONFIG[:SPLIT]]` (`sources.blocks`).
         tally: is filled with what was read.
         max_bad_records: so many bad lines are left out with a warning.
 
     Raises:
-        DataError: the file is missing or of an unknown kind, holds no record, or has too many bad lines.
+        DataError: the data set is missing or of an unknown kind or layout, holds no record, or has too many bad
+            lines.
     """
     tally = Tally() if tally is None else tally
     problems = Problems(path, allowed=max_bad_records)
     for block in blocks(path):
         parsed = parse_block(block)
         for problem in parsed.problems:
-            problems.add(*problem)
+            problems.add(*problem, path=parsed.path)
         tally.blank_negatives += parsed.blank_negatives
         for record in () if problems.too_many else parsed.records:
             tally.records += 1
@@ -106,16 +111,18 @@ def read_records(path: str | Path, tally: Tally | None = None, *, max_bad_record
 
 
 def parse_block(block: Block) -> Parsed:
-    """The records of a block and what is wrong with its other lines."""
-    parsed = Parsed()
+    """The records of a block of `sources.blocks`, and what is wrong with its other lines."""
+    parsed, layout = Parsed(block.path), block.layout
+    assert layout, "sources.blocks says of each block how it holds records; files.blocks does not"
 
     def add_problem(line: int, column: int, reason: str) -> None:
         parsed.problems.append((line, column, reason))
 
     for line, row, column_of in rows(block, add_problem):
         try:
-            record, blank = _record(row)
+            record, blank = _record(layout.record_row(row, block.documents))
         except Fault as fault:
+            fault = layout.fault_of(fault, row)
             add_problem(line, column_of(fault.field), fault.reason)
             continue
         parsed.blank_negatives += blank
@@ -153,38 +160,34 @@ def validate(path: str | Path) -> Tally:
     return tally
 
 
-class Fault(Exception):
-    """What is wrong with one row, and the field to point at."""
-
-    def __init__(self, reason: str, field: str = "") -> None:
-        super().__init__(reason)
-        self.reason = reason
-        self.field = field
-
-
-def _record(row: dict[str, Any]) -> tuple[Record, int]:
+def _record(row: Mapping[str, Any]) -> tuple[Record, int]:
     """Check one row; the record in it, and how many blank negatives were left out."""
     query = required_text(row, "query")
     pos, pos_ids = _documents(row, "pos")
     for index, text in enumerate(pos):
-        if not text.strip():
+        if not text or text.isspace():
             raise Fault(f"pos[{index}] is blank", "pos")
     if not pos:
         raise Fault("pos is empty: a record needs at least one positive", "pos")
     neg, neg_ids = _documents(row, "neg") if row.get("neg") is not None else ((), ())
-    kept = [index for index, text in enumerate(neg) if text.strip()]
-    blank = len(neg) - len(kept)
-    neg, neg_ids = tuple(neg[index] for index in kept), tuple(neg_ids[index] for index in kept)
+    blank = sum(not text or text.isspace() for text in neg)
+    if blank:
+        kept = [index for index, text in enumerate(neg) if text.strip()]
+        neg, neg_ids = tuple(neg[index] for index in kept), tuple(neg_ids[index] for index in kept)
     query_id = required_text(row, "query_id") if row.get("query_id") is not None else content_id(query)
     return Record(query, pos, neg, query_id, pos_ids, neg_ids), blank
 
 
-def _documents(row: dict[str, Any], name: str) -> tuple[tuple[str, ...], tuple[str, ...]]:
-    """Texts and ids of one list of documents."""
+def _documents(row: Mapping[str, Any], name: str) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """Texts and ids of one list of documents; an id may be null, as if there were none."""
     texts = _strings(row, name)
     ids_name = f"{name}_ids"
-    if row.get(ids_name) is None:
-        return texts, tuple(content_id(text) for text in texts)
+    ids = row.get(ids_name)
+    if ids is None:
+        return texts, tuple(map(content_id, texts))
+    if isinstance(ids, list) and None in ids and len(ids) == len(texts):
+        named = zip(texts, ids, strict=True)
+        row = {ids_name: [content_id(text) if value is None else value for text, value in named]}
     ids = _strings(row, ids_name)
     if len(ids) != len(texts):
         raise Fault(f"{ids_name} has {len(ids)} ids for the {len(texts)} texts of {name}", ids_name)
@@ -194,35 +197,13 @@ def _documents(row: dict[str, Any], name: str) -> tuple[tuple[str, ...], tuple[s
     return texts, ids
 
 
-def required_text(row: dict[str, Any], name: str) -> str:
-    """A field that must hold a string with more than spaces."""
-    if row.get(name) is None:
-        raise Fault(f"{name} is missing" if name not in row else f"{name} is null", name)
-    check_string(row[name], name, name)
-    if not row[name].strip():
-        raise Fault(f"{name} is empty", name)
-    return row[name]
-
-
-def _strings(row: dict[str, Any], name: str) -> tuple[str, ...]:
+def _strings(row: Mapping[str, Any], name: str) -> tuple[str, ...]:
     if name not in row:
         raise Fault(f"{name} is missing", name)
     values = row[name]
     if not isinstance(values, list):
         raise Fault(f"{name} must be a list of strings, got {kind_of(values)}", name)
     for index, value in enumerate(values):
-        check_string(value, f"{name}[{index}]", name)
+        if not isinstance(value, str) or not value.isascii() or "\0" in value:  # the label costs more than the check
+            check_string(value, f"{name}[{index}]", name)
     return tuple(values)
-
-
-def check_string(value: Any, label: str, name: str) -> None:
-    if not isinstance(value, str):
-        raise Fault(f"{label} must be a string, got {kind_of(value)}", name)
-    if "\0" in value:
-        raise Fault(f"{label} holds a NUL character (U+0000) at character {value.index(chr(0)) + 1}", name)
-    if not value.isascii():
-        try:
-            value.encode()
-        except UnicodeEncodeError as error:
-            code = f"U+{ord(value[error.start]):04X}"
-            raise Fault(f"{label} holds a lone surrogate ({code}) at character {error.start + 1}", name) from error

@@ -23,8 +23,8 @@ from typing import Any, overload
 import numpy as np
 import pyarrow
 
-from nvembed_mcore.data.files import DataError, Problems, blocks, rows
-from nvembed_mcore.data.records import Fault, check_string, required_text
+from nvembed_mcore.data.faults import DataError, Fault, Problems, document_text, required_text
+from nvembed_mcore.data.files import blocks, rows
 
 _LOG = logging.getLogger(__name__)
 _FORMAT = 1
@@ -242,7 +242,7 @@ def _id_rows(source: Path, problems: Problems) -> Iterator[tuple[int, str, str]]
     """Line, id and text of each row."""
     for number, row, column_of in (one for block in blocks(source) for one in rows(block, problems.add)):
         try:
-            yield number, _id(row), _text(row)
+            yield number, _id(row), document_text(row)
         except Fault as fault:
             problems.add(number, column_of(fault.field), fault.reason)
 
@@ -255,16 +255,6 @@ def _id(row: dict[str, Any]) -> str:
     if type(row[name]) is int:
         return str(row[name])
     return required_text(row, name)
-
-
-def _text(row: dict[str, Any]) -> str:
-    """Title, a space, and text, or what there is of them; as `data.beir` reads a document."""
-    for name in ("title", "text"):
-        if row.get(name) is not None:
-            check_string(row[name], name, name)
-    if row.get("text") is None:
-        raise Fault("text is missing", "text")
-    return f"{row.get('title') or ''} {row['text']}".strip()
 
 
 def _lines(source: Path, problems: Problems) -> Iterator[tuple[int, str, str]]:

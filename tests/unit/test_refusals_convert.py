@@ -173,7 +173,11 @@ CASES = {
         one_bad("a.jsonl:1", "pos[0] must be a string, got a number"),
     ),
     "empty file": (*("pairs", [], "a.jsonl", "\n"), "TMP/a.jsonl: none of 0 rows gives a record"),
-    "unknown kind": (*("nli", [], "a.doc", "x"), "TMP/a.doc: a data file ends in .jsonl, .jsonl.gz or .parquet"),
+    "unknown kind": (
+        *("nli", [], "a.doc", "x"),
+        "TMP/a.doc: a data file ends in .jsonl, .json, .csv, .tsv or .parquet; "
+        "of text also in .gz, .bz2, .xz or .zst behind that",
+    ),
     "rows that are no objects": (
         *("dpr", [], "a.json", "[1]"),
         one_bad("a.json[0]", "not a JSON object but a number"),
