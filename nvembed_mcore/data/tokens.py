@@ -149,15 +149,14 @@ class TokenStore:
         if not folder.is_dir():
             raise DataError(f"no token store at {folder}")
         try:
-            description = json.loads((folder / "store.json").read_text())
+            description = _read_description(folder / "store.json")
             found, written = (folder / "data.arrow").stat().st_size, description["bytes"]
             if found != written:
                 raise ValueError(f"data.arrow has {found} bytes, {written} were written")
-            batches = _map_batches(folder / "data.arrow")
-            store = cls(folder, description, batches)
+            store = cls(folder, description, _map_batches(folder / "data.arrow"))
             if len(store) != store.statistics.records:
                 raise ValueError(f"data.arrow has {len(store)} records, {store.statistics.records} were written")
-        except (OSError, ValueError, KeyError, TypeError, pyarrow.ArrowException) as error:
+        except (OSError, ValueError, TypeError, pyarrow.ArrowException) as error:
             raise DataError(
                 f"the token store {folder} is damaged ({error}); remove the folder to build it anew"
             ) from error
@@ -241,6 +240,17 @@ class _Batch:
         self.negatives = _Documents(batch, "neg")
         self.query_lengths = batch.column("query_length").to_numpy()
         self.document_lengths = [batch.column(name).values.to_numpy() for name in ("pos_lengths", "neg_lengths")]
+
+
+def _read_description(path: Path) -> dict[str, Any]:
+    try:
+        description = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path.name}: {error}") from error
+    for key in (*_IDENTITY, "fingerprint", "bytes", "statistics", "query_pooled_from", "document_pooled_from"):
+        if key not in description:
+            raise ValueError(f"{path.name} lacks {key!r}")
+    return description
 
 
 def _map_batches(path: Path) -> list[_Batch]:

@@ -11,8 +11,8 @@ from nvembed_mcore.config import DatasetConfig
 from nvembed_mcore.data import token_build, tokens
 from nvembed_mcore.data.prompts import encode_texts
 from nvembed_mcore.data.records import DataError, read_records
-from nvembed_mcore.data.tokenizer import load_tokenizer, write_mistral_tokenizer
 from nvembed_mcore.data.token_build import document_hashes
+from nvembed_mcore.data.tokenizer import load_tokenizer, write_mistral_tokenizer
 from nvembed_mcore.data.tokens import TokenStore
 
 LIMITS = dict(max_query_tokens=32, max_document_tokens=24)
