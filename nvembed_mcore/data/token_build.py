@@ -92,7 +92,7 @@ class Encoder:
 
 
 def write_store(
-    source: Path,
+    source: str,
     folder: Path,
     encoder: Encoder,
     identity: dict[str, Any],
@@ -163,10 +163,11 @@ def _log_summary(found: Statistics, seconds: float) -> None:
 class _Build:
     """What was read and written so far."""
 
-    source: Path
+    source: str
     max_bad_records: int
     statistics: Statistics = field(default_factory=Statistics)
     bad_lines: list[str] = field(default_factory=list)
+    paths: dict[str, int] = field(default_factory=dict)
     problems: Problems = field(init=False)
 
     def __post_init__(self) -> None:
@@ -177,7 +178,7 @@ class _Build:
         with path.open("wb") as file:
             with pyarrow.ipc.new_stream(file, SCHEMA) as writer:
                 for tokenised in self._with_progress(self._tokenised(encoder, processes)):
-                    self._note_problems(tokenised)
+                    self._note(tokenised)
                     if not self.problems.too_many:
                         self.statistics.add(tokenised.statistics)
                         for batch in pyarrow.ipc.open_stream(tokenised.stream):
@@ -219,17 +220,20 @@ class _Build:
                 rate = self.statistics.records / (now - begin)
                 _LOG.info("%s: %d records, %.0f records/s", self.source, self.statistics.records, rate)
 
-    def _note_problems(self, tokenised: _Tokenised) -> None:
+    def _note(self, tokenised: _Tokenised) -> None:
+        """Count a block's bad lines, each by its file's place among the files: their names are not the data's."""
+        file = self.paths.setdefault(tokenised.path, len(self.paths))
         for line, column, reason in tokenised.problems:
             self.problems.add(line, column, reason)
             if not self.problems.too_many:
-                self.bad_lines.append(str(line))
+                self.bad_lines.append(f"{file}:{line}")
 
 
 @dataclass(frozen=True, slots=True)
 class _Tokenised:
     """A block's rows as an Arrow stream, what they were, and its bad lines."""
 
+    path: str
     stream: bytes
     statistics: Statistics
     problems: list[tuple[int, int, str]]
@@ -256,7 +260,7 @@ def _tokenise(block: Block) -> _Tokenised:
             except ValueError as error:
                 _name_culprit(block, parsed, encoder)
                 raise DataError(f"{block.path}:{parsed.lines[begin]}: {error}") from error
-    return _Tokenised(sink.getvalue().to_pybytes(), statistics, parsed.problems)
+    return _Tokenised(block.path, sink.getvalue().to_pybytes(), statistics, parsed.problems)
 
 
 def _name_culprit(block: Block, parsed: Parsed, encoder: Encoder) -> None:
@@ -318,15 +322,15 @@ def _offsets(lengths: list[int] | np.ndarray) -> pyarrow.Array:
     return pyarrow.array(np.concatenate([[0], ends]).astype(np.int32))
 
 
-def source_hash(path: Path) -> str:
+def source_hash(source: str) -> str:
     """SHA-256 of a file's bytes."""
     digest = hashlib.sha256()
     try:
-        with path.open("rb") as file:
+        with open(source, "rb") as file:
             while chunk := file.read(1 << 20):
                 digest.update(chunk)
     except FileNotFoundError as error:
-        raise DataError(f"no data file at {path}") from error
+        raise DataError(f"no data file at {source}") from error
     except OSError as error:
-        raise DataError(f"cannot read {path}: {error}") from error
+        raise DataError(f"cannot read {source}: {error}") from error
     return digest.hexdigest()

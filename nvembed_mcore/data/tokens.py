@@ -114,7 +114,7 @@ class TokenStore:
         document_instruction = dataset.instruction if dataset.instructs_documents else ""
         check_room(tokenizer, dataset.instruction, max_query_tokens)
         check_room(tokenizer, document_instruction, max_document_tokens)
-        source = Path(dataset.path)
+        source = dataset.path
         identity = {
             "format": _FORMAT,
             "data": source_hash(source),
@@ -192,7 +192,7 @@ class TokenStore:
         """Tokens of each document, positives and negatives, int32 [documents]."""
         return np.concatenate([lengths for batch in self._batches for lengths in batch.document_lengths])
 
-    def _refuse_if_more_rejected(self, source: Path, allowed: int) -> None:
+    def _refuse_if_more_rejected(self, source: str, allowed: int) -> None:
         """As the build would have: another run may have allowed more."""
         Problems(source, allowed, self.identity["rejected"]["records"], self._problems).raise_if_too_many()
 

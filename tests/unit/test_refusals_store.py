@@ -129,7 +129,7 @@ def test_a_text_that_the_tokenizer_joins_with_the_prompt(tmp_path):
 
 def test_data_that_change_while_they_are_tokenised(tmp_path, tokenizer, monkeypatch):
     def change(self):
-        with self.source.open("a") as file:
+        with open(self.source, "a") as file:
             file.write("\n")
 
     monkeypatch.setattr(token_build._Build, "write_arrow", lambda self, *_: change(self))

@@ -211,7 +211,7 @@ def test_bad_lines_are_left_out_and_enter_the_fingerprint(data, tokenizer, tmp_p
     def written(*bad: int) -> TokenStore:
         path = tmp_path / f"{bad}.jsonl"
         path.write_text("".join(("{" if i in bad else line) + "\n" for i, line in enumerate(lines)))
-        return build(DatasetConfig(path=str(path)), tokenizer, tmp_path / "cache", max_bad_records=2)
+        return build(DatasetConfig(path=str(path)), tokenizer, tmp_path / "cache", max_bad_records=2, processes=1)
 
     store = written(3, 599)
     assert len(store) == 598 and store.statistics.records == 598
@@ -230,7 +230,7 @@ def test_bad_lines_are_left_out_and_enter_the_fingerprint(data, tokenizer, tmp_p
 
 
 def test_a_worker_that_is_killed(data, tokenizer, tmp_path, monkeypatch):
-    plain = token_build._Build._note_problems
+    plain = token_build._Build._note
 
     def kill_a_worker(self, tokenised):
         for child in psutil.Process().children():
@@ -238,7 +238,7 @@ def test_a_worker_that_is_killed(data, tokenizer, tmp_path, monkeypatch):
                 os.kill(child.pid, signal.SIGKILL)
         plain(self, tokenised)
 
-    monkeypatch.setattr(token_build._Build, "_note_problems", kill_a_worker)
+    monkeypatch.setattr(token_build._Build, "_note", kill_a_worker)
     with pytest.raises(DataError) as caught:
         build(data, tokenizer, tmp_path / "cache", processes=2)
     expected = f"{data.path}: a process that tokenised it was ended from outside (out of memory?)"

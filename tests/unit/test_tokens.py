@@ -211,7 +211,7 @@ def test_a_file_that_changes_while_it_is_read(data, tokenizer, tmp_path, monkeyp
 
     def write_and_change(self, path, encoder, processes):
         plain(self, path, encoder, processes)
-        with self.source.open("a") as file:
+        with open(self.source, "a") as file:
             file.write("\n")
 
     monkeypatch.setattr(token_build._Build, "write_arrow", write_and_change)
