@@ -84,6 +84,9 @@ class DataConfig:
     """Longest document in tokens, likewise."""
     cache_dir: str = "cache/tokens"
     """Where the tokenised stores live, one folder a fingerprint."""
+    max_bad_records: int = 0
+    """So many bad records of a data set are left out when it is tokenised, with a warning. Which ones they are enters
+    the data's fingerprint."""
 
     def __post_init__(self) -> None:
         require(len(self.datasets) > 0, "data.datasets must name at least one data set, got none")
@@ -92,5 +95,5 @@ class DataConfig:
             0.1 <= self.blend_temperature < math.inf,
             f"data.blend_temperature must be a number from 0.1 up, got {self.blend_temperature}",
         )
-        for name in ("max_query_tokens", "max_document_tokens"):
-            require(getattr(self, name) >= 3, f"data.{name} must be at least 3, got {getattr(self, name)}")
+        for name, least in (("max_query_tokens", 3), ("max_document_tokens", 3), ("max_bad_records", 0)):
+            require(getattr(self, name) >= least, f"data.{name} must be at least {least}, got {getattr(self, name)}")

@@ -141,14 +141,15 @@ def _check_vocabulary(config: RunConfig, hf_config: MistralConfig, data: _Data) 
 def open_data(config: RunConfig) -> _Data:
     """Tokenise what is not yet tokenised (rank 0), then open it on every rank."""
     tokenizer = load_tokenizer(config.data.tokenizer)
-    limits = dict(max_query_tokens=config.data.max_query_tokens, max_document_tokens=config.data.max_document_tokens)
+    how = dict(
+        max_query_tokens=config.data.max_query_tokens,
+        max_document_tokens=config.data.max_document_tokens,
+        cache_dir=config.data.cache_dir,
+        max_bad_records=config.data.max_bad_records,
+    )
 
     def build() -> list[str]:
-        stores = [
-            TokenStore.build(dataset, tokenizer, **limits, cache_dir=config.data.cache_dir)
-            for dataset in config.data.datasets
-        ]
-        return [str(one.folder) for one in stores]
+        return [str(TokenStore.build(dataset, tokenizer, **how).folder) for dataset in config.data.datasets]
 
     stores = [TokenStore.open(folder) for folder in first_rank_does(build)]
     source = BatchSource(config.data, stores, batch_size=config.batch_size, seed=config.seed, stage=config.stage)
@@ -162,6 +163,7 @@ def _facts(config: RunConfig, hf_config: MistralConfig, data: _Data, groups: Gro
         "config": _plain(config),
         "hf_config": hf_config.to_dict(),
         "data": data.source.fingerprint,
+        "stores": [store.identity for store in data.source.stores],
         "tokenizer": data.tokenizer,
         "hardware": {"device": device.name(), "world_size": groups.world_size},
     }
@@ -181,24 +183,37 @@ def _retain_tokens(found: store.Checkpoint | None, facts: dict[str, Any]) -> int
 def _identity(facts: dict[str, Any]) -> dict[str, Any]:
     """The part of a run's facts that a resumed run may not change: what fixes its samples and its arithmetic."""
     config = facts["config"]
-    # What an older checkpoint does not name was as it is now by default.
+    settings = ("task", "weight", "max_records", "in_batch_negatives", "num_positives", "num_negatives")
+    of_all = ("max_query_tokens", "max_document_tokens", "blend_temperature", "one_dataset_batches")
+    contents = ("format", "query_prompt", "document_prompt", "rejected")
     datasets = {
-        f"data.datasets.{number}.{key}": dataset.get(key)
-        for number, dataset in enumerate(config["data"]["datasets"])
-        for key in ("task", "weight", "max_records", "in_batch_negatives", "num_positives", "num_negatives")
+        number: {key: dataset[key] for key in settings}
+        | {key: tokens[key] for key in contents}
+        | {"data": tokens["data"][:16]}
+        for number, (dataset, tokens) in enumerate(zip(config["data"]["datasets"], facts["stores"], strict=True))
     }
     return {
         **{key: config[key] for key in ("stage", "seed", "steps", "batch_size", "loss", "optim")},
-        "data.blend_temperature": config["data"].get("blend_temperature", 1.0),
-        "data.one_dataset_batches": config["data"].get("one_dataset_batches", False),
-        **datasets,
+        "data.datasets": datasets,
+        **{f"data.{key}": config["data"][key] for key in of_all},
         "model.attention_mask": config["model"]["attention_mask"],
         "model.pooling": config["model"]["pooling"],
         "model.lora": store.adapters_of(facts),
         "hf_config": {key: value for key, value in facts["hf_config"].items() if key != "transformers_version"},
-        "data.fingerprint": facts["data"],
         "tokenizer": facts["tokenizer"],
     }
+
+
+def _changes(saved: dict[str, Any], now: dict[str, Any]) -> list[str]:
+    """What a resumed run may not change and did change, one line each: `field: saved -> now`."""
+    names = [[one["path"] for one in facts["config"]["data"]["datasets"]] for facts in (saved, now)]
+    if len(names[0]) != len(names[1]):
+        return [f"data.datasets: {names[0]} -> {names[1]}"]
+    lines = store.differences(_identity(saved), _identity(now))
+    for number, path in enumerate(names[1]):
+        content = f"data.datasets.{number}.data: "
+        lines = [f"{line} (the content of {path})" if line.startswith(content) else line for line in lines]
+    return lines
 
 
 def _resume(
@@ -212,12 +227,12 @@ def _resume(
     found = store.find_checkpoint(config.run_dir)
     if not found:
         return None
-    if "retain_tokens" not in found.facts:
+    if not {"retain_tokens", "stores"} <= found.facts.keys():
         raise store.CheckpointError(
             f"{found.path} was written by an older version and lacks what a run needs to go on; give a new run_dir"
         )
     # Through JSON, so that what was stored and what is now have the same types.
-    changed = store.differences(_identity(found.facts), _identity(json.loads(json.dumps(facts))))
+    changed = _changes(found.facts, json.loads(json.dumps(facts)))
     if changed:
         lines = "\n  ".join(changed)
         raise store.CheckpointError(

@@ -18,8 +18,12 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from nvembed_mcore.data.bare_tokenizer import ID_BYTES, BareTokenizer, backend_pieces
+
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
+
+    AnyTokenizer = PreTrainedTokenizerFast | BareTokenizer
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,7 +55,7 @@ def query_prompt(instruction: str) -> str:
     return f"Instruct: {instruction}\nQuery: " if instruction else ""
 
 
-def prompt_tokens(tokenizer: PreTrainedTokenizerFast, instruction: str) -> list[int]:
+def prompt_tokens(tokenizer: AnyTokenizer, instruction: str) -> list[int]:
     """`<s>` and the pieces of the instruction that every such text begins with; without an instruction nothing.
 
     Their number is `pooled_from`: the pool leaves out exactly these tokens.
@@ -59,10 +63,11 @@ def prompt_tokens(tokenizer: PreTrainedTokenizerFast, instruction: str) -> list[
     prompt = query_prompt(instruction)
     if not prompt:
         return []
-    return [tokenizer.bos_token_id, *tokenizer(prompt.rstrip(" "), add_special_tokens=False)["input_ids"]]
+    (pieces,) = _pieces(tokenizer, [prompt.rstrip(" ")])
+    return [tokenizer.bos_token_id, *np.frombuffer(pieces, np.int32).tolist()]
 
 
-def check_room(tokenizer: PreTrainedTokenizerFast, instruction: str, max_tokens: int) -> None:
+def check_room(tokenizer: AnyTokenizer, instruction: str, max_tokens: int) -> None:
     """Whether a text of one token fits between the instruction and `</s>`.
 
     Raises:
@@ -83,9 +88,7 @@ def check_not_blank(texts: Sequence[str]) -> None:
             raise ValueError(f"text {number} of {len(texts)} is empty: {text!r}")
 
 
-def encode_texts(
-    tokenizer: PreTrainedTokenizerFast, texts: Sequence[str], instruction: str, max_tokens: int
-) -> EncodedTexts:
+def encode_texts(tokenizer: AnyTokenizer, texts: Sequence[str], instruction: str, max_tokens: int) -> EncodedTexts:
     """Tokenise texts, each with the instruction's prompt in front.
 
     Args:
@@ -100,29 +103,36 @@ def encode_texts(
     """
     check_room(tokenizer, instruction, max_tokens)
     check_not_blank(texts)
-    prefix = prompt_tokens(tokenizer, instruction)
-    prompt = query_prompt(instruction)
+    prefix, prompt = prompt_tokens(tokenizer, instruction), query_prompt(instruction)
     rows = _pieces(tokenizer, [prompt + text for text in texts]) if texts else []
-    joined: list[int] = []
-    truncated = 0
-    lengths = np.empty(len(rows), np.int32)
+    begins_with = _as_bytes(prefix[1:])
     for number, row in enumerate(rows):
-        if prefix and row[: len(prefix) - 1] != prefix[1:]:
+        if not row.startswith(begins_with):
             raise ValueError(f"the tokenizer does not keep {prompt!r} apart from the text {texts[number]!r}")
-        truncated += len(row) > max_tokens - 2
-        lengths[number] = min(len(row) + 2, max_tokens)
-        joined.append(tokenizer.bos_token_id)
-        joined += row[: max_tokens - 2]
-        joined.append(tokenizer.eos_token_id)
-    return EncodedTexts(np.array(joined, np.int32), lengths, len(prefix), truncated)
-
-
-def _pieces(tokenizer: PreTrainedTokenizerFast, texts: list[str]) -> list[list[int]]:
-    encoded = tokenizer(
-        texts,
-        add_special_tokens=False,
-        return_attention_mask=False,
-        return_token_type_ids=False,
-        verbose=False,
+    sizes = np.fromiter(map(len, rows), np.int64, len(rows)) // ID_BYTES
+    begin, end = _as_bytes([tokenizer.bos_token_id]), _as_bytes([tokenizer.eos_token_id])
+    room = (max_tokens - 2) * ID_BYTES
+    # A bytearray, so that numpy may write to it.
+    joined = bytearray().join([part for row in rows for part in (begin, row[:room], end)])
+    return EncodedTexts(
+        token_ids=np.frombuffer(joined, np.int32),
+        lengths=np.minimum(sizes + 2, max_tokens).astype(np.int32),
+        pooled_from=len(prefix),
+        truncated=int((sizes > max_tokens - 2).sum()),
     )
-    return encoded["input_ids"]
+
+
+def _as_bytes(ids: list[int]) -> bytes:
+    return np.array(ids, np.int32).tobytes()
+
+
+def _pieces(tokenizer: AnyTokenizer, texts: list[str]) -> list[bytes]:
+    """Token ids of each text, int32 as bytes, without special tokens around it."""
+    if isinstance(tokenizer, BareTokenizer):
+        return tokenizer.pieces(texts)
+    backend = tokenizer.backend_tokenizer
+    # What an earlier call of transformers may have left there.
+    backend.no_truncation()
+    backend.no_padding()
+    backend.encode_special_tokens = tokenizer.split_special_tokens
+    return backend_pieces(backend, texts)

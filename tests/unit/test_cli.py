@@ -257,7 +257,7 @@ def test_resume_never_refuses_a_checkpoint(capsys, inputs, finished):
         ("data.datasets.0.num_negatives", 1, "data.datasets.0.num_negatives: 2 -> 1"),
         ("data.datasets.0.in_batch_negatives", False, "data.datasets.0.in_batch_negatives: None -> False"),
         ("data.datasets.0.weight", 2.0, "data.datasets.0.weight: None -> 2.0"),
-        ("data.max_document_tokens", 30, "data.fingerprint: "),
+        ("data.max_document_tokens", 30, "data.max_document_tokens: 32 -> 30"),
         ("model.pooling.kind", "mean", "model.pooling.kind: 'latent' -> 'mean'"),
     ],
 )

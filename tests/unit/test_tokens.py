@@ -8,11 +8,12 @@ import numpy as np
 import pytest
 
 from nvembed_mcore.config import DatasetConfig
-from nvembed_mcore.data import tokens
+from nvembed_mcore.data import token_build, tokens
 from nvembed_mcore.data.prompts import encode_texts
 from nvembed_mcore.data.records import DataError, read_records
+from nvembed_mcore.data.token_build import document_hashes
 from nvembed_mcore.data.tokenizer import load_tokenizer, write_mistral_tokenizer
-from nvembed_mcore.data.tokens import TokenStore, document_hash
+from nvembed_mcore.data.tokens import TokenStore
 
 LIMITS = dict(max_query_tokens=32, max_document_tokens=24)
 ROWS = [
@@ -51,7 +52,7 @@ def one_text(tokenizer, text, instruction, limit):
 
 @pytest.mark.parametrize("symmetric", [False, True])
 def test_every_example_is_its_record(data, tokenizer, symmetric, monkeypatch):
-    monkeypatch.setattr(tokens, "_BATCH_RECORDS", 64)
+    monkeypatch.setattr(token_build, "_BATCH_RECORDS", 64)
     data = dataclasses.replace(data, instruct_documents=symmetric)
     store = build(data, tokenizer)
     instruction = "Find it" if symmetric else ""
@@ -68,8 +69,8 @@ def test_every_example_is_its_record(data, tokenizer, symmetric, monkeypatch):
             expected = [one_text(tokenizer, text, instruction, 24).tolist() for text in texts]
             assert [array.tolist() for array in arrays] == expected
         assert example.positive_ids.dtype == example.negative_ids.dtype == np.int64
-        assert example.positive_ids.tolist() == [document_hash(name) for name in record.pos_ids]
-        assert example.negative_ids.tolist() == [document_hash(f"n{index}-{j}") for j in range(index % 5)]
+        assert example.positive_ids.tolist() == document_hashes(record.pos_ids).tolist()
+        assert example.negative_ids.tolist() == document_hashes([f"n{index}-{j}" for j in range(index % 5)]).tolist()
 
 
 def test_lengths_and_statistics(data, tokenizer):
@@ -87,14 +88,16 @@ def test_lengths_and_statistics(data, tokenizer):
     assert whole.statistics.truncated_queries == whole.statistics.truncated_documents == 0
 
 
-def test_document_hash_is_pinned_and_signed():
-    assert document_hash("") == int.from_bytes(bytes.fromhex("e3b0c44298fc1c14"), "little", signed=True)
-    assert min(document_hash(str(i)) for i in range(20)) < 0 < max(document_hash(str(i)) for i in range(20))
+def test_document_hashes_are_pinned_and_signed():
+    expected = int.from_bytes(bytes.fromhex("e3b0c44298fc1c14"), "little", signed=True)
+    assert document_hashes([""]).tolist() == [expected]
+    assert min(found := document_hashes([str(i) for i in range(20)]).tolist()) < 0 < max(found)
+    assert len(document_hashes([])) == 0
 
 
 def test_a_second_build_only_opens(data, tokenizer, monkeypatch):
     first = build(data, tokenizer)
-    monkeypatch.setattr(tokens, "_write_store", lambda *_: pytest.fail("built again"))
+    monkeypatch.setattr(tokens, "write_store", lambda *_, **__: pytest.fail("built again"))
     second = build(data, tokenizer)
     opened = TokenStore.open(first.folder)
     for other in (second, opened):
@@ -145,7 +148,7 @@ def test_datasets_opens_the_same_file(data, tokenizer):
 
 
 def test_long_rows_end_a_batch(data, tokenizer, monkeypatch):
-    monkeypatch.setattr(tokens, "_BATCH_CHARACTERS", 500)
+    monkeypatch.setattr(token_build, "_BATCH_CHARACTERS", 500)
     store = build(data, tokenizer)
     assert len(store._batches) > 20
     assert [store.example(i).query_pooled_from for i in range(len(store))] == [9] * len(ROWS)
@@ -170,8 +173,8 @@ def test_bad_data_leaves_nothing_behind(data, tokenizer, tmp_path):
 
 
 def test_an_interrupted_build_leaves_no_store(data, tokenizer, tmp_path, monkeypatch):
-    monkeypatch.setattr(tokens, "_BATCH_RECORDS", 64)
-    cache, plain, batches = tmp_path / "cache", tokens._arrow_batch, []
+    monkeypatch.setattr(token_build, "_BATCH_RECORDS", 64)
+    cache, plain, batches = tmp_path / "cache", token_build._arrow_batch, []
 
     def interrupt(records, encoder, statistics):
         batches.append(records)
@@ -183,7 +186,7 @@ def test_an_interrupted_build_leaves_no_store(data, tokenizer, tmp_path, monkeyp
             raise KeyboardInterrupt
         return plain(records, encoder, statistics)
 
-    monkeypatch.setattr(tokens, "_arrow_batch", interrupt)
+    monkeypatch.setattr(token_build, "_arrow_batch", interrupt)
     with pytest.raises(KeyboardInterrupt):
         build(data, tokenizer, cache_dir=cache)
     (left,) = cache.iterdir()
@@ -204,15 +207,14 @@ def test_no_room_for_the_instruction(data, tokenizer, tmp_path):
 
 
 def test_a_file_that_changes_while_it_is_read(data, tokenizer, tmp_path, monkeypatch):
-    plain = tokens._write_arrow
+    plain = token_build._Build.write_arrow
 
-    def write_and_change(source, path, encoder):
-        found = plain(source, path, encoder)
-        with source.open("a") as file:
+    def write_and_change(self, path, encoder, processes):
+        plain(self, path, encoder, processes)
+        with open(self.source, "a") as file:
             file.write("\n")
-        return found
 
-    monkeypatch.setattr(tokens, "_write_arrow", write_and_change)
+    monkeypatch.setattr(token_build._Build, "write_arrow", write_and_change)
     with pytest.raises(DataError, match="data.jsonl changed while it was tokenised"):
         build(data, tokenizer, cache_dir=tmp_path / "cache")
     assert list((tmp_path / "cache").iterdir()) == []
@@ -220,14 +222,14 @@ def test_a_file_that_changes_while_it_is_read(data, tokenizer, tmp_path, monkeyp
 
 def test_another_build_was_faster(data, tokenizer, tmp_path, monkeypatch):
     cache = tmp_path / "cache"
-    plain = tokens._write_arrow
+    plain = token_build._Build.write_arrow
 
-    def let_another_finish_first(source, path, encoder):
-        monkeypatch.setattr(tokens, "_write_arrow", plain)
+    def let_another_finish_first(self, path, encoder, processes):
+        monkeypatch.setattr(token_build._Build, "write_arrow", plain)
         build(data, tokenizer, cache_dir=cache)
-        return plain(source, path, encoder)
+        plain(self, path, encoder, processes)
 
-    monkeypatch.setattr(tokens, "_write_arrow", let_another_finish_first)
+    monkeypatch.setattr(token_build._Build, "write_arrow", let_another_finish_first)
     store = build(data, tokenizer, cache_dir=cache)
     assert list(cache.iterdir()) == [store.folder] and len(store) == len(ROWS)
 

@@ -1,0 +1,336 @@
+"""Tokenising a data set into the files of a token store, by all cores.
+
+This process cuts the data into blocks and writes what comes back, in order; workers parse and tokenise. A batch of
+rows never spans blocks, so what is written does not depend on the number of workers.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+import shutil
+import time
+import uuid
+from collections.abc import Iterator
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import asdict, dataclass, field, fields
+from itertools import chain
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow
+
+from nvembed_mcore.data.bare_tokenizer import BareTokenizer
+from nvembed_mcore.data.files import Block, DataError, Problems, blocks
+from nvembed_mcore.data.prompts import EncodedTexts, encode_texts, prompt_tokens
+from nvembed_mcore.data.records import Parsed, Record, parse_block
+from nvembed_mcore.data.workers import num_cores, ordered_map
+
+_LOG = logging.getLogger(__name__)
+# A batch of rows ends at the first of these: Arrow's 32-bit offsets and the memory of a worker stay small.
+_BATCH_RECORDS = 8192
+_BATCH_CHARACTERS = 1 << 22
+_MOST_PROCESSES = 32
+"""More workers would wait for the one process that reads and writes, and each holds blocks in its memory."""
+_PROGRESS_SECONDS = 10.0
+
+_TOKENS = pyarrow.list_(pyarrow.int32())
+SCHEMA = pyarrow.schema(
+    [("query", _TOKENS), ("query_length", pyarrow.int32())]
+    + [
+        (name + suffix, kind)
+        for name in ("pos", "neg")
+        for suffix, kind in (
+            ("", pyarrow.list_(_TOKENS)),
+            ("_lengths", _TOKENS),
+            ("_ids", pyarrow.list_(pyarrow.int64())),
+        )
+    ]
+)
+
+
+@dataclass(slots=True)
+class Statistics:
+    """What the build saw: counts of records, texts, tokens, texts that were cut, and blank negatives left out."""
+
+    records: int = 0
+    documents: int = 0
+    tokens: int = 0
+    truncated_queries: int = 0
+    truncated_documents: int = 0
+    blank_negatives: int = 0
+
+    def add(self, other: Statistics) -> None:
+        for one in fields(self):
+            setattr(self, one.name, getattr(self, one.name) + getattr(other, one.name))
+
+
+@dataclass(frozen=True, slots=True)
+class Encoder:
+    """Tokenises records as one data set wants it."""
+
+    tokenizer: BareTokenizer
+    query_instruction: str
+    document_instruction: str
+    max_query_tokens: int
+    max_document_tokens: int
+
+    def queries(self, texts: list[str]) -> EncodedTexts:
+        return encode_texts(self.tokenizer, texts, self.query_instruction, self.max_query_tokens)
+
+    def documents(self, texts: list[str]) -> EncodedTexts:
+        return encode_texts(self.tokenizer, texts, self.document_instruction, self.max_document_tokens)
+
+    def pooled_from(self) -> dict[str, int]:
+        return {
+            "query_pooled_from": len(prompt_tokens(self.tokenizer, self.query_instruction)),
+            "document_pooled_from": len(prompt_tokens(self.tokenizer, self.document_instruction)),
+        }
+
+
+def write_store(
+    source: str,
+    folder: Path,
+    encoder: Encoder,
+    identity: dict[str, Any],
+    *,
+    max_bad_records: int = 0,
+    processes: int | None = None,
+) -> None:
+    """Tokenise `source` into a folder beside `folder`, then rename it.
+
+    Args:
+        identity: what names the store; `data` is the source's `source_hash`.
+        max_bad_records: so many bad lines are left out.
+        processes: workers; None: one a core.
+
+    Raises:
+        DataError: as `TokenStore.build`.
+    """
+    _LOG.info("tokenising %s into %s", source, folder)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    aside = folder.parent / f".{folder.name}.{uuid.uuid4().hex[:8]}"
+    aside.mkdir()
+    begin = time.monotonic()
+    try:
+        build = _Build(source, max_bad_records)
+        build.write_arrow(aside / "data.arrow", encoder, processes)
+        if source_hash(source) != identity["data"]:
+            raise DataError(f"{source} changed while it was tokenised")
+        identity = identity | build.rejected()
+        description = {
+            "fingerprint": identity_hash(identity),
+            **identity,
+            **encoder.pooled_from(),
+            "bytes": (aside / "data.arrow").stat().st_size,
+            "statistics": asdict(build.statistics),
+            "problems": build.problems.shown,
+        }
+        (aside / "store.json").write_text(json.dumps(description, indent=2) + "\n", encoding="utf-8")
+        try:
+            os.rename(aside, folder)
+        except OSError:
+            if not folder.is_dir():
+                raise
+            _LOG.info("another process finished %s first", folder)
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
+    _log_summary(build.statistics, time.monotonic() - begin)
+
+
+def identity_hash(identity: dict[str, Any]) -> str:
+    """32 hex digits that name a store."""
+    return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:32]
+
+
+def _log_summary(found: Statistics, seconds: float) -> None:
+    _LOG.info(
+        "%d records, %d documents, %d tokens; cut: %d queries, %d documents; %.0f s, %.0f records/s",
+        found.records,
+        found.documents,
+        found.tokens,
+        found.truncated_queries,
+        found.truncated_documents,
+        seconds,
+        found.records / max(seconds, 1e-9),
+    )
+
+
+@dataclass(slots=True)
+class _Build:
+    """What was read and written so far."""
+
+    source: str
+    max_bad_records: int
+    statistics: Statistics = field(default_factory=Statistics)
+    bad_lines: list[str] = field(default_factory=list)
+    paths: dict[str, int] = field(default_factory=dict)
+    problems: Problems = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.problems = Problems(self.source, allowed=self.max_bad_records)
+
+    def write_arrow(self, path: Path, encoder: Encoder, processes: int | None) -> None:
+        """As `read_records` does: all bad lines are counted before they are refused."""
+        with path.open("wb") as file:
+            with pyarrow.ipc.new_stream(file, SCHEMA) as writer:
+                for tokenised in self._with_progress(self._tokenised(encoder, processes)):
+                    self._note(tokenised)
+                    if not self.problems.too_many:
+                        self.statistics.add(tokenised.statistics)
+                        for batch in pyarrow.ipc.open_stream(tokenised.stream):
+                            writer.write_batch(batch)
+            file.flush()
+            os.fsync(file.fileno())
+        self.problems.raise_if_too_many()
+        if not self.statistics.records:
+            raise DataError(f"{self.source} holds no records")
+        if self.problems.count:
+            _LOG.warning("%s", self.problems.message())
+        if self.statistics.blank_negatives:
+            _LOG.warning("%s: %d blank negatives were left out", self.source, self.statistics.blank_negatives)
+
+    def rejected(self) -> dict[str, Any]:
+        """The part of a store's identity that says which records were left out; nothing when none was."""
+        if not self.bad_lines:
+            return {}
+        lines = hashlib.sha256("\n".join(self.bad_lines).encode()).hexdigest()[:16]
+        return {"rejected": {"records": len(self.bad_lines), "lines": lines}}
+
+    def _tokenised(self, encoder: Encoder, processes: int | None) -> Iterator[_Tokenised]:
+        processes = min(num_cores(), _MOST_PROCESSES) if processes is None else processes
+        how = dict(processes=processes, start=_start_worker, start_arguments=(encoder, os.getpid()))
+        try:
+            yield from ordered_map(_tokenise, blocks(self.source), **how)
+        except BrokenProcessPool as error:
+            raise DataError(
+                f"{self.source}: a process that tokenised it was ended from outside (out of memory?)"
+            ) from error
+
+    def _with_progress(self, blocks_done: Iterator[_Tokenised]) -> Iterator[_Tokenised]:
+        begin = shown = time.monotonic()
+        for one in blocks_done:
+            yield one
+            now = time.monotonic()
+            if now - shown >= _PROGRESS_SECONDS:
+                shown = now
+                rate = self.statistics.records / (now - begin)
+                _LOG.info("%s: %d records, %.0f records/s", self.source, self.statistics.records, rate)
+
+    def _note(self, tokenised: _Tokenised) -> None:
+        """Count a block's bad lines, each by its file's place among the files: their names are not the data's."""
+        file = self.paths.setdefault(tokenised.path, len(self.paths))
+        for line, column, reason in tokenised.problems:
+            self.problems.add(line, column, reason)
+            if not self.problems.too_many:
+                self.bad_lines.append(f"{file}:{line}")
+
+
+@dataclass(frozen=True, slots=True)
+class _Tokenised:
+    """A block's rows as an Arrow stream, what they were, and its bad lines."""
+
+    path: str
+    stream: bytes
+    statistics: Statistics
+    problems: list[tuple[int, int, str]]
+
+
+_worker: dict[str, Encoder] = {}
+"""What this process tokenises with."""
+
+
+def _start_worker(encoder: Encoder, parent: int) -> None:
+    _worker["encoder"] = encoder
+    if os.getpid() != parent:
+        os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the other cores have workers of their own
+
+
+def _tokenise(block: Block) -> _Tokenised:
+    parsed, encoder = parse_block(block), _worker["encoder"]
+    statistics = Statistics(blank_negatives=parsed.blank_negatives)
+    sink = pyarrow.BufferOutputStream()
+    with pyarrow.ipc.new_stream(sink, SCHEMA) as writer:
+        for begin, end in _batches(parsed.records):
+            try:
+                writer.write_batch(_arrow_batch(parsed.records[begin:end], encoder, statistics))
+            except ValueError as error:
+                _name_culprit(block, parsed, encoder)
+                raise DataError(f"{block.path}:{parsed.lines[begin]}: {error}") from error
+    return _Tokenised(block.path, sink.getvalue().to_pybytes(), statistics, parsed.problems)
+
+
+def _name_culprit(block: Block, parsed: Parsed, encoder: Encoder) -> None:
+    """Raise for the first record that cannot be tokenised by itself."""
+    for line, record in zip(parsed.lines, parsed.records, strict=True):
+        try:
+            _arrow_batch([record], encoder, Statistics())
+        except ValueError as error:
+            raise DataError(f"{block.path}:{line}: {error}") from error
+
+
+def _batches(records: list[Record]) -> Iterator[tuple[int, int]]:
+    """Where each batch begins and ends."""
+    begin = characters = 0
+    for end, record in enumerate(records, start=1):
+        characters += len(record.query) + sum(map(len, record.pos)) + sum(map(len, record.neg))
+        if end - begin == _BATCH_RECORDS or characters >= _BATCH_CHARACTERS or end == len(records):
+            yield begin, end
+            begin, characters = end, 0
+
+
+def _arrow_batch(records: list[Record], encoder: Encoder, statistics: Statistics) -> pyarrow.RecordBatch:
+    """Tokenise some records and count them in `statistics`."""
+    queries = encoder.queries([record.query for record in records])
+    columns: list[pyarrow.Array] = [_token_lists(queries), pyarrow.array(queries.lengths)]
+    for texts_of, ids_of in (("pos", "pos_ids"), ("neg", "neg_ids")):
+        texts = [getattr(record, texts_of) for record in records]
+        documents = encoder.documents(list(chain.from_iterable(texts)))
+        bounds = _offsets([len(some) for some in texts])
+        ids = document_hashes([name for record in records for name in getattr(record, ids_of)])
+        columns += [
+            pyarrow.ListArray.from_arrays(bounds, _token_lists(documents)),
+            pyarrow.ListArray.from_arrays(bounds, pyarrow.array(documents.lengths)),
+            pyarrow.ListArray.from_arrays(bounds, pyarrow.array(ids)),
+        ]
+        statistics.documents += len(documents)
+        statistics.tokens += len(documents.token_ids)
+        statistics.truncated_documents += documents.truncated
+    statistics.records += len(records)
+    statistics.tokens += len(queries.token_ids)
+    statistics.truncated_queries += queries.truncated
+    return pyarrow.RecordBatch.from_arrays(columns, schema=SCHEMA)
+
+
+def document_hashes(names: list[str]) -> np.ndarray:
+    """Documents' ids as signed numbers of 64 bits: the first 8 bytes (little-endian) of the SHA-256 of an id."""
+    digests = b"".join([hashlib.sha256(name.encode()).digest()[:8] for name in names])
+    return np.frombuffer(digests, "<i8")
+
+
+def _token_lists(encoded: EncodedTexts) -> pyarrow.ListArray:
+    return pyarrow.ListArray.from_arrays(_offsets(encoded.lengths), pyarrow.array(encoded.token_ids))
+
+
+def _offsets(lengths: list[int] | np.ndarray) -> pyarrow.Array:
+    """Where each of some runs begins in their concatenation, and the end; int32 [runs + 1]."""
+    ends = np.cumsum(lengths, dtype=np.int64)
+    assert not len(ends) or ends[-1] < 2**31, "a batch of rows is bounded far below"
+    return pyarrow.array(np.concatenate([[0], ends]).astype(np.int32))
+
+
+def source_hash(source: str) -> str:
+    """SHA-256 of a file's bytes."""
+    digest = hashlib.sha256()
+    try:
+        with open(source, "rb") as file:
+            while chunk := file.read(1 << 20):
+                digest.update(chunk)
+    except FileNotFoundError as error:
+        raise DataError(f"no data file at {source}") from error
+    except OSError as error:
+        raise DataError(f"cannot read {source}: {error}") from error
+    return digest.hexdigest()
