@@ -189,7 +189,7 @@ def _refuse_scores(names: tuple[str, ...], pair: tuple[str, str]) -> None:
     scores = [name for name in names if name in _SCORES]
     if scores:
         raise Fault(
-            f"{pair[0]} and {pair[1]} have a {scores[0]}, so they may not belong together: "
+            f"{pair[0]} and {pair[1]} have a field {scores[0]}, so they may not belong together: "
             "make records of them with `nvembed data convert sts` or `nvembed data convert nli`",
             scores[0],
         )

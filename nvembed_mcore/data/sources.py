@@ -1,11 +1,13 @@
 """What the path of a data set is: a file, a folder, or the name of one that the `datasets` library loads.
 
-file                 of a kind that `files` lists
-folder               of such files of one kind, read in the order of their names; `corpus.*` in it are no records
-BEIR folder          corpus.jsonl, queries.jsonl and qrels/train.tsv (`beir`)
-saved data set       a folder that `datasets` wrote (`save_to_disk`); of several splits `train`
-hf:NAME[:CONFIG[:SPLIT]]   a name on the Hugging Face hub, or a local folder, for `datasets.load_dataset`; without
-                     SPLIT `train`. Nothing of it is run: only data files are loaded.
+    a file               of a kind that `files` lists
+    a folder             of such files of one kind, read in the order of their names; `corpus.*` in it are no records
+    a BEIR folder        corpus.jsonl, queries.jsonl and qrels/train.tsv (`beir`)
+    a saved data set     a folder that `datasets` wrote (`save_to_disk`); of several splits `train`
+    hf:NAME[:CONFIG[:SPLIT]]
+
+The last is a name on the Hugging Face hub, or a local folder, for `datasets.load_dataset`; without SPLIT it is `train`.
+Nothing of it is run: only data files are loaded, and a name is looked up because it was given.
 """
 
 from __future__ import annotations
@@ -63,7 +65,7 @@ def source_fingerprint(path: str | Path) -> str:
     path = Path(path)
     if _is_beir(path):
         return _hash_of_all([(str(one.relative_to(path)), one) for one in beir_files(path, "train")])
-    read = data_files(path)
+    read = _data_files(path)
     if _layout(path).kind == "document ids":
         read = read + _corpus_files(path)
     if len(read) == 1 and not path.is_dir():
@@ -72,7 +74,7 @@ def source_fingerprint(path: str | Path) -> str:
     return _hash_of_all([(str(one.relative_to(folder)), one) for one in read])
 
 
-def data_files(path: Path) -> list[Path]:
+def _data_files(path: Path) -> list[Path]:
     """The files of records of a file (itself) or a folder, by their names.
 
     Raises:
@@ -138,7 +140,7 @@ def _columns_of_records(names: Sequence[str]) -> list[str]:
 
 
 def _file_blocks(path: Path) -> Iterator[Block]:
-    read = data_files(path)
+    read = _data_files(path)
     return _with_layout(chain.from_iterable(files.blocks(one, _columns_of_records) for one in read))
 
 

@@ -68,17 +68,17 @@ REFUSALS = {
     "sts": (
         {"a.csv": "sentence1,sentence2,score\na,b,0.5\n"},
         "a.csv",
-        "{path}/a.csv:2:5: sentence1 and sentence2 have a score, " + SCORED,
+        "{path}/a.csv:2:5: sentence1 and sentence2 have a field score, " + SCORED,
     ),
     "nli": (
         {"a.jsonl": '{"premise": "a", "hypothesis": "b", "label": 2}\n'},
         "a.jsonl",
-        "{path}/a.jsonl:1:46: premise and hypothesis have a label, " + SCORED,
+        "{path}/a.jsonl:1:46: premise and hypothesis have a field label, " + SCORED,
     ),
     "scored answers": (
         {"a.tsv": "question\tanswer\tlabel\na\tb\t0\n"},
         "a.tsv",
-        "{path}/a.tsv:2:5: question and answer have a label, " + SCORED,
+        "{path}/a.tsv:2:5: question and answer have a field label, " + SCORED,
     ),
     "two queries": (
         {"a.jsonl": '{"query": "q", "question": "q", "positive": "p"}\n'},
