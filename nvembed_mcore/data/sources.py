@@ -6,8 +6,8 @@
     a saved data set     a folder that `datasets` wrote (`save_to_disk`); of several splits `train`
     hf:NAME[:CONFIG[:SPLIT]]
 
-The last is a name on the Hugging Face hub, or a local folder, for `datasets.load_dataset`; without SPLIT it is `train`.
-Nothing of it is run: only data files are loaded, and a name is looked up because it was given.
+The last is a name on the Hugging Face hub, or a local folder, for `datasets.load_dataset`; `train` if SPLIT is not
+named. Nothing of it is run: only data files are loaded, and a name is looked up because it was given.
 """
 
 from __future__ import annotations
