@@ -1,7 +1,7 @@
 """Layouts of training data: where the rows of a data set hold query, positives and negatives.
 
-A layout is found from the fields of a first row, and turns each row into one with the fields of a record (`query`,
-`pos`, `neg`, `query_id`, `pos_ids`, `neg_ids`), which `records` checks:
+A layout is found from the fields of the first row that has one, and turns each row into one with the fields of a
+record (`query`, `pos`, `neg`, `query_id`, `pos_ids`, `neg_ids`), which `records` checks:
 
     records              query, pos [, neg, query_id, pos_ids, neg_ids]; FlagEmbedding's rows too, whose scores, prompt
                          and type are not used (FlagEmbedding, examples/finetune/embedder)
@@ -43,6 +43,10 @@ KNOWN = """  query, pos [, neg]: records, FlagEmbedding
 or sentence1, sentence2: sentence-transformers
   [query, positive] or [query, positive, negative]: a list of strings a line"""
 """The layouts and their fields, for messages."""
+
+
+class UnknownLayout(Fault):
+    """A row has the fields of no layout."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -119,7 +123,8 @@ def find_layout(fields: Collection[str]) -> Layout:
     """The layout of rows with these fields.
 
     Raises:
-        Fault: none that is known, or one that does not say which texts belong together.
+        UnknownLayout: there is none.
+        Fault: they do not say which texts belong together.
     """
     names = tuple(fields)
     if "query" in names and "pos" in names:
@@ -131,7 +136,7 @@ def find_layout(fields: Collection[str]) -> Layout:
     pair = _pair(names)
     if pair is None:
         found = ", ".join(names) or "none"
-        raise Fault(f"the fields are {found}; a layout is known of\n{KNOWN}")
+        raise UnknownLayout(f"the fields are {found}; a layout is known of\n{KNOWN}")
     return Layout("columns", *pair, next(iter(negative_columns(names)), "negative"))
 
 

@@ -24,21 +24,21 @@ from nvembed_mcore.data import files
 from nvembed_mcore.data.beir import beir_blocks, beir_files, read_texts
 from nvembed_mcore.data.faults import DataError, Fault, document_text
 from nvembed_mcore.data.files import Block, arrow_blocks, kind_of_file, rows
-from nvembed_mcore.data.layouts import Layout, find_layout
+from nvembed_mcore.data.layouts import Layout, UnknownLayout, find_layout
 
 if TYPE_CHECKING:
     import datasets
 
 _HUB = "hf:"
 _SAVED, _SAVED_SPLITS = "state.json", "dataset_dict.json"
-_ANY = find_layout(("query", "pos"))
+_ROWS_LOOKED_AT = 10
 _SPLIT = re.compile(r"(train|validation|valid|val|dev|test|eval)(?![a-z])")
 
 
 def blocks(path: str | Path) -> Iterator[Block]:
     """The rows of a data set as blocks, in order, each with the layout of its records.
 
-    The layout is that of the first row; rows of another one are bad lines of `records.parse_block`.
+    The layout is that of the first row that has a known one; rows of another are bad lines of `records.parse_block`.
 
     Raises:
         DataError: the data set is missing, cannot be read, or is of an unknown kind or layout.
@@ -47,7 +47,7 @@ def blocks(path: str | Path) -> Iterator[Block]:
         return _loaded_blocks(path)
     if _is_beir(Path(path)):
         return beir_blocks(Path(path))
-    return _with_documents(path)
+    return _file_blocks(Path(path))
 
 
 def source_fingerprint(path: str | Path) -> str:
@@ -113,24 +113,6 @@ def _split(path: Path) -> str:
     return match[1] if match else ""
 
 
-def _with_layout(source: Iterator[Block]) -> Iterator[Block]:
-    """Blocks with the layout of the first row of all; before it there are but bad lines, which need none."""
-    layout: Layout | None = None
-    for block in source:
-        if layout is None:
-            layout = _layout_of_block(block)
-        yield replace(block, layout=layout or _ANY)
-
-
-def _layout_of_block(block: Block) -> Layout | None:
-    for line, row, column_of in rows(block, lambda line, column, reason: None):
-        try:
-            return find_layout(row)
-        except Fault as fault:
-            raise DataError(f"{block.path}:{line}:{column_of(fault.field)}: {fault.reason}") from fault
-    return None
-
-
 def _columns_of_records(names: Sequence[str]) -> list[str]:
     """Of a table's columns those to read; all where no layout is known, which its first row will tell."""
     try:
@@ -139,26 +121,43 @@ def _columns_of_records(names: Sequence[str]) -> list[str]:
         return list(names)
 
 
-def _file_blocks(path: Path) -> Iterator[Block]:
-    read = _data_files(path)
-    return _with_layout(chain.from_iterable(files.blocks(one, _columns_of_records) for one in read))
+def _read(path: Path) -> Iterator[Block]:
+    """The blocks of a file or of a folder's files."""
+    return chain.from_iterable(files.blocks(one, _columns_of_records) for one in _data_files(path))
 
 
 def _layout(path: Path) -> Layout:
-    return next((block.layout for block in _file_blocks(path)), _ANY)
+    """The layout of the first row that has one, if it is among the first rows; of a file without any row no matter."""
+    unknown: list[DataError] = []
+    for block in _read(path):
+        for line, row, column_of in rows(block, lambda line, column, reason: None):
+            try:
+                return find_layout(row)
+            except Fault as fault:
+                error = DataError(f"{block.path}:{line}:{column_of(fault.field)}: {fault.reason}")
+                if not isinstance(fault, UnknownLayout):
+                    raise error from fault
+                unknown.append(error)
+            if len(unknown) == _ROWS_LOOKED_AT:
+                raise unknown[0]
+    if unknown:
+        raise unknown[0]
+    return find_layout(("query", "pos"))
 
 
-def _with_documents(path: str | Path) -> Iterator[Block]:
+def _file_blocks(path: Path) -> Iterator[Block]:
     """Blocks of files; of rows that name documents by id, with the texts of those that a block names."""
-    path = Path(path)
-    if _layout(path).kind != "document ids":
-        yield from _file_blocks(path)
+    layout = _layout(path)
+    found = (replace(block, layout=layout) for block in _read(path))
+    if layout.kind != "document ids":
+        yield from found
         return
-    wanted = set(chain.from_iterable(map(_ids_named, _file_blocks(path))))
+    wanted = {name for block in found for name in _ids_named(block)}
     texts: dict[str, str] = {}
     for corpus in _corpus_files(path):
         texts.update((key, text) for _, key, text in read_texts(corpus, document_text, wanted, "docid"))
-    for block in _file_blocks(path):
+    for block in _read(path):
+        block = replace(block, layout=layout)
         yield replace(block, documents={key: texts[key] for key in _ids_named(block) & texts.keys()})
 
 

@@ -24,9 +24,11 @@ import numpy as np
 import pyarrow
 
 from nvembed_mcore.data.bare_tokenizer import BareTokenizer
-from nvembed_mcore.data.files import Block, DataError, Problems, blocks
+from nvembed_mcore.data.faults import DataError, Problems
+from nvembed_mcore.data.files import Block
 from nvembed_mcore.data.prompts import EncodedTexts, encode_texts, prompt_tokens
 from nvembed_mcore.data.records import Parsed, Record, parse_block
+from nvembed_mcore.data.sources import blocks, source_fingerprint
 from nvembed_mcore.data.workers import num_cores, ordered_map
 
 _LOG = logging.getLogger(__name__)
@@ -103,7 +105,7 @@ def write_store(
     """Tokenise `source` into a folder beside `folder`, then rename it.
 
     Args:
-        identity: what names the store; `data` is the source's `source_hash`.
+        identity: what names the store; `data` is the source's `source_fingerprint`.
         max_bad_records: so many bad lines are left out.
         processes: workers; None: one a core.
 
@@ -118,7 +120,7 @@ def write_store(
     try:
         build = _Build(source, max_bad_records)
         build.write_arrow(aside / "data.arrow", encoder, processes)
-        if source_hash(source) != identity["data"]:
+        if source_fingerprint(source) != identity["data"]:
             raise DataError(f"{source} changed while it was tokenised")
         identity = identity | build.rejected()
         description = {
@@ -224,7 +226,7 @@ class _Build:
         """Count a block's bad lines, each by its file's place among the files: their names are not the data's."""
         file = self.paths.setdefault(tokenised.path, len(self.paths))
         for line, column, reason in tokenised.problems:
-            self.problems.add(line, column, reason)
+            self.problems.add(line, column, reason, tokenised.path)
             if not self.problems.too_many:
                 self.bad_lines.append(f"{file}:{line}")
 
@@ -320,17 +322,3 @@ def _offsets(lengths: list[int] | np.ndarray) -> pyarrow.Array:
     ends = np.cumsum(lengths, dtype=np.int64)
     assert not len(ends) or ends[-1] < 2**31, "a batch of rows is bounded far below"
     return pyarrow.array(np.concatenate([[0], ends]).astype(np.int32))
-
-
-def source_hash(source: str) -> str:
-    """SHA-256 of a file's bytes."""
-    digest = hashlib.sha256()
-    try:
-        with open(source, "rb") as file:
-            while chunk := file.read(1 << 20):
-                digest.update(chunk)
-    except FileNotFoundError as error:
-        raise DataError(f"no data file at {source}") from error
-    except OSError as error:
-        raise DataError(f"cannot read {source}: {error}") from error
-    return digest.hexdigest()

@@ -23,9 +23,10 @@ import pyarrow
 
 from nvembed_mcore.config import DatasetConfig
 from nvembed_mcore.data.bare_tokenizer import BareTokenizer
-from nvembed_mcore.data.files import DataError, Problems
+from nvembed_mcore.data.faults import DataError, Problems
 from nvembed_mcore.data.prompts import check_room, query_prompt
-from nvembed_mcore.data.token_build import SCHEMA, Encoder, Statistics, identity_hash, source_hash, write_store
+from nvembed_mcore.data.sources import source_fingerprint
+from nvembed_mcore.data.token_build import SCHEMA, Encoder, Statistics, identity_hash, write_store
 from nvembed_mcore.data.tokenizer import tokenizer_fingerprint
 
 if TYPE_CHECKING:
@@ -117,7 +118,7 @@ class TokenStore:
         source = dataset.path
         identity = {
             "format": _FORMAT,
-            "data": source_hash(source),
+            "data": source_fingerprint(source),
             "tokenizer": tokenizer_fingerprint(tokenizer),
             "query_prompt": query_prompt(dataset.instruction),
             "document_prompt": query_prompt(document_instruction),

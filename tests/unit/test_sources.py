@@ -110,6 +110,19 @@ def test_blocks_of_any_size_hold_the_same(tmp_path, monkeypatch, name):
             assert len(list(blocks(path))) > 5
 
 
+def test_the_first_row_with_a_layout_says_the_layout(tmp_path, monkeypatch):
+    rows = [{"query": "q"}, {"text": 1}, {"anchor": "q", "positive": "p"}, {"query": "q", "pos": ["p"]}]
+    path = write(tmp_path / "a.jsonl", b"{\n" + lines(*rows))
+    whole = parsed(path)
+    assert whole[1] == [4] and [line for line, _, _ in whole[2]] == [1, 2, 3, 5]
+    assert whole[2][1] == (2, 1, "anchor is missing")
+    monkeypatch.setattr(files, "BLOCK_BYTES", 1)
+    assert parsed(path) == whole
+    write(path, lines(*[{"query": "q"}] * 10, rows[2]))
+    with pytest.raises(DataError, match="a.jsonl:1:1: the fields are query; a layout"):
+        list(read_records(path, max_bad_records=10))
+
+
 def test_csv_is_what_the_csv_module_reads(tmp_path, monkeypatch):
     """Random tables, cut into blocks of any size."""
     chance = random.Random(5)
