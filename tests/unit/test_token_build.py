@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 import os
 import random
@@ -9,6 +10,7 @@ import signal
 
 import numpy as np
 import psutil
+import pyarrow
 import pytest
 from tokenizers import Tokenizer, models
 from transformers import PreTrainedTokenizerFast
@@ -85,6 +87,30 @@ def test_the_same_bytes_by_any_number_of_processes(data, tokenizer, tmp_path):
     for name in ("data.arrow", "store.json"):
         assert len({(store.folder / name).read_bytes() for store in stores}) == 1
     assert len({fingerprint_of([store]) for store in stores}) == 1
+
+
+def test_a_folder_of_another_layout_gives_the_same_rows(tokenizer, tmp_path):
+    """Two compressed shards of Tevatron's rows; a bad line is named by its file."""
+    records = [{"query": f"q {i}", "pos": [f"p {i}"] * (1 + i % 2), "neg": [f"n {i}"] * (i % 3)} for i in range(30)]
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps(one) + "\n" for one in records))
+    folder = tmp_path / "shards"
+    folder.mkdir()
+    lines = [json.dumps(_tevatron(one)) + "\n" for one in records]
+    for name, some in {"0.jsonl.gz": lines[:20], "1.jsonl.gz": lines[20:]}.items():
+        (folder / name).write_bytes(gzip.compress("".join(some).encode()))
+    sources = [DatasetConfig(path=str(path)) for path in (tmp_path / "a.jsonl", folder)]
+    expected, found = (build(one, tokenizer, tmp_path / "cache", processes=1) for one in sources)
+    assert found.fingerprint != expected.fingerprint
+    rows = [pyarrow.ipc.open_stream(store.folder / "data.arrow").read_all() for store in (expected, found)]
+    assert rows[0].num_rows == 30 and rows[0].equals(rows[1])
+    (folder / "1.jsonl.gz").write_bytes(gzip.compress(("".join(lines[20:]) + "{\n").encode()))
+    with pytest.raises(DataError, match="shards/1.jsonl.gz:11:2: not JSON"):
+        build(sources[1], tokenizer, tmp_path / "cache", processes=1)
+
+
+def _tevatron(record: dict) -> dict:
+    passages = {f"{name}_passages": [{"text": text} for text in record[name[:3]]] for name in ("positive", "negative")}
+    return {"query": record["query"], **passages}
 
 
 def test_rows_do_not_depend_on_blocks(data, tokenizer, tmp_path, monkeypatch):
