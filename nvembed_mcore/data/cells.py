@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from nvembed_mcore.data.files import AddProblem, Block, Row
 
 _CSV = re.compile(rb'(?:"(?P<quoted>[^"]*(?:""[^"]*)*)(?P<close>"|\Z))?(?P<plain>[^,\n]*)(?P<end>,|\n|\Z)')
+# Of the same parts, though nothing is quoted.
 _TSV = re.compile(rb"(?P<quoted>(?!))?(?P<plain>[^\t\n]*)(?P<end>\t|\n|\Z)")
 _ROW_ENDS = (b"\n", b"")
 
