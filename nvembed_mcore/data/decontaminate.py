@@ -17,7 +17,7 @@ from typing import Any
 
 from nvembed_mcore.data.beir import read_queries
 from nvembed_mcore.data.convert.intake import Intake, check_output, clean
-from nvembed_mcore.data.files import DataError
+from nvembed_mcore.data.faults import DataError
 from nvembed_mcore.data.records import Fault, Record, read_records, write_records
 
 THRESHOLD = 0.7

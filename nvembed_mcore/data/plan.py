@@ -8,9 +8,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from nvembed_mcore.config import ConfigError, RunConfig
-from nvembed_mcore.data.files import DataError, blocks
+from nvembed_mcore.data.faults import DataError
 from nvembed_mcore.data.records import read_records
 from nvembed_mcore.data.source import make_blend, used_records
+from nvembed_mcore.data.sources import blocks
 
 if TYPE_CHECKING:
     from rich.table import Table

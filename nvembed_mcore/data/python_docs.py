@@ -22,11 +22,11 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from nvembed_mcore.data import near_duplicates, python_docs_records, python_docs_statistics, python_source
+from nvembed_mcore.data.faults import DataError
 from nvembed_mcore.data.near_duplicates import first_of_kind, word_parts
 from nvembed_mcore.data.python_docs_records import beir_folder, topic_records, topics, training_records
 from nvembed_mcore.data.python_docs_statistics import PythonDocsStatistics, Selection, statistics_table
 from nvembed_mcore.data.python_source import DocumentedItem, SourceFile, documented_items
-from nvembed_mcore.data.records import DataError
 from nvembed_mcore.data.tokenizer import tokenizer_fingerprint
 
 if TYPE_CHECKING:

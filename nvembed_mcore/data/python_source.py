@@ -17,7 +17,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from nvembed_mcore.data.records import DataError
+from nvembed_mcore.data.faults import DataError
 
 Definition = ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef
 

@@ -15,7 +15,7 @@ from transformers import PreTrainedTokenizerFast
 from nvembed_mcore.checkpoint.store import CheckpointError, find_checkpoint
 from nvembed_mcore.config import ConfigError, DataConfig, DatasetConfig
 from nvembed_mcore.data import token_build
-from nvembed_mcore.data.files import DataError
+from nvembed_mcore.data.faults import DataError
 from nvembed_mcore.data.tokenizer import load_tokenizer, write_mistral_tokenizer
 from nvembed_mcore.data.tokens import TokenStore
 from nvembed_mcore.log import close_logging

@@ -18,7 +18,7 @@ from transformers import PreTrainedTokenizerFast
 from nvembed_mcore.config import DatasetConfig
 from nvembed_mcore.data import files, token_build, tokens
 from nvembed_mcore.data.bare_tokenizer import BareTokenizer
-from nvembed_mcore.data.files import DataError
+from nvembed_mcore.data.faults import DataError
 from nvembed_mcore.data.prompts import encode_texts
 from nvembed_mcore.data.records import read_records
 from nvembed_mcore.data.source import fingerprint_of

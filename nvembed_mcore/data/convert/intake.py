@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from nvembed_mcore.data.convert.rows import Item, file_items
-from nvembed_mcore.data.files import DataError, kind_of
+from nvembed_mcore.data.faults import DataError, kind_of
 from nvembed_mcore.data.records import Fault, check_string, content_id
 
 T = TypeVar("T")

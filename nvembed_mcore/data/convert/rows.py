@@ -10,7 +10,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import IO, Any
 
-from nvembed_mcore.data.files import DataError, blocks, kind_of, numbered_lines, rows
+from nvembed_mcore.data.faults import DataError, kind_of
+from nvembed_mcore.data.files import blocks, line_blocks, numbered_lines, rows
 
 Item = tuple[Callable[[str], str], Any]
 """Something of a file: the place of a field of it (for messages), and its value."""
@@ -46,7 +47,7 @@ def json_lines(path: Path, add_problem: AddProblem) -> Iterator[Item]:
     Raises:
         DataError: as `file_items`.
     """
-    for block in blocks(path):
+    for block in line_blocks(path):
         for line, _, raw in numbered_lines(block):
             try:
                 text = raw.decode()
