@@ -96,7 +96,7 @@ def _dtype(model: HfModel, hf_names: list[str], wanted: str | None) -> torch.dty
 
 
 def describe(model: HfModel, tokenizer: str | None = None) -> dict[str, Any]:
-    """What `run.json` says of a Hugging Face folder: as of a run, as far as the folder tells. Every rank calls this.
+    """What `run.json` says of a Hugging Face folder: as of a run, as far as the folder tells.
 
     Args:
         tokenizer: folder of the tokenizer; None: the model's own, if it has one.

@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import argparse
 import os
+import sys
+import time
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from nvembed_mcore.evaluation.embedders import Embedder
 
 _TEXTS = (
-    "JSON Lines or Parquet with _id or id, text and perhaps title; a BEIR folder; any other file, also .gz: one text "
+    "JSON Lines, Parquet, CSV or TSV with _id or id, text and perhaps title; a BEIR folder; any other file: one text "
     "a line"
 )
+
+_LINE_EVERY_SECONDS = 30.0
 
 
 def add(commands: argparse._SubParsersAction) -> None:
@@ -98,20 +102,25 @@ def _encode(arguments: argparse.Namespace) -> None:
 
 
 class _Bar:
-    """A progress bar on stderr, from the first shard on."""
+    """A progress bar on a terminal, and now and then a line elsewhere, on stderr."""
 
     def __init__(self) -> None:
         from rich.console import Console
         from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+        console = Console(stderr=True)
         columns = (BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[rate]}"), TimeRemainingColumn())
-        self._progress = Progress(*columns, console=Console(stderr=True), disable=not Console(stderr=True).is_terminal)
-        self._task = None
+        self._is_terminal = console.is_terminal
+        self._progress = Progress(*columns, console=console, disable=not console.is_terminal)
+        self._task = self._progress.add_task("", total=None, rate="")
+        self._printed_at = time.monotonic()
 
     def update(self, done: int, total: int, tokens_per_second: float) -> None:
-        if self._task is None:
-            self._task = self._progress.add_task("", total=total, rate="")
-        self._progress.update(self._task, completed=done, total=total, rate=f"{tokens_per_second:,.0f} tokens/s")
+        rate = f"{tokens_per_second:,.0f} tokens/s"
+        self._progress.update(self._task, completed=done, total=total, rate=rate)
+        if not self._is_terminal and time.monotonic() - self._printed_at >= _LINE_EVERY_SECONDS:
+            print(f"{done} of {total} texts, {rate}", file=sys.stderr, flush=True)
+            self._printed_at = time.monotonic()
 
     def __enter__(self) -> _Bar:
         self._progress.start()

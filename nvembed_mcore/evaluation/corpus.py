@@ -7,13 +7,11 @@ made of). Ten million documents take no memory but what the system caches of the
 from __future__ import annotations
 
 import bisect
-import gzip
 import hashlib
 import itertools
 import json
 import logging
 import os
-import zlib
 from array import array
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -24,7 +22,7 @@ import numpy as np
 import pyarrow
 
 from nvembed_mcore.data.faults import DataError, Fault, Problems, document_text, required_text
-from nvembed_mcore.data.files import blocks, rows
+from nvembed_mcore.data.files import blocks, kind_of_file, line_blocks, numbered_lines, rows
 
 _LOG = logging.getLogger(__name__)
 _FORMAT = 1
@@ -85,16 +83,17 @@ class Corpus:
     def build(cls, source: str | Path, folder: str | Path) -> Corpus:
         """Read a file into `folder`, or open what was read from it before.
 
-        Read are JSON Lines and Parquet files with `_id` or `id`, `text` and perhaps `title` (a document is title, a
-        space, and text, as BEIR has it), and any other file as UTF-8 lines, whose ids are their numbers from 1. Files
-        may end in `.gz`. It is written aside and renamed. Call it on one process; the others `open` the folder.
+        Read are the data files of `data.files` (JSON Lines, Parquet, CSV, TSV) with `_id` or `id`, `text` and perhaps
+        `title` (a document is title, a space, and text, as BEIR has it), and any other file as UTF-8 lines, whose ids
+        are their numbers from 1; text also compressed. It is written aside and renamed. Call it on one process; the
+        others `open` the folder.
 
         Raises:
             DataError: the file is missing, empty or bad, a line of a text file is blank, or an id is used twice; or
                 `folder` holds other texts.
         """
         source, folder = Path(source), Path(folder)
-        identity = {"format": _FORMAT, "rows_have_ids": _rows_have_ids(source), "sha256": _file_hash(source)}
+        identity = {"format": _FORMAT, "kind": kind_of_file(source), "sha256": _file_hash(source)}
         description = folder / "texts.json"
         if description.is_file():
             found = read_json(description)
@@ -145,10 +144,6 @@ def source_file(path: str | Path, *, are_queries: bool) -> Path:
     return path / ("queries.jsonl" if are_queries else "corpus.jsonl") if path.is_dir() else path
 
 
-def _rows_have_ids(source: Path) -> bool:
-    return source.name.endswith((".jsonl", ".json", ".jsonl.gz", ".parquet"))
-
-
 def fingerprint_of(ids: Sequence[str], texts: Sequence[str]) -> str:
     """SHA-256 of all ids and texts, in order.
 
@@ -173,7 +168,7 @@ def _add(digest: Any, key: str, text: str) -> None:
 def _write(source: Path, file: Path) -> dict[str, Any]:
     """Write all rows of `source` to an Arrow file; returns what was seen."""
     problems = Problems(source)
-    pairs = _id_rows(source, problems) if _rows_have_ids(source) else _lines(source, problems)
+    pairs = _id_rows(source, problems) if kind_of_file(source) else _lines(source, problems)
     digest, seen, count, blank = hashlib.sha256(), _Ids(), 0, 0
     ids: list[str] = []
     texts: list[str] = []
@@ -259,24 +254,17 @@ def _id(row: dict[str, Any]) -> str:
 
 def _lines(source: Path, problems: Problems) -> Iterator[tuple[int, str, str]]:
     """Number, the same as an id, and text of each line of a UTF-8 file."""
-    offset = 0
-    try:
-        with (gzip.open if source.name.endswith(".gz") else open)(source, "rb") as stream:
-            for number, raw in enumerate(stream, 1):
-                line = raw.removeprefix(b"\xef\xbb\xbf") if number == 1 else raw
-                try:
-                    text = line.rstrip(b"\r\n").decode("utf-8")
-                    if text.strip():
-                        yield number, str(number), text
-                    else:
-                        problems.add(number, 1, "the text is empty")
-                except UnicodeDecodeError as error:
-                    byte = offset + len(raw) - len(line) + error.start
-                    where = f"byte {byte} of the file is 0x{line[error.start]:02x}"
-                    problems.add(number, error.start + 1, f"not UTF-8: {where} ({error.reason})")
-                offset += len(raw)
-    except (OSError, EOFError, zlib.error) as error:
-        raise DataError(f"cannot read {source}: {error}") from error
+    for number, offset, raw in (line for block in line_blocks(source) for line in numbered_lines(block)):
+        try:
+            text = raw.decode()
+        except UnicodeDecodeError as error:
+            where = f"byte {offset + error.start} of the file is 0x{raw[error.start]:02x}"
+            problems.add(number, error.start + 1, f"not UTF-8: {where} ({error.reason})")
+            continue
+        if text.strip():
+            yield number, str(number), text
+        else:
+            problems.add(number, 1, "the text is empty")
 
 
 def _file_hash(path: Path) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import gzip
 import json
 
@@ -28,13 +29,17 @@ def write(folder, name: str):
     if name.endswith(".parquet"):
         columns = list(zip(*ROWS, strict=True))
         pyarrow.parquet.write_table(pyarrow.table(dict(zip(("id", "title", "text"), columns, strict=True))), path)
+    elif name.endswith(".csv"):
+        with open(path, "w", newline="", encoding="utf-8") as file:
+            rows = [("id", "title", "text"), *ROWS]
+            csv.writer(file).writerows(rows)
     else:
         content = json_lines("id" if name.startswith("id.") else "_id")
         path.write_bytes(gzip.compress(content) if name.endswith(".gz") else content)
     return path
 
 
-@pytest.mark.parametrize("name", ["corpus.jsonl", "id.jsonl", "corpus.jsonl.gz", "corpus.parquet"])
+@pytest.mark.parametrize("name", ["corpus.jsonl", "id.jsonl", "corpus.jsonl.gz", "corpus.parquet", "corpus.csv"])
 def test_rows_with_ids(tmp_path, name):
     corpus = Corpus.build(write(tmp_path, name), tmp_path / "out")
     assert list(corpus.ids) == IDS and list(corpus.texts) == TEXTS and len(corpus) == 3
