@@ -202,10 +202,10 @@ def _ids(records: Sequence[Record], name: str, texts: np.ndarray) -> np.ndarray 
 
 
 def _id_number(name: str) -> int:
-    """An id as a number of 64 bits; the id of a text that was given none is the text's."""
+    """An id as a number of 64 bits; the id of a text that was given none is the text's, any other is no text's."""
     if _CONTENT_ID.fullmatch(name):
         return int(name, 16)
-    return int.from_bytes(hashlib.sha256(name.encode()).digest()[:8], "big")
+    return int.from_bytes(hashlib.sha256(b"\0" + name.encode()).digest()[:8], "big")
 
 
 def _own_positives(records: Sequence[Record]) -> np.ndarray:

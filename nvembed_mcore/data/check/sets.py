@@ -166,7 +166,7 @@ def _checked(
             Unshown("blank_negatives", one.blank_negatives, of, "blank negatives, left out", number, [])
         )
     if one.problems.count and not one.problems.too_many:
-        what = f"bad lines, skipped since {one.problems.allowed:,} are allowed"
+        what = f"bad lines, skipped ({one.problems.allowed:,} allowed)"
         checked.unshown.append(Unshown("bad_lines", one.problems.count, None, what, number, []))
     one.chunks = []
     return checked

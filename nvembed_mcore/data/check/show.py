@@ -9,12 +9,13 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from nvembed_mcore import report as pages
-from nvembed_mcore.data.check.findings import COUNTS, QUANTILES, CheckReport, Finding, Lengths, SetReport, Shown
+from nvembed_mcore.data.check.findings import COUNTS, QUANTILES, CheckReport, Lengths, SetReport, Shown
 
 if TYPE_CHECKING:
     from rich.table import Table
 
-_COUNT_NAMES = ["data set", "records", "distinct queries", "pos", "neg", "distinct docs", "no neg", "bad lines"]
+_COUNTS_TITLE = "Data check (queries and docs: distinct ones)"
+_COUNT_NAMES = ["data set", "records", "queries", "pos", "neg", "docs", "no neg", "bad lines"]
 
 
 def tables(report: CheckReport) -> Iterator[Table]:
@@ -22,13 +23,15 @@ def tables(report: CheckReport) -> Iterator[Table]:
     from rich.table import Table
 
     for title, header, rows in (
-        ("Data check", _COUNT_NAMES, _count_rows(report)),
-        (f"Lengths in {report.unit}", _length_header(report), _length_rows(report)),
+        (_COUNTS_TITLE, _COUNT_NAMES, _count_rows(report)),
+        (_lengths_title(report), _length_header(report), _length_rows(report)),
     ):
         table = Table(title=title, title_justify="left")
         for name in header:
-            is_word = name in ("data set", "field")
-            table.add_column(name, justify="left" if is_word else "right", overflow="fold")
+            if name in ("data set", "field"):
+                table.add_column(name, overflow="fold", min_width=len(name))
+            else:
+                table.add_column(name, justify="right", no_wrap=True)
         for number, row in enumerate(rows):
             begins_set = number + 1 < len(rows) and bool(rows[number + 1][0]) and "field" in header
             table.add_row(*(_plain(value) for value in row), end_section=begins_set)
@@ -39,10 +42,13 @@ def lines(report: CheckReport) -> Iterator[str]:
     """What is wrong, with the first example of each warning, and the verdict."""
     for refusal in report.refusals:
         yield f"refused: {refusal}"
-    for where, warning in _located(report):
-        yield f"warning: {where}{warning.text}"
-        for shown in warning.examples[:1]:
-            yield f"  {': '.join(_example(shown))}"
+    for name, one in zip(_names(report), _shown_sets(report), strict=False):
+        for warning in one.warnings:
+            yield f"warning: {name}: {warning.text}"
+            if warning.kind == "bad_lines":
+                yield from one.problems.shown
+            for shown in warning.examples[:1]:
+                yield f"  {': '.join(_example(shown))}"
     yield verdict(report)
 
 
@@ -62,7 +68,9 @@ def html_page(report: CheckReport) -> str:
     verdict_line = verdict(report)
     first = [
         _marked(verdict_line, mark) if report.refusals or report.warnings else verdict_line,
+        _COUNTS_TITLE,
         pages.table(_COUNT_NAMES, _count_rows(report)),
+        _lengths_title(report),
         pages.table(_length_header(report), _length_rows(report)),
     ]
     sections: list[tuple[str, list[str]]] = [("Summary", first)]
@@ -70,12 +78,6 @@ def html_page(report: CheckReport) -> str:
         sections.append(("All data sets", _set_parts(report, report.together)))
     sections += [(one.path, _set_parts(report, one)) for one in report.sets]
     return pages.page("Data check", sections)
-
-
-def _located(report: CheckReport) -> Iterator[tuple[str, Finding]]:
-    for name, one in zip(_names(report), report.sets, strict=False):
-        yield from ((f"{name}: ", warning) for warning in one.warnings)
-    yield from (("", warning) for warning in report.together.warnings)
 
 
 def _shown_sets(report: CheckReport) -> list[SetReport]:
@@ -97,9 +99,14 @@ def _count_rows(report: CheckReport) -> list[list[Any]]:
     ]
 
 
+def _lengths_title(report: CheckReport) -> str:
+    limits = {name: lengths.limit for name, lengths in report.together.lengths.items()}
+    cut = "" if limits["query"] is None else f" (queries cut at {limits['query']:,}, documents at {limits['pos']:,})"
+    return f"Lengths in {report.unit}{cut}"
+
+
 def _length_header(report: CheckReport) -> list[str]:
-    cut = ["limit", "cut"] if report.unit == "tokens" else []
-    return ["data set", "field", "texts", "mean", *QUANTILES, *cut]
+    return ["data set", "field", "texts", "mean", *QUANTILES, *(["cut"] if report.unit == "tokens" else [])]
 
 
 def _length_rows(report: CheckReport) -> list[list[Any]]:
@@ -110,7 +117,7 @@ def _length_rows(report: CheckReport) -> list[list[Any]]:
             summary = lengths.summary()
             if summary["texts"]:
                 row = [name, field, summary["texts"], f"{summary['mean']:,.1f}", *(summary[key] for key in QUANTILES)]
-                rows.append(row + ([] if lengths.limit is None else [lengths.limit, _cut(lengths)]))
+                rows.append(row + ([] if lengths.limit is None else [_cut(lengths)]))
                 name = ""
     return rows
 
