@@ -66,9 +66,15 @@ def page(title: str, sections: Iterable[tuple[str, Iterable[str]]]) -> str:
 
 
 def table(header: Sequence[str], rows: Iterable[Sequence[Any]]) -> Html:
-    """A table. Integers get commas, floats three decimals, both stand to the right; None is an empty cell."""
-    lines = ["<table>", f"<tr>{''.join(f'<th>{html.escape(name)}</th>' for name in header)}</tr>"]
-    lines += [f"<tr>{''.join(map(_cell, row))}</tr>" for row in rows]
+    """A table. Integers get commas, floats three decimals; numbers stand to the right; None is an empty cell."""
+    cells = [[_cell(value) for value in row] for row in rows]
+    columns = list(zip(*cells, strict=True)) or [()] * len(header)
+    sides = [' class="n"' if any(map(_is_number, column)) else "" for column in columns]
+    heads = [f"<th{side}>{html.escape(name)}</th>" for name, side in zip(header, sides, strict=True)]
+    lines = ["<table>", f"<tr>{''.join(heads)}</tr>"]
+    for row in cells:
+        tags = [f'<td class="n">{cell}</td>' if _is_number(cell) else f"<td>{cell}</td>" for cell in row]
+        lines.append(f"<tr>{''.join(tags)}</tr>")
     return Html("\n".join([*lines, "</table>"]))
 
 
@@ -100,12 +106,13 @@ def histogram(
         title, xlabel: of the picture and of its axis.
         counts: name -> how often each of the values stands for itself, [n]; None: once.
         bins: of equal width from the smallest to the largest value.
-        log: bins of equal ratio instead, of whole numbers at least 1 wide; values must be above 0.
+        log: bins of equal ratio instead; values must be above 0. Of whole numbers none is narrower than 1, and the
+            height is the share over the width that the eye sees, in bins of equal ratio.
         marks: where dashed lines stand, for example a limit.
     """
     values = {name: np.asarray(some, dtype=np.float64) for name, some in series.items()}
     filled = [some for some in values.values() if len(some)]
-    drawn = _draw(values, counts or {}, _edges(filled, bins, log), xlabel, log, marks) if filled else ""
+    drawn = _draw(values, counts or {}, _edges(filled, bins, log), bins, xlabel, log, marks) if filled else ""
     key = "".join(
         f'<span class="key"><i style="background:{_COLORS[number % len(_COLORS)]}"></i> {html.escape(name)}'
         f"{'' if len(values[name]) else ' (none)'}</span>"
@@ -127,13 +134,18 @@ def save(path: str | Path, text: str) -> None:
 
 
 def _cell(value: Any) -> str:
+    """The markup inside a cell."""
     if isinstance(value, (int, np.integer)) and not isinstance(value, bool):
-        return f'<td class="n">{value:,}</td>'
+        return f"{value:,}"
     if isinstance(value, (float, np.floating)):
-        return f'<td class="n">{value:,.3f}</td>'
+        return f"{value:,.3f}"
     if value is None:
-        return "<td></td>"
-    return f"<td>{value if isinstance(value, Html) else html.escape(str(value))}</td>"
+        return ""
+    return value if isinstance(value, Html) else html.escape(str(value))
+
+
+def _is_number(cell: str) -> bool:
+    return bool(re.fullmatch(r"[+-]?[\d,.]+%?", cell))
 
 
 def _edges(filled: Sequence[np.ndarray], bins: int, log: bool) -> np.ndarray:
@@ -153,6 +165,7 @@ def _draw(
     values: Mapping[str, np.ndarray],
     counts: Mapping[str, np.ndarray],
     edges: np.ndarray,
+    bins: int,
     xlabel: str,
     log: bool,
     marks: Sequence[float],
@@ -165,12 +178,15 @@ def _draw(
     figure = Figure(figsize=(8, 2.8), layout="constrained")
     axes = figure.subplots()
     edges[0], edges[-1] = np.nextafter(edges[0], -np.inf), np.nextafter(edges[-1], np.inf)  # of rounding in `log`
+    seen = np.diff(np.log(edges) if log else edges)
+    widths = seen * bins / seen.sum()
     for number, (name, some) in enumerate(values.items()):
         if len(some):
             heights, _ = np.histogram(some, edges, weights=counts.get(name))
             color = _COLORS[number % len(_COLORS)]
-            axes.stairs(heights / heights.sum(), edges, color=color, fill=True, alpha=0.18)
-            axes.stairs(heights / heights.sum(), edges, color=color, linewidth=1.4)
+            heights = heights / heights.sum() / widths
+            axes.stairs(heights, edges, color=color, fill=True, alpha=0.18)
+            axes.stairs(heights, edges, color=color, linewidth=1.4)
     for mark in marks:
         axes.axvline(mark, color=_INK, linestyle="--", linewidth=1)
     if log:

@@ -75,8 +75,12 @@ def test_a_histogram_holds_every_value_once(monkeypatch, log, whole):
     distinct, often = np.unique(values, return_counts=True)
     report.histogram({"plain": values, "counted": distinct}, "t", "x", counts={"counted": often}, bins=20, log=log)
     (plain, edges), _, (counted, _), _ = drawn
-    assert len(edges) <= 21 and plain.sum() == pytest.approx(1) and np.array_equal(plain, counted)
-    for share, low, high in zip(plain, edges[:-1], edges[1:], strict=True):
+    assert len(edges) <= 21 and np.array_equal(plain, counted)
+    seen = np.log(edges[1:] / edges[:-1]) if log else np.diff(edges)
+    shares = plain * seen * 20 / seen.sum()
+    assert shares.sum() == pytest.approx(1)
+    assert log and whole or np.allclose(shares, plain)
+    for share, low, high in zip(shares, edges[:-1], edges[1:], strict=True):
         assert share * 500 == pytest.approx(sum(low <= value < high for value in values))
     ratios = edges[1:] / edges[:-1]
     assert not log or whole or np.allclose(ratios, ratios[0])
@@ -85,6 +89,15 @@ def test_a_histogram_holds_every_value_once(monkeypatch, log, whole):
 @pytest.mark.parametrize("log", [False, True])
 def test_values_that_are_all_alike(log):
     assert "<svg" in report.histogram({"a": np.array([7, 7])}, "t", "x", log=log)
+
+
+def test_numbers_stand_to_the_right_below_their_heading():
+    text = report.table(["a", "b", "c"], [["x", -1.5, "12.5%"], ["1x", None, "-"]])
+    assert text.splitlines()[1:3] == [
+        '<tr><th>a</th><th class="n">b</th><th class="n">c</th></tr>',
+        '<tr><td>x</td><td class="n">-1.500</td><td class="n">12.5%</td></tr>',
+    ]
+    assert report.table(["a"], []) == "<table>\n<tr><th>a</th></tr>\n</table>"
 
 
 def test_save_leaves_nothing_half_written(tmp_path):

@@ -20,6 +20,7 @@ _COUNT_NAMES = ["data set", "records", "queries", "pos", "neg", "docs", "no neg"
 
 def tables(report: CheckReport) -> Iterator[Table]:
     """Counts and lengths for the terminal."""
+    from rich.markup import escape
     from rich.table import Table
 
     for title, header, rows in (
@@ -34,7 +35,7 @@ def tables(report: CheckReport) -> Iterator[Table]:
                 table.add_column(name, justify="right", no_wrap=True)
         for number, row in enumerate(rows):
             begins_set = number + 1 < len(rows) and bool(rows[number + 1][0]) and "field" in header
-            table.add_row(*(_plain(value) for value in row), end_section=begins_set)
+            table.add_row(*(escape(_plain(value)) for value in row), end_section=begins_set)
         yield table
 
 
@@ -86,7 +87,7 @@ def _shown_sets(report: CheckReport) -> list[SetReport]:
 
 def _names(report: CheckReport) -> list[str]:
     """Paths of the sets without the folder that all are in, and the name of all together."""
-    paths = [one.path for one in report.sets]
+    paths = [one.path.rstrip("/") for one in report.sets]
     folders = [os.path.dirname(path) for path in paths]
     common = os.path.commonpath(folders) if len(set(map(os.path.isabs, paths))) == 1 else ""
     return [*(os.path.relpath(path, common) if common else path for path in paths), "all"]
