@@ -41,7 +41,11 @@ def add(kinds: argparse._SubParsersAction) -> None:
         "--max-bad-records", type=int, default=0, metavar="N", help="bad lines of a set to skip (default 0)"
     )
     check.add_argument(
-        "--against", nargs="+", default=[], metavar="PATH", help="evaluation sets that must not be in the data"
+        "--against",
+        nargs="+",
+        default=[],
+        metavar="PATH",
+        help="evaluation sets that must not be in the data; a configuration's is looked for too",
     )
     check.add_argument("--strict", action="store_true", help="warnings count as refusals")
     check.add_argument("--report", metavar="FILE.html", help="write a page with histograms and examples")
@@ -64,7 +68,6 @@ def _check(arguments: argparse.Namespace) -> int:
     report: CheckReport = check_sets(
         **_what(arguments),
         max_bad_records=arguments.max_bad_records,
-        against=arguments.against,
         processes=arguments.processes,
     )
     if arguments.report:
@@ -80,7 +83,7 @@ def _check(arguments: argparse.Namespace) -> int:
 
 
 def _what(arguments: argparse.Namespace) -> dict[str, Any]:
-    """Data sets, tokenizer and limits, from the configuration or from the options that stand for it."""
+    """Data and evaluation sets, tokenizer and limits, from the configuration or the options that stand for it."""
     from nvembed_mcore.cli.train import run_config
     from nvembed_mcore.config import DatasetConfig
 
@@ -91,9 +94,11 @@ def _what(arguments: argparse.Namespace) -> dict[str, Any]:
         given = [f"--{name.replace('_', '-')}" for name in of_data if getattr(arguments, name) is not None]
         if given:
             raise ValueError(f"{given[0]} goes with --data; {arguments.config} says it already")
-        data = run_config([arguments.config]).data
+        config = run_config([arguments.config])
+        data = config.data
         return {
             "datasets": data.datasets,
+            "against": [*([config.eval.path] if config.eval.path else []), *arguments.against],
             "tokenizer": data.tokenizer,
             "max_query_tokens": data.max_query_tokens,
             "max_document_tokens": data.max_document_tokens,
@@ -103,6 +108,7 @@ def _what(arguments: argparse.Namespace) -> dict[str, Any]:
             raise ValueError(f"--{name.replace('_', '-')} needs --tokenizer")
     return {
         "datasets": [DatasetConfig(path=path, instruction=arguments.instruction or "") for path in arguments.data],
+        "against": arguments.against,
         "tokenizer": arguments.tokenizer,
         "max_query_tokens": _LIMIT if arguments.max_query_tokens is None else arguments.max_query_tokens,
         "max_document_tokens": _LIMIT if arguments.max_document_tokens is None else arguments.max_document_tokens,

@@ -5,13 +5,16 @@ from __future__ import annotations
 import gzip
 import json
 import random
+from io import StringIO
 
 import pytest
+from rich.console import Console
 
 from nvembed_mcore.config import DatasetConfig
 from nvembed_mcore.data import files
 from nvembed_mcore.data.check import repeats
 from nvembed_mcore.data.check.sets import check_sets
+from nvembed_mcore.data.check.show import tables
 from nvembed_mcore.data.tokenizer import load_tokenizer
 from nvembed_mcore.data.tokens import TokenStore
 from tests.helpers import check_reference as reference
@@ -141,6 +144,29 @@ def test_sets_together(tmp_path):
     assert [example.texts for example in shared.examples] == [["c"], ["b"]]
     assert report.together.counts == {**reference.counts(one + two), "bad_lines": 0}
     assert report.together.lengths["query"].counts == {1: 8}
+
+
+def test_ids_that_clash_between_sets(tmp_path):
+    one = [
+        {"query": "a", "pos": ["x"], "pos_ids": ["1"], "neg": ["y"], "neg_ids": ["2"]},
+        {"query": "b", "pos": ["x"]},
+    ]
+    two = [{"query": "c", "pos": ["x", "z"], "pos_ids": ["1", "2"]}, {"query": "d", "pos": ["v"], "pos_ids": ["3"]}]
+    paths = [write(tmp_path / f"{number}.jsonl", rows) for number, rows in enumerate([one, two, [one[1]]])]
+    (clash,) = check(*paths[:2]).together.warnings
+    assert (clash.kind, clash.count) == ("clashing_ids", 1)
+    (shown,) = clash.examples
+    assert (shown.places, shown.texts, shown.ids) == ([f"{paths[1]}:1", f"{paths[0]}:1"], ["z", "y"], ["2"])
+    assert not check(*paths[1:]).together.warnings, "texts without ids clash with none"
+
+
+def test_names_in_tables(tmp_path):
+    (tmp_path / "more").mkdir()
+    paths = [write(tmp_path / name, [{"query": "a", "pos": ["b"]}]) for name in ("[b]x.jsonl", "more/x.jsonl")]
+    console = Console(file=StringIO(), width=100)
+    console.print(next(iter(tables(check(*paths)))))
+    lines = console.file.getvalue().splitlines()
+    assert [line.split()[1] for line in lines[4:7]] == ["[b]x.jsonl", "more/x.jsonl", "all"]
 
 
 @pytest.mark.parametrize("instruction", ["", "Find the text"])

@@ -53,7 +53,7 @@ warning: more/b.jsonl: queries of more/b.jsonl, in 1 record: 1 of 1 (100.00%)
   more/b.jsonl:1; more/b.jsonl:1: cat
 warning: more/b.jsonl: documents of more/b.jsonl, in 1 record: 2 of 2 (100.00%)
   more/b.jsonl:1; more/b.jsonl:1: an animal
-warning: all: queries both in a.jsonl and in more/b.jsonl: 1
+warning: all: queries in a.jsonl and in more/b.jsonl: 1
   more/b.jsonl:1; a.jsonl:1: cat
 A run may start; 9 warnings."""
 

@@ -122,7 +122,7 @@ def _shown(
     return Shown(
         places + finding.more[number : number + 1],
         [texts[text_hash] for text_hash in dict.fromkeys(example.texts) if text_hash in texts],
-        list(dict.fromkeys(ids)) if finding.kind in ("several_ids", "several_texts") else [],
+        list(dict.fromkeys(ids)) if finding.kind in ("several_ids", "several_texts", "clashing_ids") else [],
     )
 
 

@@ -56,11 +56,17 @@ class Queries:
 
 @dataclass(slots=True)
 class Documents:
-    """Distinct hashes of a set's documents, sorted uint64, texts under several ids, and ids of several texts."""
+    """Distinct hashes of a set's documents, sorted uint64, texts under several ids, and ids of several texts.
+
+    Where the set names ids: each of them once, sorted uint64, its first text, uint64, and record, int64.
+    """
 
     distinct: np.ndarray
     several_ids: Found
     several_texts: Found
+    ids: np.ndarray
+    id_texts: np.ndarray
+    id_records: np.ndarray
 
 
 @dataclass(slots=True)
@@ -75,6 +81,9 @@ class _Rows:
 
     def take(self, rows: np.ndarray) -> _Rows:
         return _Rows(self.keys[rows], self.queries[rows], self.texts[rows], self.ids[rows], self.records[rows])
+
+
+_NO_ROWS = _Rows(*(np.empty(0, np.uint64) for _ in range(4)), np.empty(0, np.int64))
 
 
 def find_queries(chunks: Sequence[Facts]) -> Queries:
@@ -116,6 +125,7 @@ def find_pairs(chunks: Sequence[Facts]) -> tuple[Found, Found]:
 def find_documents(chunks: Sequence[Facts]) -> Documents:
     """How many documents there are, and whether their texts and ids belong together."""
     distinct, several_ids, several_texts = [], Found(), Found()
+    named = []
     has_ids = any(ids is not None for chunk in chunks for ids in chunk.ids.values())
     for part in _parts(_num_documents(chunks)):
         rows = _documents(chunks, part, by_id=False)
@@ -126,7 +136,10 @@ def find_documents(chunks: Sequence[Facts]) -> Documents:
             rows = _documents(chunks, part, by_id=True)
             first, second = _several(rows, rows.texts)
             several_texts.add(second.records, first.records, first.texts, second.texts)
-    return Documents(np.concatenate(distinct), several_ids, several_texts)
+            rows = rows.take(np.lexsort((rows.texts, rows.records, rows.ids)))
+            named.append(rows.take(_firsts(rows.ids)[0]))
+    names = _join(named)
+    return Documents(np.concatenate(distinct), several_ids, several_texts, names.ids, names.texts, names.records)
 
 
 def own_positives(chunks: Sequence[Facts]) -> Found:
@@ -152,11 +165,22 @@ def count_distinct(sets: Sequence[np.ndarray]) -> int:
     return count
 
 
-def shared(one: Queries, other: Queries) -> Found:
+def shared_queries(one: Queries, other: Queries) -> Found:
     """Queries of one set that stand in another: a record of the first, and one of the other."""
     found = Found()
     at, is_shared = look_up(other.distinct, one.distinct)
     found.add(one.first[is_shared], other.first[at[is_shared]], one.distinct[is_shared])
+    return found
+
+
+def clashing_ids(one: Documents, other: Documents) -> Found:
+    """Ids that name one text in one set and another in the other: a record of each."""
+    found = Found()
+    at, is_shared = look_up(other.ids, one.ids)
+    rows = np.flatnonzero(is_shared)
+    rows = rows[one.id_texts[rows] != other.id_texts[at[rows]]]
+    at = at[rows]
+    found.add(one.id_records[rows], other.id_records[at], one.id_texts[rows], other.id_texts[at])
     return found
 
 
@@ -218,7 +242,7 @@ def _documents(chunks: Sequence[Facts], part: _Part, *, by_id: bool) -> _Rows:
 
 
 def _join(rows: list[_Rows]) -> _Rows:
-    return _Rows(*(np.concatenate([getattr(one, name) for one in rows]) for name in _Rows.__slots__))
+    return _Rows(*(np.concatenate([getattr(one, name) for one in (_NO_ROWS, *rows)]) for name in _Rows.__slots__))
 
 
 def _firsts(keys: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

@@ -58,7 +58,7 @@ class _Checked:
     index: RecordIndex
     unshown: list[Unshown]
     queries: repeats.Queries | None = None
-    documents: np.ndarray = field(default_factory=lambda: np.empty(0, np.uint64))
+    documents: repeats.Documents | None = None
 
 
 def check_sets(
@@ -145,8 +145,7 @@ def _checked(
     checked = _Checked(report, RecordIndex.of(one.config.path, one.chunks), [])
     if one.records:
         checked.queries = repeats.find_queries(one.chunks)
-        documents = repeats.find_documents(one.chunks)
-        checked.documents = documents.distinct
+        documents = checked.documents = repeats.find_documents(one.chunks)
         negatives = [chunk.counts["neg"] for chunk in one.chunks]
         counts |= {
             "records": one.records,
@@ -222,14 +221,7 @@ def _leaks(one: _Gathered, number: int, evaluation: Sequence[EvaluationSet]) -> 
 
 def _report(unit: str, checked: Sequence[_Checked]) -> CheckReport:
     """All sets with their examples, and what they have in common."""
-    across = []
-    for one, other in combinations(range(len(checked)), 2):
-        first, second = checked[one].queries, checked[other].queries
-        found = repeats.shared(second, first) if first and second else repeats.Found()
-        if found.count:
-            names = [checked[number].report.path for number in (one, other)]
-            what = f"queries both in {names[0]} and in {names[1]}"
-            across.append(Unshown("shared_queries", found.count, None, what, other, found.examples, other=one))
+    across = list(_across(checked))
     shown = show([one.index for one in checked], [*(found for one in checked for found in one.unshown), *across])
     for one in checked:
         one.report.warnings = shown[: len(one.unshown)]
@@ -237,12 +229,29 @@ def _report(unit: str, checked: Sequence[_Checked]) -> CheckReport:
     return CheckReport(unit, [one.report for one in checked], _together(checked, shown))
 
 
+def _across(checked: Sequence[_Checked]) -> Iterator[Unshown]:
+    """What every two sets have in common that they should not."""
+    read = [number for number, one in enumerate(checked) if one.report.counts["records"]]
+    for one, other in combinations(read, 2):
+        names = f"in {checked[one].report.path} and in {checked[other].report.path}"
+        for kind, found, what in (
+            ("shared_queries", repeats.shared_queries(checked[other].queries, checked[one].queries), "queries"),
+            (
+                "clashing_ids",
+                repeats.clashing_ids(checked[other].documents, checked[one].documents),
+                "ids of one text in one set and another in the other, which are never negatives of each other,",
+            ),
+        ):
+            if found.count:
+                yield Unshown(kind, found.count, None, f"{what} {names}", other, found.examples, other=one)
+
+
 def _together(checked: Sequence[_Checked], across: list[Finding]) -> SetReport:
     """All sets as one."""
     reports = [one.report for one in checked]
     counts = {name: sum(report.counts[name] for report in reports) for name in COUNTS}
     counts["distinct_queries"] = repeats.count_distinct([one.queries.distinct for one in checked if one.queries])
-    counts["distinct_documents"] = repeats.count_distinct([one.documents for one in checked])
+    counts["distinct_documents"] = repeats.count_distinct([one.documents.distinct for one in checked if one.documents])
     lengths = {
         name: Lengths(sum((report.lengths[name].counts for report in reports), Counter()), limits.limit)
         for name, limits in reports[0].lengths.items()
