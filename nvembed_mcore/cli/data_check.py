@@ -84,7 +84,7 @@ def _check(arguments: argparse.Namespace) -> int:
 
 def _what(arguments: argparse.Namespace) -> dict[str, Any]:
     """Data and evaluation sets, tokenizer and limits, from the configuration or the options that stand for it."""
-    from nvembed_mcore.cli.train import run_config
+    from nvembed_mcore.cli.run_config import read_run_config
     from nvembed_mcore.config import DatasetConfig
 
     of_data = ("tokenizer", "instruction", "max_query_tokens", "max_document_tokens")
@@ -94,7 +94,7 @@ def _what(arguments: argparse.Namespace) -> dict[str, Any]:
         given = [f"--{name.replace('_', '-')}" for name in of_data if getattr(arguments, name) is not None]
         if given:
             raise ValueError(f"{given[0]} goes with --data; {arguments.config} says it already")
-        config = run_config([arguments.config])
+        config = read_run_config([arguments.config])
         data = config.data
         return {
             "datasets": data.datasets,
