@@ -76,7 +76,6 @@ def data(tmp_path, monkeypatch):
     (tmp_path / "twice.jsonl").write_text(TWICE)
     (tmp_path / "broken.jsonl").write_text(GOOD + '{"query": "cat", "pos": [""]}\n[1]\n')
     (tmp_path / "empty.jsonl").write_text("\n")
-    (tmp_path / "folder.jsonl").mkdir()
     return tmp_path
 
 
@@ -147,11 +146,6 @@ def test_what_is_wrong_with_an_evaluation_folder(capsys, data, name, line, messa
         ),
         ("none.jsonl", [], "refused: no data file at none.jsonl"),
         ("empty.jsonl", [], "refused: empty.jsonl holds no records"),
-        (
-            "folder.jsonl",
-            [],
-            "refused: cannot read folder.jsonl: [Errno 21] Is a directory: 'folder.jsonl'",
-        ),
     ],
 )
 def test_what_a_run_would_refuse(capsys, data, name, more, last):

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from itertools import chain
 from typing import TYPE_CHECKING
@@ -178,7 +178,7 @@ def scan(item: tuple[int, Block]) -> Facts:
     return _SCANNER.scan(*item)
 
 
-def hashes_of(texts) -> np.ndarray:
+def hashes_of(texts: Iterable[str]) -> np.ndarray:
     """uint64 [texts]: the number that `content_id` writes in hex."""
     return np.array([int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") for text in texts], np.uint64)
 
