@@ -38,7 +38,10 @@ def add(kinds: argparse._SubParsersAction) -> None:
         text = f"longest {what} (with --tokenizer; default {_LIMIT})"
         check.add_argument(f"--max-{name}-tokens", type=int, metavar="N", help=text)
     check.add_argument(
-        "--max-bad-records", type=int, default=0, metavar="N", help="bad lines of a set to skip (default 0)"
+        "--max-bad-records",
+        type=int,
+        metavar="N",
+        help="bad lines of a set to skip (default: as the configuration says; with --data 0)",
     )
     check.add_argument(
         "--against",
@@ -67,7 +70,6 @@ def _check(arguments: argparse.Namespace) -> int:
             raise ValueError(f"--{name.replace('_', '-')} must be at least {least}, got {value}")
     report: CheckReport = check_sets(
         **_what(arguments),
-        max_bad_records=arguments.max_bad_records,
         processes=arguments.processes,
     )
     if arguments.report:
@@ -99,6 +101,9 @@ def _what(arguments: argparse.Namespace) -> dict[str, Any]:
         return {
             "datasets": data.datasets,
             "against": [*([config.eval.path] if config.eval.path else []), *arguments.against],
+            "max_bad_records": (
+                data.max_bad_records if arguments.max_bad_records is None else arguments.max_bad_records
+            ),
             "tokenizer": data.tokenizer,
             "max_query_tokens": data.max_query_tokens,
             "max_document_tokens": data.max_document_tokens,
@@ -109,6 +114,7 @@ def _what(arguments: argparse.Namespace) -> dict[str, Any]:
     return {
         "datasets": [DatasetConfig(path=path, instruction=arguments.instruction or "") for path in arguments.data],
         "against": arguments.against,
+        "max_bad_records": arguments.max_bad_records or 0,
         "tokenizer": arguments.tokenizer,
         "max_query_tokens": _LIMIT if arguments.max_query_tokens is None else arguments.max_query_tokens,
         "max_document_tokens": _LIMIT if arguments.max_document_tokens is None else arguments.max_document_tokens,

@@ -10,8 +10,8 @@ import numpy as np
 from nvembed_mcore.data.check.findings import Finding, Shown
 from nvembed_mcore.data.check.repeats import Example
 from nvembed_mcore.data.check.scan import Facts, hashes_of
-from nvembed_mcore.data.files import blocks
 from nvembed_mcore.data.records import Record, parse_block
+from nvembed_mcore.data.sources import blocks
 
 LONGEST = 160
 """Characters of a text that are shown."""

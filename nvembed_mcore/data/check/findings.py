@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from nvembed_mcore.data.files import Problems
+from nvembed_mcore.data.faults import Problems
 
 QUANTILES = {"median": 0.5, "p95": 0.95, "p99": 0.99, "max": 1.0}
 

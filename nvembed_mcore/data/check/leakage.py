@@ -11,11 +11,14 @@ from pathlib import Path
 
 import numpy as np
 
-from nvembed_mcore.data.beir import document_text
+from nvembed_mcore.data import files
+from nvembed_mcore.data.beir import beir_files
 from nvembed_mcore.data.check.repeats import EXAMPLES, Example
 from nvembed_mcore.data.check.scan import KINDS, Hits, Known, hashes_of, normalised
-from nvembed_mcore.data.files import Block, DataError, blocks, numbered_lines, rows
-from nvembed_mcore.data.records import Fault, parse_block, required_text
+from nvembed_mcore.data.faults import DataError, Fault, document_text, required_text
+from nvembed_mcore.data.files import Block, line_blocks, numbered_lines, rows
+from nvembed_mcore.data.records import parse_block
+from nvembed_mcore.data.sources import blocks
 from nvembed_mcore.data.workers import ordered_map
 
 Read = tuple[str, Block]
@@ -102,19 +105,20 @@ def read_evaluation(path: str, processes: int | None) -> EvaluationSet:
 
 
 def _reads(path: str) -> Iterator[Read]:
-    if (Path(path) / "corpus.jsonl").is_file():
-        for kind, name in (("queries", "queries.jsonl"), ("documents", "corpus.jsonl")):
-            yield from ((kind, block) for block in blocks(Path(path) / name))
+    corpus, queries, _ = beir_files(Path(path), "test")
+    if corpus.is_file() and queries.is_file():
+        for kind, file in (("queries", queries), ("documents", corpus)):
+            yield from ((kind, block) for block in files.blocks(file))
     else:
         yield from (("records", block) for block in blocks(path))
 
 
 def _judged_queries(folder: Path) -> np.ndarray | None:
     """Hashes of the ids of the test queries, sorted; None where nothing says which they are."""
-    path = folder / "qrels" / "test.tsv"
+    _, _, path = beir_files(folder, "test")
     if not path.is_file():
         return None
-    lines = (raw for block in blocks(path) for _, _, raw in numbered_lines(block))
+    lines = (raw for block in line_blocks(path) for _, _, raw in numbered_lines(block))
     return np.sort(hashes_of({raw.split(b"\t")[0].decode("utf-8", "replace") for raw in lines}))
 
 

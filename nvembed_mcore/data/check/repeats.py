@@ -125,7 +125,7 @@ def find_pairs(chunks: Sequence[Facts]) -> tuple[Found, Found]:
 def find_documents(chunks: Sequence[Facts]) -> Documents:
     """How many documents there are, and whether their texts and ids belong together."""
     distinct, several_ids, several_texts = [], Found(), Found()
-    named = []
+    named = [(_NO_ROWS.ids, _NO_ROWS.texts, _NO_ROWS.records)]
     has_ids = any(ids is not None for chunk in chunks for ids in chunk.ids.values())
     for part in _parts(_num_documents(chunks)):
         rows = _documents(chunks, part, by_id=False)
@@ -136,10 +136,11 @@ def find_documents(chunks: Sequence[Facts]) -> Documents:
             rows = _documents(chunks, part, by_id=True)
             first, second = _several(rows, rows.texts)
             several_texts.add(second.records, first.records, first.texts, second.texts)
-            rows = rows.take(np.lexsort((rows.texts, rows.records, rows.ids)))
-            named.append(rows.take(_firsts(rows.ids)[0]))
-    names = _join(named)
-    return Documents(np.concatenate(distinct), several_ids, several_texts, names.ids, names.texts, names.records)
+            order = np.lexsort((rows.texts, rows.records, rows.ids))
+            order = order[_firsts(rows.ids[order])[0]]
+            named.append((rows.ids[order], rows.texts[order], rows.records[order]))
+    columns = [np.concatenate(column) for column in zip(*named, strict=True)]
+    return Documents(np.concatenate(distinct), several_ids, several_texts, *columns)
 
 
 def own_positives(chunks: Sequence[Facts]) -> Found:

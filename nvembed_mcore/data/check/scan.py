@@ -12,17 +12,14 @@ import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from itertools import chain
-from typing import TYPE_CHECKING
 
 import numpy as np
 
 from nvembed_mcore.config import DatasetConfig
+from nvembed_mcore.data.bare_tokenizer import BareTokenizer
 from nvembed_mcore.data.files import Block
 from nvembed_mcore.data.prompts import encode_texts
 from nvembed_mcore.data.records import Record, parse_block
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerFast
 
 FIELDS = ("query", "pos", "neg")
 KINDS = ("queries", "documents")
@@ -90,20 +87,18 @@ class Facts:
 class Scanner:
     """Scans blocks; each process has one (`start`)."""
 
-    def __init__(self, datasets: Sequence[DatasetConfig], tokenizer: str | None, known: Sequence[Known]) -> None:
+    def __init__(
+        self, datasets: Sequence[DatasetConfig], tokenizer: BareTokenizer | None, known: Sequence[Known]
+    ) -> None:
         """
         Args:
             datasets: instructions are theirs.
-            tokenizer: its folder; None: lengths are in characters, without prompts.
+            tokenizer: None: lengths are in characters, without prompts.
             known: the evaluation sets.
         """
         self._datasets = datasets
+        self._tokenizer = tokenizer
         self._known = known
-        self._tokenizer: PreTrainedTokenizerFast | None = None
-        if tokenizer is not None:
-            from nvembed_mcore.data.tokenizer import load_tokenizer
-
-            self._tokenizer = load_tokenizer(tokenizer)
 
     def scan(self, dataset: int, block: Block) -> Facts:
         parsed = parse_block(block)
@@ -166,7 +161,7 @@ class Scanner:
 _SCANNER: Scanner | None = None
 
 
-def start(datasets: Sequence[DatasetConfig], tokenizer: str | None, known: Sequence[Known]) -> None:
+def start(datasets: Sequence[DatasetConfig], tokenizer: BareTokenizer | None, known: Sequence[Known]) -> None:
     """Make this process's scanner."""
     global _SCANNER
     _SCANNER = Scanner(datasets, tokenizer, known)

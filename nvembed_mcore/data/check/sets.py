@@ -10,13 +10,16 @@ from itertools import combinations
 import numpy as np
 
 from nvembed_mcore.config import DatasetConfig
+from nvembed_mcore.data.bare_tokenizer import BareTokenizer
 from nvembed_mcore.data.check import repeats
 from nvembed_mcore.data.check.examples import RecordIndex, Unshown, show
 from nvembed_mcore.data.check.findings import COUNTS, CheckReport, Finding, Lengths, SetReport
 from nvembed_mcore.data.check.leakage import EvaluationSet, Leak, read_evaluation
 from nvembed_mcore.data.check.scan import FIELDS, KINDS, SHOWN_PROBLEMS, Facts, scan, start
-from nvembed_mcore.data.files import Block, DataError, Problems, blocks
+from nvembed_mcore.data.faults import DataError, Problems
+from nvembed_mcore.data.files import Block
 from nvembed_mcore.data.prompts import check_room
+from nvembed_mcore.data.sources import blocks
 from nvembed_mcore.data.tokenizer import load_tokenizer
 from nvembed_mcore.data.workers import ordered_map
 
@@ -95,15 +98,16 @@ def check_sets(
         )
         for config in datasets
     ]
-    if tokenizer is not None:
-        _check_rooms(gathered, tokenizer, max_query_tokens, max_document_tokens)
+    bare = None if tokenizer is None else BareTokenizer.of(load_tokenizer(tokenizer))
+    if bare is not None:
+        _check_rooms(gathered, bare, max_query_tokens, max_document_tokens)
     checked: list[_Checked] = []
     for facts in ordered_map(
         scan,
         _blocks(gathered),
         processes=processes,
         start=start,
-        start_arguments=(datasets, tokenizer, [one.known for one in evaluation]),
+        start_arguments=(datasets, bare, [one.known for one in evaluation]),
     ):
         while len(checked) < facts.dataset:
             checked.append(_checked(gathered, len(checked), evaluation, limits if tokenizer else {}))
@@ -122,14 +126,15 @@ def _blocks(gathered: Sequence[_Gathered]) -> Iterator[tuple[int, Block]]:
             one.error = one.error or str(error)
 
 
-def _check_rooms(gathered: Sequence[_Gathered], tokenizer: str, query_limit: int, document_limit: int) -> None:
+def _check_rooms(
+    gathered: Sequence[_Gathered], tokenizer: BareTokenizer, query_limit: int, document_limit: int
+) -> None:
     """Whether each instruction leaves room for a text, as the token store asks."""
-    loaded = load_tokenizer(tokenizer)
     for one in gathered:
         instruction = one.config.instruction if one.config.instructs_documents else ""
         try:
-            check_room(loaded, one.config.instruction, query_limit)
-            check_room(loaded, instruction, document_limit)
+            check_room(tokenizer, one.config.instruction, query_limit)
+            check_room(tokenizer, instruction, document_limit)
         except ValueError as error:
             one.error = f"{one.config.path}: {error}"
 
