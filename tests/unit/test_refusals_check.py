@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 
 import pytest
 import yaml
@@ -204,6 +205,15 @@ def test_the_sets_of_a_configuration(capsys, data):
     from nvembed_mcore.train import _plain
 
     tree = _plain(runs.run_config(inputs, data / "run"))
+    tree["data"]["max_bad_records"] = 1
+    with open(tree["data"]["datasets"][0]["path"], "a") as file:
+        file.write("[]\n")
+    shutil.copytree(tree["eval"]["path"], data / "test")
+    tree["eval"]["path"] = str(data / "test")
+    record = json.loads(open(tree["data"]["datasets"][0]["path"]).readline())
+    row = {"_id": "q0", "text": record["query"].upper()}
+    queries = (data / "test" / "queries.jsonl").read_text().splitlines()
+    (data / "test" / "queries.jsonl").write_text("\n".join([json.dumps(row), *queries[1:]]) + "\n")
     (data / "run.yaml").write_text(yaml.safe_dump(tree))
     status, out, err = run(capsys, ["run.yaml", "--json", "r.json"])
     assert (status, err) == (0, "")
@@ -213,4 +223,8 @@ def test_the_sets_of_a_configuration(capsys, data):
     limits = report["datasets"][0]["lengths"]
     assert limits["query"]["limit"] == tree["data"]["max_query_tokens"]
     assert limits["pos"]["limit"] == tree["data"]["max_document_tokens"]
+    assert [one["counts"]["bad_lines"] for one in report["datasets"]] == [1, *[0] * (len(report["datasets"]) - 1)]
+    leaked = {one["kind"]: one["what"] for one in report["datasets"][0]["warnings"]}["leaked_queries"]
+    assert leaked.startswith(f"queries of {data}/test, in ")
+    assert run(capsys, ["run.yaml", "--max-bad-records", "0"])[0] == 1
     assert not (data / "run").exists()
