@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
+import signal
 
+import psutil
 import pytest
 import yaml
 
 from nvembed_mcore.cli import main
+from nvembed_mcore.data import files
+from nvembed_mcore.data.check import sets
 from tests.helpers import runs
 
 GOOD = '{"query": "cat", "pos": ["an animal"], "neg": ["a stone"]}\n'
@@ -174,6 +179,23 @@ def test_a_tokenizer_that_cannot_keep_the_prompt_apart_is_refused(capsys, data, 
     status, out, _ = run(capsys, arguments)
     message = "refused: good.jsonl: the tokenizer does not keep 'Instruct: Find\\nQuery: ' apart from the text 'cat'"
     assert status == 1 and f"\n{message}\n" in out
+
+
+def test_a_worker_that_is_killed(capsys, data, monkeypatch):
+    others = {child.pid for child in psutil.Process().children()}
+    plain = sets._Gathered.add
+
+    def kill_the_workers(self, facts):
+        for child in psutil.Process().children():
+            if child.pid not in others and "spawn_main" in " ".join(child.cmdline()):
+                os.kill(child.pid, signal.SIGKILL)
+        plain(self, facts)
+
+    monkeypatch.setattr(files, "BLOCK_BYTES", 10)
+    monkeypatch.setattr(sets._Gathered, "add", kill_the_workers)
+    (data / "long.jsonl").write_text(GOOD * 50)
+    message = "nvembed: error: a process that read the data was ended from outside (out of memory?)\n"
+    assert run(capsys, ["--data", "long.jsonl", "--processes", "2"]) == (2, "", message)
 
 
 def test_the_screen(capsys, data, tokenizer_dir):
