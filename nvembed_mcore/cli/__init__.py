@@ -22,7 +22,7 @@ BAD_INPUT, INTERRUPTED = 2, 130
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run one subcommand; returns the exit status (0 done, 2 bad input, 130 interrupted)."""
+    """Run one subcommand; returns the exit status: 0 done, 2 bad input, 130 interrupted, or what its help says."""
     arguments = sys.argv[1:] if arguments is None else arguments
     _quiet_libraries()
     if arguments[:1] == ["train"]:
@@ -38,15 +38,14 @@ def _quiet_libraries() -> None:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
 
 
-def _guarded(work: Callable[[], None], if_interrupted: str = "") -> int:
-    """Call `work`; turn what the user can mend into one message on rank 0 instead of a traceback.
+def _guarded(work: Callable[[], int | None], if_interrupted: str = "") -> int:
+    """The status that `work` returns; what the user can mend becomes one message on rank 0 instead of a traceback.
 
     What ends another rank stands in that rank's log.
     """
     is_first = os.environ.get("RANK", "0") == "0"
     try:
-        work()
-        return 0
+        return work() or 0
     except (ValueError, OSError) as error:
         if is_first:
             print(f"nvembed: error: {error}", file=sys.stderr)

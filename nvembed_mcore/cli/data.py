@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 
-from nvembed_mcore.cli import data_convert, data_decontaminate, data_plan, data_prompts
+from nvembed_mcore.cli import data_check, data_convert, data_decontaminate, data_plan, data_prompts
 
 
 def add(commands: argparse._SubParsersAction) -> None:
@@ -28,6 +28,7 @@ def add(commands: argparse._SubParsersAction) -> None:
     data_convert.add(kinds)
     data_decontaminate.add(kinds)
     data_prompts.add(kinds)
+    data_check.add(kinds)
 
 
 def _data_tokenizer(arguments: argparse.Namespace) -> None:
