@@ -11,8 +11,9 @@ from nvembed_mcore.config import ConfigError, RunConfig
 from nvembed_mcore.data.beir import beir_files
 from nvembed_mcore.data.faults import DataError
 from nvembed_mcore.data.files import blocks, line_blocks, numbered_lines, rows
+from nvembed_mcore.data.records import read_records
 from nvembed_mcore.data.source import make_blend, used_records
-from nvembed_mcore.data.sources import data_files
+from nvembed_mcore.data.sources import data_files, is_loaded
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -121,7 +122,8 @@ def count_records(path: str) -> int | None:
     """Records of a data set, as cheaply as its form allows; None where there is none, or where it must be loaded.
 
     Lines of JSON and TSV are counted, not parsed; a Parquet file says its number of rows; of a BEIR folder the queries
-    with a positive judgement are counted. So bad rows, and judged documents that are missing, are not seen.
+    with a positive judgement are counted. So bad rows, and judged documents that are missing, are not seen. A folder
+    that `datasets` wrote is read.
 
     Raises:
         DataError: what is there cannot be read, or is of an unknown kind.
@@ -129,6 +131,8 @@ def count_records(path: str) -> int | None:
     place = Path(path)
     if path.startswith("hf:") or not place.exists():
         return None
+    if is_loaded(place):
+        return sum(1 for _ in read_records(path))
     corpus, queries, qrels = beir_files(place, "train")
     if corpus.is_file() and queries.is_file():
         return _count_judged(qrels)

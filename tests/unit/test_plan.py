@@ -8,6 +8,7 @@ import gzip
 import json
 from collections import Counter
 
+import datasets
 import pyarrow
 import pyarrow.parquet
 import pytest
@@ -58,6 +59,11 @@ def write_folder(path, count: int) -> str:
     return str(path)
 
 
+def write_saved(path, count: int) -> str:
+    datasets.Dataset.from_list([record(i) for i in range(count)]).save_to_disk(str(path))
+    return str(path)
+
+
 def write_beir(path, count: int) -> str:
     """Of the queries one has no positive and two are not judged."""
     (path / "qrels").mkdir(parents=True)
@@ -78,6 +84,7 @@ def write_beir(path, count: int) -> str:
         ("a.csv", write_csv),
         ("a.tsv", write_tsv),
         ("folder", write_folder),
+        ("saved", write_saved),
         ("beir", write_beir),
     ],
 )
