@@ -8,10 +8,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from nvembed_mcore.config import ConfigError, RunConfig
+from nvembed_mcore.data.beir import beir_files
 from nvembed_mcore.data.faults import DataError
+from nvembed_mcore.data.files import blocks, line_blocks, numbered_lines, rows
 from nvembed_mcore.data.records import read_records
 from nvembed_mcore.data.source import make_blend, used_records
-from nvembed_mcore.data.sources import blocks
+from nvembed_mcore.data.sources import data_files, is_loaded
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -119,46 +121,51 @@ def plan_stage(config: RunConfig, name: str) -> StagePlan:
 def count_records(path: str) -> int | None:
     """Records of a data set, as cheaply as its form allows; None where there is none, or where it must be loaded.
 
-    Lines of JSON are counted, not parsed; a Parquet file says its number of rows; of a BEIR folder the queries with a
-    positive judgement are counted. Anything else is read as training would read it.
+    Lines of JSON and TSV are counted, not parsed; a Parquet file says its number of rows; of a BEIR folder the queries
+    with a positive judgement are counted. So bad rows, and judged documents that are missing, are not seen. A folder
+    that `datasets` wrote is read.
 
     Raises:
-        DataError: what is there cannot be read.
+        DataError: what is there cannot be read, or is of an unknown kind.
     """
     place = Path(path)
     if path.startswith("hf:") or not place.exists():
         return None
-    if place.is_dir() and (place / "qrels").is_dir():
-        return _count_judged(place / "qrels" / "train.tsv")
-    if place.name.endswith(".parquet"):
-        return _count_rows(place)
-    if ".jsonl" in place.suffixes[-2:]:
-        return sum(1 for block in blocks(path) for line in block.content.split(b"\n") if line.strip())
-    return sum(1 for _ in read_records(path))
+    if is_loaded(place):
+        return sum(1 for _ in read_records(path))
+    corpus, queries, qrels = beir_files(place, "train")
+    if corpus.is_file() and queries.is_file():
+        return _count_judged(qrels)
+    return sum(_count_rows(file) for file in data_files(place))
 
 
 def _count_judged(qrels: Path) -> int:
     """Queries with a document of a score above 0; lines are query, document and score with tabs between."""
     queries = set()
-    try:
-        with qrels.open(encoding="utf-8") as lines:
-            for line in lines:
-                query, _, score = line.rstrip("\n").rpartition("\t")
-                if score.strip().lstrip("-").isdecimal() and int(score) > 0:
-                    queries.add(query.partition("\t")[0])
-    except (OSError, UnicodeDecodeError) as error:
-        raise DataError(f"cannot read {qrels}: {getattr(error, 'strerror', None) or error}") from error
+    for block in line_blocks(qrels):
+        for _, _, line in numbered_lines(block):
+            query, _, score = line.rpartition(b"\t")
+            if score.strip().isdigit() and int(score) > 0:
+                queries.add(query.partition(b"\t")[0])
     return len(queries)
 
 
-def _count_rows(path: Path) -> int:
+def _count_rows(file: Path) -> int:
     import pyarrow
     import pyarrow.parquet
 
-    try:
-        return pyarrow.parquet.read_metadata(path).num_rows
-    except (pyarrow.ArrowException, OSError) as error:
-        raise DataError(f"cannot read {path} as Parquet: {error}") from error
+    if file.suffix == ".parquet":
+        try:
+            return pyarrow.parquet.read_metadata(file).num_rows
+        except (pyarrow.ArrowException, OSError) as error:
+            raise DataError(f"cannot read {file} as Parquet: {error}") from error
+    count = 0
+    for block in blocks(file):
+        if block.kind == "csv":  # a row may have several lines
+            count += sum(1 for _ in rows(block, lambda line, column, reason: None))
+        else:
+            count += sum(1 for line in block.content.split(b"\n") if line.strip())
+    return count
 
 
 def as_json(stages: Sequence[StagePlan]) -> dict[str, Any]:

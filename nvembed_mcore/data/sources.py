@@ -43,7 +43,7 @@ def blocks(path: str | Path) -> Iterator[Block]:
     Raises:
         DataError: the data set is missing, cannot be read, or is of an unknown kind or layout.
     """
-    if _is_loaded(path):
+    if is_loaded(path):
         return _loaded_blocks(path)
     if _is_beir(Path(path)):
         return beir_blocks(Path(path))
@@ -59,13 +59,13 @@ def source_fingerprint(path: str | Path) -> str:
     Raises:
         DataError: as `blocks`.
     """
-    if _is_loaded(path):
+    if is_loaded(path):
         source = _load(path)
         return _hash_of_all([(str(index), Path(one["filename"])) for index, one in enumerate(source.cache_files)])
     path = Path(path)
     if _is_beir(path):
         return _hash_of_all([(str(one.relative_to(path)), one) for one in beir_files(path, "train")])
-    read = _data_files(path)
+    read = data_files(path)
     if _layout(path).kind == "document ids":
         read = read + _corpus_files(path)
     if len(read) == 1 and not path.is_dir():
@@ -74,7 +74,7 @@ def source_fingerprint(path: str | Path) -> str:
     return _hash_of_all([(str(one.relative_to(folder)), one) for one in read])
 
 
-def _data_files(path: Path) -> list[Path]:
+def data_files(path: Path) -> list[Path]:
     """The files of records of a file (itself) or a folder, by their names.
 
     Raises:
@@ -95,7 +95,8 @@ def _data_files(path: Path) -> list[Path]:
     return found
 
 
-def _is_loaded(path: str | Path) -> bool:
+def is_loaded(path: str | Path) -> bool:
+    """Whether it is for `datasets` to load: a name after `hf:`, or a folder that it wrote."""
     return str(path).startswith(_HUB) or any((Path(path) / name).is_file() for name in (_SAVED, _SAVED_SPLITS))
 
 
@@ -123,7 +124,7 @@ def _columns_of_records(names: Sequence[str]) -> list[str]:
 
 def _read(path: Path) -> Iterator[Block]:
     """The blocks of a file or of a folder's files."""
-    return chain.from_iterable(files.blocks(one, _columns_of_records) for one in _data_files(path))
+    return chain.from_iterable(files.blocks(one, _columns_of_records) for one in data_files(path))
 
 
 def _layout(path: Path) -> Layout:

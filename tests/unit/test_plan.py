@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import csv
 import dataclasses
 import gzip
 import json
 from collections import Counter
 
+import datasets
 import pyarrow
 import pyarrow.parquet
 import pytest
@@ -38,9 +40,53 @@ def write_parquet(path, count: int) -> str:
     return str(path)
 
 
+def write_csv(path, count: int) -> str:
+    with path.open("w", encoding="utf-8", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerows([("query", "positive"), *((f"two\nlines {i}", f"a, b {i}") for i in range(count))])
+    return str(path)
+
+
+def write_tsv(path, count: int) -> str:
+    path.write_text("query\tpositive\n" + "".join(f"q {i}\tp {i}\n" for i in range(count)), encoding="utf-8")
+    return str(path)
+
+
+def write_folder(path, count: int) -> str:
+    path.mkdir()
+    write_jsonl(path / "one.jsonl", count - 3)
+    write_jsonl(path / "two.jsonl", 3)
+    return str(path)
+
+
+def write_saved(path, count: int) -> str:
+    datasets.Dataset.from_list([record(i) for i in range(count)]).save_to_disk(str(path))
+    return str(path)
+
+
+def write_beir(path, count: int) -> str:
+    """Of the queries one has no positive and two are not judged."""
+    (path / "qrels").mkdir(parents=True)
+    queries = "".join(json.dumps({"_id": f"q{i}", "text": f"query {i}"}) + "\n" for i in range(count + 3))
+    (path / "queries.jsonl").write_text(queries, encoding="utf-8")
+    (path / "corpus.jsonl").write_text(json.dumps({"_id": "d1", "title": "", "text": "text"}) + "\n", encoding="utf-8")
+    rows = ["query-id\tcorpus-id\tscore", *(f"q{i}\td1\t{1 + i % 2}" for i in range(count)), f"q{count}\td1\t0", ""]
+    (path / "qrels" / "train.tsv").write_text("\n".join(rows), encoding="utf-8")
+    return str(path)
+
+
 @pytest.mark.parametrize(
     ("name", "write"),
-    [("a.jsonl", write_jsonl), ("a.jsonl.gz", write_jsonl), ("a.parquet", write_parquet)],
+    [
+        ("a.jsonl", write_jsonl),
+        ("a.jsonl.gz", write_jsonl),
+        ("a.parquet", write_parquet),
+        ("a.csv", write_csv),
+        ("a.tsv", write_tsv),
+        ("folder", write_folder),
+        ("saved", write_saved),
+        ("beir", write_beir),
+    ],
 )
 def test_counts_are_what_training_reads(tmp_path, name, write):
     path = write(tmp_path / name, 23)
@@ -53,11 +99,11 @@ def test_a_last_line_without_an_end_counts(tmp_path):
     assert count_records(str(path)) == 2
 
 
-def test_of_a_beir_folder_queries_with_a_positive_count(tmp_path):
-    (tmp_path / "qrels").mkdir()
-    rows = ["query-id\tcorpus-id\tscore", "q1\td1\t1", "q1\td2\t2", "q2\td1\t0", "q3\td9\t1", "q4\td9\t-1", ""]
-    (tmp_path / "qrels" / "train.tsv").write_text("\n".join(rows), encoding="utf-8")
-    assert count_records(str(tmp_path)) == 2
+def test_a_query_with_several_positives_counts_once(tmp_path):
+    path = write_beir(tmp_path / "beir", 3)
+    with (tmp_path / "beir" / "qrels" / "train.tsv").open("a", encoding="utf-8") as file:
+        file.write("q1\td2\t1\nq9\td2\t-1\n")
+    assert count_records(path) == 3
 
 
 def test_what_must_be_loaded_is_not_counted(tmp_path):

@@ -40,12 +40,20 @@ def dataset(**fields):
             "TMP/run.yaml: a batch of 8 takes up to 8 records of data set 0, which has 5: lower batch_size",
         ),
         ([dataset(path="TMP/broken.parquet")], {}, "cannot read TMP/broken.parquet as Parquet: "),
-        ([dataset(path="TMP/beir")], {}, "cannot read TMP/beir/qrels/train.tsv: No such file or directory"),
+        ([dataset(path="TMP/beir")], {}, "no data file at TMP/beir/qrels/train.tsv"),
+        (
+            [dataset(path="TMP/run.yaml")],
+            {},
+            "TMP/run.yaml: a data file ends in .jsonl, .json, .csv, .tsv or .parquet; of text also in .gz, .bz2, .xz "
+            "or .zst behind that",
+        ),
     ],
 )
 def test_refused(capsys, tmp_path, datasets, more, message):
     (tmp_path / "broken.parquet").write_bytes(b"no parquet")
-    (tmp_path / "beir" / "qrels").mkdir(parents=True)
+    (tmp_path / "beir").mkdir()
+    for name in ("corpus.jsonl", "queries.jsonl"):
+        (tmp_path / "beir" / name).touch()
     tree = BASE | {"data": {"tokenizer": "t", "datasets": datasets} | more}
     text = yaml.safe_dump(tree).replace("TMP", str(tmp_path))
     (tmp_path / "run.yaml").write_text(text, encoding="utf-8")
