@@ -12,6 +12,7 @@ import re
 import unicodedata
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,7 @@ FIELDS = ("text", "query", "question", "sentences", "sentence1", "sentence2")
 """Where the texts of an evaluation file are looked for."""
 
 _WORD = re.compile(r"[^\W_]+")
+_REMEMBERED = 1 << 17  # texts: sets by label or by example have the same documents in many records
 
 
 @dataclass(frozen=True, slots=True)
@@ -150,8 +152,9 @@ class _Matcher:
             None if threshold is None else MostSimilar(self.texts, tokenize=lambda text: words_of(text).split())
         )
         self._threshold = threshold
+        self.match = lru_cache(_REMEMBERED)(self._match)
 
-    def match(self, text: str) -> Match | None:
+    def _match(self, text: str) -> Match | None:
         number = self._equal.get(words_of(text))
         if number is not None:
             return Match("exact", self.texts[number], self._files[number], 1.0)
