@@ -18,8 +18,8 @@ from typing import Any
 
 from nvembed_mcore.data.beir import read_queries
 from nvembed_mcore.data.convert.intake import Intake, check_output, clean
-from nvembed_mcore.data.files import DataError
-from nvembed_mcore.data.records import Fault, Record, read_records, write_records
+from nvembed_mcore.data.faults import DataError, Fault
+from nvembed_mcore.data.records import Record, read_records, write_records
 
 THRESHOLD = 0.7
 """Of 2,000 docstrings copied with every tenth word deleted or replaced, 95 % are this similar to their origin or more

@@ -8,7 +8,7 @@ from typing import Any
 
 from nvembed_mcore.data.convert import pairs, questions, synthetic, tasks
 from nvembed_mcore.data.convert.intake import Counts, Draft, Intake, check_output
-from nvembed_mcore.data.files import DataError
+from nvembed_mcore.data.faults import DataError
 from nvembed_mcore.data.records import write_records
 
 LAYOUTS: dict[str, Callable[..., Iterator[Draft]]] = {

@@ -7,8 +7,7 @@ from typing import Any
 
 from nvembed_mcore.data.convert.intake import Document, Draft, Intake, LeftOut, clean, list_of, text_of
 from nvembed_mcore.data.convert.rows import json_lines
-from nvembed_mcore.data.files import DataError, kind_of
-from nvembed_mcore.data.records import Fault
+from nvembed_mcore.data.faults import DataError, Fault, kind_of
 
 _RELATED = 2.5  # of 5: a text whose pair with the query is scored above this is no negative (NV-Embed v1)
 
