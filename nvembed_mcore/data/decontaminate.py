@@ -193,7 +193,9 @@ def _cleaned(
         return None
     counts.positives += len(record.pos) - len(row["pos"])
     counts.negatives += len(record.neg) - len(row["neg"])
-    return {name: row[name] for name in ("query", "pos", "neg", "query_id", "pos_ids", "neg_ids")}
+    if record.instruction is not None:
+        row["instruction"] = record.instruction
+    return row
 
 
 def _gone(record: Record, field: str, text: str, found: Match) -> dict[str, Any]:
