@@ -26,7 +26,8 @@ class DatasetConfig:
     `hf:NAME[:CONFIG[:SPLIT]]`. Rows hold records (`query`, `pos`, `neg`), or have the fields of FlagEmbedding,
     Tevatron or sentence-transformers."""
     instruction: str = ""
-    """The task in one sentence; a query becomes `Instruct: {instruction}\\nQuery: {text}`. Empty: no prompt."""
+    """The task in one sentence; a query becomes `Instruct: {instruction}\\nQuery: {text}`. Empty: no prompt. The
+    `instruction` of a record takes its place."""
     task: Literal["retrieval", "classification", "clustering", "sts"] = "retrieval"
     """Sets what the two switches below mean when they are null."""
     weight: float | None = None

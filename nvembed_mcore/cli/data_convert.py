@@ -15,7 +15,9 @@ def add(kinds: argparse._SubParsersAction) -> None:
     layouts = parser.add_subparsers(required=True, metavar="LAYOUT", dest="layout")
     for name, (about, declare) in _LAYOUTS.items():
         layout = layouts.add_parser(name, help=about, description=f"{name}: {about}.")
-        layout.add_argument("sources", nargs="+", help="files of the set (JSONL, JSON, Parquet; .gz)")
+        layout.add_argument(
+            "sources", nargs="+", help="files of the set (JSONL, JSON, CSV, TSV, Parquet; text also compressed)"
+        )
         layout.add_argument("output", help="JSONL file of records to write")
         declare(layout)
         layout.add_argument("--sample", type=at_least_one, metavar="N", help="draw so many records instead of all")

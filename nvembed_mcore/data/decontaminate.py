@@ -12,13 +12,14 @@ import re
 import unicodedata
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 from nvembed_mcore.data.beir import read_queries
 from nvembed_mcore.data.convert.intake import Intake, check_output, clean
-from nvembed_mcore.data.faults import DataError
-from nvembed_mcore.data.records import Fault, Record, read_records, write_records
+from nvembed_mcore.data.faults import DataError, Fault
+from nvembed_mcore.data.records import Record, read_records, write_records
 
 THRESHOLD = 0.7
 """Of 2,000 docstrings copied with every tenth word deleted or replaced, 95 % are this similar to their origin or more
@@ -28,6 +29,7 @@ FIELDS = ("text", "query", "question", "sentences", "sentence1", "sentence2")
 """Where the texts of an evaluation file are looked for."""
 
 _WORD = re.compile(r"[^\W_]+")
+_REMEMBERED = 1 << 17  # texts: sets by label or by example have the same documents in many records
 
 
 @dataclass(frozen=True, slots=True)
@@ -150,8 +152,9 @@ class _Matcher:
             None if threshold is None else MostSimilar(self.texts, tokenize=lambda text: words_of(text).split())
         )
         self._threshold = threshold
+        self.match = lru_cache(_REMEMBERED)(self._match)
 
-    def match(self, text: str) -> Match | None:
+    def _match(self, text: str) -> Match | None:
         number = self._equal.get(words_of(text))
         if number is not None:
             return Match("exact", self.texts[number], self._files[number], 1.0)
@@ -190,7 +193,9 @@ def _cleaned(
         return None
     counts.positives += len(record.pos) - len(row["pos"])
     counts.negatives += len(record.neg) - len(row["neg"])
-    return {name: row[name] for name in ("query", "pos", "neg", "query_id", "pos_ids", "neg_ids")}
+    if record.instruction is not None:
+        row["instruction"] = record.instruction
+    return row
 
 
 def _gone(record: Record, field: str, text: str, found: Match) -> dict[str, Any]:

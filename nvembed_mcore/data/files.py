@@ -118,7 +118,7 @@ def line_blocks(path: str | Path) -> Iterator[Block]:
     path = Path(path)
     first, offset = 1, 0
     try:
-        with _opened(path) as stream:
+        with opened(path) as stream:
             while content := stream.read(BLOCK_BYTES):
                 content += stream.readline()
                 mark = 3 if offset == 0 and content.startswith(b"\xef\xbb\xbf") else 0
@@ -146,7 +146,7 @@ def numbered_lines(block: Block) -> Iterator[tuple[int, int, bytes]]:
         offset += len(raw)
 
 
-def _opened(path: Path) -> IO[bytes]:
+def opened(path: Path) -> IO[bytes]:
     """A file's bytes, uncompressed."""
     if path.suffix == ".zst":
         import pyarrow

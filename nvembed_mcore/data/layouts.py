@@ -1,10 +1,10 @@
 """Layouts of training data: where the rows of a data set hold query, positives and negatives.
 
 A layout is found from the fields of the first row that has one, and turns each row into one with the fields of a
-record (`query`, `pos`, `neg`, `query_id`, `pos_ids`, `neg_ids`), which `records` checks:
+record (`query`, `pos`, `neg`, `query_id`, `pos_ids`, `neg_ids`, `instruction`), which `records` checks:
 
-    records              query, pos [, neg, query_id, pos_ids, neg_ids]; FlagEmbedding's rows too, whose scores, prompt
-                         and type are not used (FlagEmbedding, examples/finetune/embedder)
+    records              query, pos [, neg, query_id, pos_ids, neg_ids, instruction]; FlagEmbedding's rows too, whose
+                         scores, prompt and type are not used (FlagEmbedding, examples/finetune/embedder)
     passages             Tevatron's query, positive_passages [, negative_passages, query_id] of objects docid, title
                          and text (Tevatron, retriever/dataset.py)
     document ids         Tevatron's query_text, positive_document_ids [, negative_document_ids, query_id] beside a
@@ -25,7 +25,7 @@ from typing import Any, Literal
 
 from nvembed_mcore.data.faults import Fault, check_string, document_text, kind_of
 
-_RECORD_FIELDS = ("query", "pos", "neg", "query_id", "pos_ids", "neg_ids")
+_RECORD_FIELDS = ("query", "pos", "neg", "query_id", "pos_ids", "neg_ids", "instruction")
 _QUERIES = ("anchor", "query", "question")
 _POSITIVES = ("answer", "passage", "document", "response")
 _SENTENCES = (("sentence1", "sentence2"), ("premise", "hypothesis"))
@@ -149,7 +149,7 @@ def parse_cell(name: str, cell: str) -> Any:
         Fault: the cell begins like a list and is none.
     """
     if not cell:
-        return None if name in _LISTS or name == "query_id" or _NEGATIVE.fullmatch(name) else cell
+        return None if name in _LISTS or name in ("query_id", "instruction") or _NEGATIVE.fullmatch(name) else cell
     if name not in _LISTS:
         return cell
     if not cell.lstrip().startswith("["):

@@ -1,8 +1,8 @@
 """Training records: what a row must hold, and saying exactly what is wrong with a data set.
 
-A record is `{"query": str, "pos": [str, ...], "neg": [str, ...]}` with optional `query_id`, `pos_ids` and `neg_ids`;
-other fields are ignored. Rows of other layouts become such rows first (`layouts`). All bad lines of a data set are
-counted and the first ten shown before one `DataError` is raised, so that it is repaired in one go.
+A record is `{"query": str, "pos": [str, ...], "neg": [str, ...]}` with optional `query_id`, `pos_ids`, `neg_ids` and
+`instruction`; other fields are ignored. Rows of other layouts become such rows first (`layouts`). All bad lines of a
+data set are counted and the first ten shown before one `DataError` is raised, so that it is repaired in one go.
 """
 
 from __future__ import annotations
@@ -29,7 +29,8 @@ class Record:
     """One query with its positives (at least one) and hard negatives, none of them blank.
 
     `pos_ids` and `neg_ids` name the documents, one id each; documents that are the same text share an id. What the
-    file does not name gets `content_id` of the text.
+    file does not name gets `content_id` of the text. `instruction` is the query's own, where the data set's is not
+    meant: of synthetic data each task has one.
     """
 
     query: str
@@ -38,6 +39,7 @@ class Record:
     query_id: str
     pos_ids: tuple[str, ...]
     neg_ids: tuple[str, ...]
+    instruction: str | None = None
 
 
 @dataclass(slots=True)
@@ -175,7 +177,10 @@ def _record(row: Mapping[str, Any]) -> tuple[Record, int]:
         kept = [index for index, text in enumerate(neg) if text.strip()]
         neg, neg_ids = tuple(neg[index] for index in kept), tuple(neg_ids[index] for index in kept)
     query_id = required_text(row, "query_id") if row.get("query_id") is not None else content_id(query)
-    return Record(query, pos, neg, query_id, pos_ids, neg_ids), blank
+    instruction = row.get("instruction")
+    if instruction is not None:
+        check_string(instruction, "instruction", "instruction")
+    return Record(query, pos, neg, query_id, pos_ids, neg_ids, instruction), blank
 
 
 def _documents(row: Mapping[str, Any], name: str) -> tuple[tuple[str, ...], tuple[str, ...]]:

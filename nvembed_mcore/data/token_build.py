@@ -16,7 +16,7 @@ import uuid
 from collections.abc import Iterator
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, dataclass, field, fields
-from itertools import chain
+from itertools import chain, groupby
 from pathlib import Path
 from typing import Any
 
@@ -41,7 +41,7 @@ _PROGRESS_SECONDS = 10.0
 
 _TOKENS = pyarrow.list_(pyarrow.int32())
 SCHEMA = pyarrow.schema(
-    [("query", _TOKENS), ("query_length", pyarrow.int32())]
+    [("query", _TOKENS), ("query_length", pyarrow.int32()), ("query_pooled_from", pyarrow.int32())]
     + [
         (name + suffix, kind)
         for name in ("pos", "neg")
@@ -80,17 +80,21 @@ class Encoder:
     max_query_tokens: int
     max_document_tokens: int
 
-    def queries(self, texts: list[str]) -> EncodedTexts:
-        return encode_texts(self.tokenizer, texts, self.query_instruction, self.max_query_tokens)
+    def queries(self, records: list[Record]) -> list[EncodedTexts]:
+        """The queries of some records in order, those that follow each other with the same instruction together: the
+        record's, where it has one, or the data set's."""
+        encoded = []
+        for instruction, some in groupby(records, lambda record: record.instruction):
+            instruction = self.query_instruction if instruction is None else instruction
+            texts = [record.query for record in some]
+            encoded.append(encode_texts(self.tokenizer, texts, instruction, self.max_query_tokens))
+        return encoded
 
     def documents(self, texts: list[str]) -> EncodedTexts:
         return encode_texts(self.tokenizer, texts, self.document_instruction, self.max_document_tokens)
 
-    def pooled_from(self) -> dict[str, int]:
-        return {
-            "query_pooled_from": len(prompt_tokens(self.tokenizer, self.query_instruction)),
-            "document_pooled_from": len(prompt_tokens(self.tokenizer, self.document_instruction)),
-        }
+    def document_pooled_from(self) -> int:
+        return len(prompt_tokens(self.tokenizer, self.document_instruction))
 
 
 def write_store(
@@ -126,7 +130,7 @@ def write_store(
         description = {
             "fingerprint": identity_hash(identity),
             **identity,
-            **encoder.pooled_from(),
+            "document_pooled_from": encoder.document_pooled_from(),
             "bytes": (aside / "data.arrow").stat().st_size,
             "statistics": asdict(build.statistics),
             "problems": build.problems.shown,
@@ -286,8 +290,15 @@ def _batches(records: list[Record]) -> Iterator[tuple[int, int]]:
 
 def _arrow_batch(records: list[Record], encoder: Encoder, statistics: Statistics) -> pyarrow.RecordBatch:
     """Tokenise some records and count them in `statistics`."""
-    queries = encoder.queries([record.query for record in records])
-    columns: list[pyarrow.Array] = [_token_lists(queries), pyarrow.array(queries.lengths)]
+    queries = encoder.queries(records)
+    lengths = np.concatenate([some.lengths for some in queries])
+    token_ids = np.concatenate([some.token_ids for some in queries])
+    pooled_from = np.repeat([some.pooled_from for some in queries], [len(some) for some in queries])
+    columns: list[pyarrow.Array] = [
+        pyarrow.ListArray.from_arrays(_offsets(lengths), pyarrow.array(token_ids)),
+        pyarrow.array(lengths),
+        pyarrow.array(pooled_from.astype(np.int32)),
+    ]
     for texts_of, ids_of in (("pos", "pos_ids"), ("neg", "neg_ids")):
         texts = [getattr(record, texts_of) for record in records]
         documents = encoder.documents(list(chain.from_iterable(texts)))
@@ -302,8 +313,8 @@ def _arrow_batch(records: list[Record], encoder: Encoder, statistics: Statistics
         statistics.tokens += len(documents.token_ids)
         statistics.truncated_documents += documents.truncated
     statistics.records += len(records)
-    statistics.tokens += len(queries.token_ids)
-    statistics.truncated_queries += queries.truncated
+    statistics.tokens += len(token_ids)
+    statistics.truncated_queries += sum(some.truncated for some in queries)
     return pyarrow.RecordBatch.from_arrays(columns, schema=SCHEMA)
 
 

@@ -1,9 +1,9 @@
 """The token store: a data set tokenised once, then read through a memory map.
 
-A store is a folder named by its fingerprint, with `data.arrow` (an Arrow stream, as `datasets.Dataset.from_file` reads
+A store is a folder named by what is in it, with `data.arrow` (an Arrow stream, as `datasets.Dataset.from_file` reads
 it) and `store.json` (what went in, and statistics). A row is one record:
 
-    query, query_length                              int32 tokens, and how many
+    query, query_length, query_pooled_from           int32 tokens, how many, and the first pooled position
     pos, pos_lengths, pos_ids                        a list for each positive, their lengths, their document ids
     neg, neg_lengths, neg_ids                        likewise for the hard negatives
 
@@ -76,7 +76,6 @@ class TokenStore:
         self.identity["rejected"] = description.get("rejected", {"records": 0})
         self._problems: list[str] = description.get("problems", [])
         self.statistics = Statistics(**description["statistics"])
-        self._query_pooled_from: int = description["query_pooled_from"]
         self._document_pooled_from: int = description["document_pooled_from"]
         self._batches = batches
         self._starts = np.cumsum([0, *(batch.rows for batch in batches)]).tolist()
@@ -125,7 +124,9 @@ class TokenStore:
             "max_query_tokens": max_query_tokens,
             "max_document_tokens": max_document_tokens,
         }
-        folder = Path(cache_dir) / identity_hash(identity)
+        # The columns name the folder, so that a store of other columns is not taken for this one; they are not in the
+        # fingerprint, which decides the order of samples.
+        folder = Path(cache_dir) / identity_hash(identity | {"columns": SCHEMA.names})
         if not folder.exists():
             encoder = Encoder(
                 BareTokenizer.of(tokenizer),
@@ -177,7 +178,7 @@ class TokenStore:
         negatives, negative_ids = batch.negatives.row(row)
         return Example(
             query=batch.queries.item(row),
-            query_pooled_from=self._query_pooled_from,
+            query_pooled_from=int(batch.query_pooled_from[row]),
             positives=positives,
             negatives=negatives,
             document_pooled_from=self._document_pooled_from,
@@ -239,6 +240,7 @@ class _Batch:
         self.queries = _Lists(batch.column("query"))
         self.positives = _Documents(batch, "pos")
         self.negatives = _Documents(batch, "neg")
+        self.query_pooled_from = batch.column("query_pooled_from").to_numpy()
         self.query_lengths = batch.column("query_length").to_numpy()
         self.document_lengths = [batch.column(name).values.to_numpy() for name in ("pos_lengths", "neg_lengths")]
 
@@ -248,7 +250,7 @@ def _read_description(path: Path) -> dict[str, Any]:
         description = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
         raise ValueError(f"{path.name}: {error}") from error
-    for key in (*_IDENTITY, "fingerprint", "bytes", "statistics", "query_pooled_from", "document_pooled_from"):
+    for key in (*_IDENTITY, "fingerprint", "bytes", "statistics", "document_pooled_from"):
         if key not in description:
             raise ValueError(f"{path.name} lacks {key!r}")
     return description

@@ -146,6 +146,7 @@ LINES = [
     {"query": "q2", "pos": "p3"},
     {"set": ["one", "uno", "eins", "one"]},
     {"set": ["alone"]},
+    {"tags": ["rice"], "texts": ["title", "answer", "bad answer"]},
 ]
 
 
@@ -162,6 +163,7 @@ def test_pairs(tmp_path, is_packed):
         ("q", ["p1", "p2"], ["n"]),
         ("q2", ["p3"], []),
         ("one", ["uno", "eins"], []),
+        ("title", ["answer"], ["bad answer"]),
     ]
     assert counts.left_out == {"no positive besides blank texts and the query itself": 1}
     assert counts.notes == {"positives left out: blank, a repetition, the query or a positive": 1}

@@ -1,6 +1,8 @@
 """Classification and clustering sets become records, by label and by example."""
 
+import gzip
 import json
+import lzma
 from collections import Counter
 
 import pyarrow
@@ -153,14 +155,26 @@ def test_sample(tmp_path):
     assert converted(tmp_path, "classification", source, by="label", sample=99)[1] == everything
 
 
-@pytest.mark.parametrize("name", ["a.json", "a.parquet"])
+@pytest.mark.parametrize("name", ["a.json", "a.json.xz", "a.parquet", "a.csv", "a.tsv.gz", "a.jsonl.zst"])
 def test_other_formats(tmp_path, name):
     expected = converted(tmp_path, "classification", COLOURS, by="label")[1]
+    table = {
+        ".csv": 'text,label,label_text\n" The sky ",0,blue\nThe grass,1,green\nThe sea,0,"blue"\nA rose,2,red\n',
+        ".tsv": "label\ttext\tlabel_text\n0\tThe sky\tblue\n1\tThe grass\tgreen\n0\tThe sea\tblue\n2\tA rose\tred\n",
+        ".json": json.dumps(COLOURS, indent=1),
+        ".jsonl": "".join(json.dumps(row) + "\n" for row in COLOURS),
+    }
     source = tmp_path / name
-    if name == "a.json":
-        source.write_text(json.dumps(COLOURS, indent=1))
-    else:
+    if name.endswith(".parquet"):
         pyarrow.parquet.write_table(pyarrow.Table.from_pylist(COLOURS), source)
+    else:
+        content = table[f".{name.split('.')[1]}"].encode()
+        packed = {
+            ".gz": gzip.compress,
+            ".xz": lzma.compress,
+            ".zst": lambda raw: pyarrow.compress(raw, "zstd", asbytes=True),
+        }
+        source.write_bytes(packed.get(source.suffix, bytes)(content))
     convert("classification", [source], tmp_path / "other.jsonl", by="label")
     assert [json.loads(line) for line in (tmp_path / "other.jsonl").read_text().splitlines()] == expected
 

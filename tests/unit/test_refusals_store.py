@@ -180,7 +180,8 @@ def _describe(folder: Path, **changes) -> None:
         (_lacking, "store.json lacks 'tokenizer'"),
         (
             _other_columns,
-            "the columns of data.arrow are ['a'], not ['query', 'query_length', 'pos', 'pos_lengths', 'pos_ids', "
+            "the columns of data.arrow are ['a'], not ['query', 'query_length', 'query_pooled_from', 'pos', "
+            "'pos_lengths', 'pos_ids', "
             "'neg', 'neg_lengths', 'neg_ids']",
         ),
         (_fewer_records, "data.arrow has 5 records, 6 were written"),

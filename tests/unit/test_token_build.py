@@ -251,7 +251,8 @@ def test_bad_lines_are_left_out_and_enter_the_fingerprint(data, tokenizer, tmp_p
     # Of the same data: what validation rejects is part of the name, and not how much was allowed.
     again = build(DatasetConfig(path=str(tmp_path / "(3, 599).jsonl")), tokenizer, tmp_path / "2", max_bad_records=9)
     assert again.fingerprint == store.fingerprint
-    assert tokens.identity_hash({key: store.identity[key] for key in tokens._IDENTITY}) == store.folder.name
+    named = {key: store.identity[key] for key in tokens._IDENTITY} | {"columns": token_build.SCHEMA.names}
+    assert tokens.identity_hash(named) == store.folder.name
     assert store.fingerprint != store.folder.name
 
 

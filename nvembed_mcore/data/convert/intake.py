@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from nvembed_mcore.data.convert.rows import Item, file_items
-from nvembed_mcore.data.faults import DataError, kind_of
-from nvembed_mcore.data.records import Fault, check_string, content_id
+from nvembed_mcore.data.faults import DataError, Fault, check_string, kind_of
+from nvembed_mcore.data.records import content_id
 
 T = TypeVar("T")
 _SHOWN = 10

@@ -7,8 +7,7 @@ from typing import Any
 
 from nvembed_mcore.data.convert.intake import Document, Draft, Intake, LeftOut, clean, list_of, text_of
 from nvembed_mcore.data.convert.rows import json_lines
-from nvembed_mcore.data.faults import DataError, kind_of
-from nvembed_mcore.data.records import Fault
+from nvembed_mcore.data.faults import DataError, Fault, kind_of
 
 _RELATED = 2.5  # of 5: a text whose pair with the query is scored above this is no negative (NV-Embed v1)
 
@@ -149,8 +148,9 @@ def nli(
 def pairs(intake: Intake, *, negatives: int = 7) -> Iterator[Draft]:
     """Lines in the layouts of sentence-transformers' embedding-training-data.
 
-    A list of two texts is a query and its positive; further texts of a list are negatives. An object has `query`,
-    `pos` and perhaps `neg` (a text or a list), or `set`: texts of the same meaning, of which the first is the query.
+    A list of two texts is a query and its positive; further texts of a list are negatives. An object has such a list
+    in `texts` (the Stack Exchange files), or `query`, `pos` and perhaps `neg` (a text or a list), or `set`: texts of
+    the same meaning, of which the first is the query.
 
     Args:
         intake: the lines.
@@ -158,6 +158,8 @@ def pairs(intake: Intake, *, negatives: int = 7) -> Iterator[Draft]:
     """
 
     def parse(value: Any) -> Draft:
+        if isinstance(value, dict) and "texts" in value:
+            value = list_of(value, "texts")
         if isinstance(value, list):
             value = {"query": value[0] if value else None, "pos": value[1:2], "neg": value[2:]}
         elif not isinstance(value, dict):

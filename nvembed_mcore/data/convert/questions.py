@@ -10,8 +10,8 @@ from typing import Any
 
 from nvembed_mcore.data.convert.intake import Document, Draft, Intake, LeftOut, clean, list_of, optional_id, text_of
 from nvembed_mcore.data.convert.rows import Item, file_items, is_document, json_document
-from nvembed_mcore.data.faults import DataError, kind_of
-from nvembed_mcore.data.records import Fault, content_id
+from nvembed_mcore.data.faults import DataError, Fault, kind_of
+from nvembed_mcore.data.records import content_id
 
 
 def squad(intake: Intake, *, negatives: int = 7) -> Iterator[Draft]:

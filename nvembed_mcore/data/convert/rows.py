@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-import gzip
+import io
 import json
+import lzma
 import re
 import zlib
 from collections.abc import Callable, Iterator
@@ -11,7 +12,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from nvembed_mcore.data.faults import DataError, kind_of
-from nvembed_mcore.data.files import blocks, line_blocks, numbered_lines, rows
+from nvembed_mcore.data.files import COMPRESSIONS, blocks, line_blocks, numbered_lines, opened, rows
 
 Item = tuple[Callable[[str], str], Any]
 """Something of a file: the place of a field of it (for messages), and its value."""
@@ -72,7 +73,7 @@ def json_document(path: Path) -> dict[str, Any]:
         raise DataError(f"{path}:{error.lineno}:{error.colno}: not JSON: {error.msg}") from error
     except (RecursionError, ValueError) as error:
         raise DataError(f"{path} is not usable JSON: {error}") from error
-    except (OSError, EOFError, zlib.error) as error:
+    except (OSError, EOFError, zlib.error, lzma.LZMAError) as error:
         raise _cannot_read(path, error) from error
     if not isinstance(document, dict):
         raise DataError(f"{path} does not hold one JSON object")
@@ -85,12 +86,11 @@ def is_document(path: Path) -> bool:
 
 
 def _is_json(path: Path) -> bool:
-    return path.name.endswith((".json", ".json.gz"))
+    return any(path.name.endswith(f".json{packed}") for packed in ("", *COMPRESSIONS))
 
 
 def _opened(path: Path) -> IO[str]:
-    opener = gzip.open if path.name.endswith(".gz") else open
-    return opener(path, "rt", encoding="utf-8-sig")
+    return io.TextIOWrapper(opened(path), encoding="utf-8-sig")
 
 
 def _cannot_read(path: Path, error: Exception) -> DataError:
@@ -108,7 +108,7 @@ def _first_character(path: Path) -> str:
                     return text.strip()[0]
     except UnicodeDecodeError as error:
         raise DataError(f"{path} is not UTF-8 near its beginning ({error.reason})") from error
-    except (OSError, EOFError, zlib.error) as error:
+    except (OSError, EOFError, zlib.error, lzma.LZMAError) as error:
         raise _cannot_read(path, error) from error
     return ""
 
@@ -128,7 +128,7 @@ def _list_items(path: Path, add_problem: AddProblem) -> Iterator[Item]:
         raise DataError(f"{path} is not UTF-8 behind its item {number} ({error.reason})") from error
     except (RecursionError, ValueError) as error:
         raise DataError(f"{path}[{number}]: not JSON: {getattr(error, 'msg', error)}") from error
-    except (OSError, EOFError, zlib.error) as error:
+    except (OSError, EOFError, zlib.error, lzma.LZMAError) as error:
         raise _cannot_read(path, error) from error
 
 

@@ -7,8 +7,7 @@ from typing import Any
 
 from nvembed_mcore.data.convert.intake import Document, Draft, Intake, LeftOut, text_of
 from nvembed_mcore.data.convert.rows import file_items
-from nvembed_mcore.data.faults import DataError
-from nvembed_mcore.data.records import Fault
+from nvembed_mcore.data.faults import DataError, Fault
 from nvembed_mcore.data.synthetic.answers import example_in
 
 

@@ -18,8 +18,8 @@ from typing import Any, Literal
 
 from nvembed_mcore.data.convert.intake import Document, Draft, Intake, clean, list_of, text_of
 from nvembed_mcore.data.convert.rows import json_document
-from nvembed_mcore.data.faults import DataError, kind_of
-from nvembed_mcore.data.records import Fault, check_string, content_id
+from nvembed_mcore.data.faults import DataError, Fault, check_string, kind_of
+from nvembed_mcore.data.records import content_id
 
 Form = Literal["label", "example"]
 _Labelled = Iterable[tuple[str, tuple[str, ...]]]

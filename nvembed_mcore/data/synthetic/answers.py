@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from nvembed_mcore.data.convert.intake import LeftOut
-from nvembed_mcore.data.records import Fault, check_string
+from nvembed_mcore.data.faults import Fault, check_string
 
 TEXTS = ("query", "positive", "negative")
 """The keys of an answer to step two."""

@@ -19,8 +19,8 @@ from typing import Any
 
 from nvembed_mcore.data.convert.intake import Intake, check_output, text_of
 from nvembed_mcore.data.convert.rows import json_document
-from nvembed_mcore.data.faults import DataError
-from nvembed_mcore.data.records import Fault, content_id, write_records
+from nvembed_mcore.data.faults import DataError, Fault
+from nvembed_mcore.data.records import content_id, write_records
 from nvembed_mcore.data.synthetic.answers import tasks_in
 
 TEMPLATES = Path(__file__).parent / "templates"
