@@ -1,7 +1,7 @@
 """Which candidates become a query's negatives: pure numerics on scores.
 
-Positive-aware mining is NV-Retriever's (arXiv 2407.15831, section 3): a candidate that scores near the positive or above
-it may well be a positive that nobody labelled, so the positive's score says how high a negative may score.
+Positive-aware mining is NV-Retriever's (arXiv 2407.15831, section 3): a candidate that scores near the positive or
+above it may well be a positive that nobody labelled, so the positive's score says how high a negative may score.
 
 Letters: `Q` queries, `k` candidates of each, best first.
 """

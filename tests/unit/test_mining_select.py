@@ -19,7 +19,7 @@ from nvembed_mcore.mining.select import (
 
 
 class Case:
-    """Candidates of nine queries with repeated texts, barred texts and ids, absent candidates and scores of any sign."""
+    """Candidates of nine queries with repeated texts, barred texts and ids, and absent candidates."""
 
     def __init__(self, seed: int, num_queries: int = 9, k: int = 25) -> None:
         draw = np.random.default_rng(seed)
