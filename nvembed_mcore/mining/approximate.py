@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from nvembed_mcore.mining.search import Candidates, Search
+from nvembed_mcore.mining.search import Candidates, Rows, Search
 
 if TYPE_CHECKING:
     import faiss
@@ -72,7 +72,7 @@ def build_index(shards: Sequence[np.ndarray], factory: str, path: Path, *, seed:
         count = min(total, _TRAINING_BYTES // (4 * width))
         sample = np.sort(np.random.default_rng(seed).choice(total, count, replace=False))
         try:
-            index.train(rows_of(shards, sample))
+            index.train(Rows(shards)[sample])
         except RuntimeError as error:
             raise ValueError(f"--index {factory} cannot be trained on {count} documents") from error
     for shard in shards:
@@ -86,7 +86,7 @@ def approximate_search(path: Path, shards: Sequence[np.ndarray]) -> Search:
     """A search through the index at `path`; `shards` are the documents that it was built from."""
     import faiss
 
-    index = faiss.read_index(str(path))
+    index, rows = faiss.read_index(str(path)), Rows(shards)
     inverted = faiss.try_extract_index_ivf(index)
     if inverted is not None:
         inverted.nprobe = min(inverted.nlist, max(FEWEST_PROBED, inverted.nlist // PROBED_SHARE))
@@ -101,21 +101,9 @@ def approximate_search(path: Path, shards: Sequence[np.ndarray]) -> Search:
         )
         for row, (query, documents) in enumerate(zip(queries, named, strict=True)):
             documents = np.sort(documents[documents >= 0])
-            scores = rows_of(shards, documents) @ query
+            scores = rows[documents] @ query
             best = np.argsort(-scores, kind="stable")[:k]
             found.scores[row, : len(best)], found.documents[row, : len(best)] = scores[best], documents[best]
         return found
 
     return search
-
-
-def rows_of(shards: Sequence[np.ndarray], rows: np.ndarray) -> np.ndarray:
-    """float32 [len(rows), D]: rows of all shards together, `rows` being int64 and rising."""
-    ends = np.cumsum([len(shard) for shard in shards])
-    parts = np.searchsorted(rows, ends)
-    taken, begin, start = [np.empty((0, shards[0].shape[1]), dtype=np.float32)], 0, 0
-    for shard, end, stop in zip(shards, ends, parts, strict=True):
-        if stop > begin:
-            taken.append(shard[rows[begin:stop] - start])
-        begin, start = stop, end
-    return np.concatenate(taken)

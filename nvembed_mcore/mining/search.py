@@ -5,7 +5,7 @@ Letters: `Q` queries, `N` documents, `D` embedding size, `k` candidates of each 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -38,6 +38,22 @@ class Search(Protocol):
     """Exact or approximate: the `k` best documents of queries [Q, D], with exact scores."""
 
     def __call__(self, queries: np.ndarray, k: int) -> Candidates: ...
+
+
+class Rows:
+    """Rows of all shards together: `rows[numbers]` of int64 [n] is float32 [n, D], in memory."""
+
+    def __init__(self, shards: Sequence[np.ndarray]) -> None:
+        self._shards = shards
+        self._starts = np.cumsum([0, *map(len, shards)])
+
+    def __getitem__(self, numbers: np.ndarray) -> np.ndarray:
+        found = np.empty((len(numbers), self._shards[0].shape[1]), dtype=np.float32)
+        holders = np.searchsorted(self._starts, numbers, side="right") - 1
+        for holder in np.unique(holders):
+            mine = holders == holder
+            found[mine] = self._shards[holder][numbers[mine] - self._starts[holder]]
+        return found
 
 
 def exact_search(shards: Iterable[np.ndarray]) -> Search:

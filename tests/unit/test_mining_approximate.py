@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from nvembed_mcore.mining.approximate import approximate_search, build_index, rows_of
+from nvembed_mcore.mining.approximate import approximate_search, build_index
 from nvembed_mcore.mining.search import exact_search
 
 
@@ -53,11 +53,3 @@ def test_an_index_that_finds_too_few_leaves_the_rest_empty(tmp_path):
     found = searched(tmp_path, [documents], "IVF200,Flat", clustered(5, 0), 390)
     assert ((found.documents >= 0).sum(axis=1) < 390).all()
     assert (np.isneginf(found.scores) == (found.documents < 0)).all()
-
-
-def test_rows_of_shards():
-    whole = np.arange(40, dtype=np.float32).reshape(20, 2)
-    shards = np.split(whole, [3, 3, 17])
-    for rows in ([], [0], [2, 3, 4, 16, 17, 19], list(range(20))):
-        rows = np.array(rows, dtype=np.int64)
-        assert np.array_equal(rows_of(shards, rows), whole[rows])

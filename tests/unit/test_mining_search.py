@@ -7,7 +7,7 @@ import pytest
 
 from nvembed_mcore.evaluation import retrieval
 from nvembed_mcore.mining import search as room
-from nvembed_mcore.mining.search import Candidates, document_blocks, exact_search, search_until_enough
+from nvembed_mcore.mining.search import Candidates, Rows, document_blocks, exact_search, search_until_enough
 
 
 def whole_numbers(count: int, width: int, seed: int) -> np.ndarray:
@@ -95,3 +95,10 @@ def test_a_document_that_is_not_finite_is_named():
     documents[8500, 1] = np.nan
     with pytest.raises(ValueError, match="^document embedding 8500 is not finite$"):
         exact_search(cut(documents, 4000, 5000))(whole_numbers(2, 3, 1), 5)
+
+
+def test_rows_of_shards():
+    whole = np.arange(40, dtype=np.float32).reshape(20, 2)
+    rows = Rows(cut(whole, 3, 0, 14, 3))
+    for numbers in ([], [0], [17, 2, 3, 16, 2, 19, 4], list(range(20))):
+        assert np.array_equal(rows[np.array(numbers, dtype=np.int64)], whole[numbers].reshape(-1, 2))
