@@ -15,6 +15,7 @@ import hashlib
 import itertools
 import json
 import os
+import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
@@ -108,7 +109,7 @@ def mine(
     if mining.index == EXACT:
         search = exact_search(documents)
     else:
-        path = stage.folder / "index.faiss"
+        path = stage.index_file()
         first_rank_does(lambda: path.is_file() or build_index(documents, mining.index, path, seed=mining.rules.seed))
         search = approximate_search(path, documents)
     every_rank_does(lambda: stage.search_all(search, progress))
@@ -151,11 +152,22 @@ class _Stage:
             "index": mining.index,
             "shard_size": mining.shard_size,
         }
-        name = hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:12]
-        self.folder = mining.work / f"candidates-{name}"
+        self.folder = mining.work / f"candidates-{_name_of(facts)}"
 
     def begin(self) -> None:
         self.folder.mkdir(exist_ok=True)
+
+    def index_file(self) -> Path:
+        """Where an index of the documents lies: it serves other rules too."""
+        texts, embedder = self.inputs.documents.fingerprint, self.embedders["documents"]
+        name = _name_of([self.mining.index, self.mining.rules.seed, self.mining.shard_size, texts, embedder])
+        return self.mining.work / f"index-{name}.faiss"
+
+    def tidy(self) -> None:
+        """Delete candidates that other settings left."""
+        for folder in self.mining.work.glob("candidates-*"):
+            if folder != self.folder:
+                shutil.rmtree(folder)
 
     def search_all(self, search: Search, progress: Progress) -> None:
         """This rank's shards of queries, as far as they are not there."""
@@ -260,6 +272,10 @@ class _Stage:
         return judged, self._split(own, records)
 
 
+def _name_of(facts: Any) -> str:
+    return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:12]
+
+
 def _write(stage: _Stage, progress: Progress) -> dict[str, Any]:
     """Choose the negatives of all shards; write the records and the report."""
     mining, output = stage.mining, Path(stage.mining.output)
@@ -279,6 +295,7 @@ def _write(stage: _Stage, progress: Progress) -> dict[str, Any]:
             progress("choices", number + 1, len(stage.queries))
 
     write_records(output / "records.jsonl", rows())
+    stage.tidy()
     settings = {name: value for name, value in dataclasses.asdict(mining).items() if name != "output"}
     fingerprints = {"inputs": stage.inputs.fingerprint, **stage.embedders}
     return write_report(output, findings, stage.inputs, settings, fingerprints)
