@@ -75,7 +75,7 @@ def _mine(arguments: argparse.Namespace) -> None:
     from nvembed_mcore.mining.run import Mining, mine
     from nvembed_mcore.mining.select import Rules
 
-    skip, last = arguments.range or (0, arguments.depth)
+    skip, last = arguments.range or (0, None)
     rules = Rules(
         method=arguments.method,
         percent=arguments.percent,

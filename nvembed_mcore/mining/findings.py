@@ -10,34 +10,11 @@ from typing import Any, TypedDict
 
 import numpy as np
 
+from nvembed_mcore.mining.candidates import Judged
 from nvembed_mcore.mining.select import Rules
 
 RANKS = (1, 10, 100)
 _PERCENTILES = (5, 25, 50, 75, 95)
-
-
-@dataclass(frozen=True)
-class Judged:
-    """One shard's candidates and what became of them.
-
-    Attributes:
-        records: int64 [Q], numbers of the records.
-        scores, documents: [Q, k], falling; `-inf` and -1 where a query has fewer.
-        is_barred, is_allowed: bool [Q, k], as `mining.select` has them.
-        limit: float64 [Q], what a negative must score below.
-        columns: of each query the columns that were chosen.
-        positives, positive_scores: of each query its positives' numbers and scores.
-    """
-
-    records: np.ndarray
-    scores: np.ndarray
-    documents: np.ndarray
-    is_barred: np.ndarray
-    is_allowed: np.ndarray
-    limit: np.ndarray
-    columns: list[np.ndarray]
-    positives: list[np.ndarray]
-    positive_scores: list[np.ndarray]
 
 
 class Suspect(TypedDict):
@@ -76,7 +53,7 @@ class Findings:
     def add(self, judged: Judged) -> None:
         free = ~judged.is_barred
         places = np.cumsum(free, axis=1)
-        looked_at = free & (places > self.rules.skip) & (places <= self.rules.last)
+        looked_at = free & (places > self.rules.skip) & (places <= self.rules.end)
         self.positives += judged.positive_scores
         self.best.append(judged.scores[free & (places <= self.rules.negatives)])
         self.negatives += [row[columns] for row, columns in zip(judged.scores, judged.columns, strict=True)]
@@ -93,17 +70,17 @@ class Findings:
 
     def _add_suspects(self, judged: Judged, free: np.ndarray) -> None:
         """Of each query the best candidate, if it scores above the limit or a positive; the worst of all are kept."""
+        positives = judged.positive_scores
         for row in np.flatnonzero(free.any(axis=1)):
-            column = int(free[row].argmax())
-            lowest = int(judged.positive_scores[row].argmin())
-            score, positive_score = float(judged.scores[row, column]), float(judged.positive_scores[row][lowest])
+            column, lowest = int(free[row].argmax()), int(positives[row].argmin())
+            score, positive_score = float(judged.scores[row, column]), float(positives[row][lowest])
             if score >= min(judged.limit[row], positive_score):
                 self.suspects.append(
                     Suspect(
                         record=int(judged.records[row]),
                         document=int(judged.documents[row, column]),
                         score=score,
-                        positive=int(judged.positives[row][lowest]),
+                        positive=int(judged.own[row][lowest]),
                         positive_score=positive_score,
                         used=column in judged.columns[row],
                     )

@@ -85,6 +85,11 @@ class Inputs:
     barred: dict[str, Barred]
     fingerprint: str
 
+    def own(self, records: np.ndarray) -> list[np.ndarray]:
+        """Of consecutive records the numbers of each one's documents: positives, then negatives that are kept."""
+        starts = self.own_starts[records[0] : records[-1] + 2]
+        return np.split(self.own_documents[starts[0] : starts[-1]], starts[1:-1] - starts[0])
+
 
 def prepare(records: str, corpus: str | None, folder: Path, *, keep_negatives: bool) -> None:
     """Read records and corpus, and write into `folder` what `open_inputs` opens.

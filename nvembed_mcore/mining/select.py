@@ -9,6 +9,7 @@ Letters: `Q` queries, `k` candidates of each, best first.
 from __future__ import annotations
 
 import random
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -39,8 +40,8 @@ class Rules:
     """Of each query, at most."""
     skip: int = 0
     """The best candidates that are left out (NV-Retriever's "shifted by N")."""
-    last: int = 1000
-    """Candidates beyond this rank are not looked at."""
+    last: int | None = None
+    """Candidates beyond this rank are not looked at; None looks at all."""
     sampling: str = "top"
     """`top` takes the best of those allowed, `random` draws among them."""
     seed: int = 0
@@ -58,8 +59,12 @@ class Rules:
             raise ValueError(f"--max-score must be a cosine, between -1 and 1, got {self.max_score}")
         if self.negatives < 1:
             raise ValueError(f"--negatives must be at least 1, got {self.negatives}")
-        if not 0 <= self.skip < self.last:
+        if not 0 <= self.skip < self.end:
             raise ValueError(f"--range must be 0 <= MIN < MAX, got {self.skip} {self.last}")
+
+    @property
+    def end(self) -> int:
+        return sys.maxsize if self.last is None else self.last
 
 
 def limits(positive_scores: np.ndarray, rules: Rules) -> np.ndarray:
@@ -120,15 +125,15 @@ def allowed(scores: np.ndarray, is_barred: np.ndarray, limit: np.ndarray, rules:
         limit: [Q].
     """
     ranks = np.cumsum(~is_barred, axis=1)
-    return ~is_barred & (ranks > rules.skip) & (ranks <= rules.last) & (scores < limit[:, None])
+    return ~is_barred & (ranks > rules.skip) & (ranks <= rules.end) & (scores < limit[:, None])
 
 
 def lacks_candidates(is_barred: np.ndarray, is_allowed: np.ndarray, rules: Rules) -> np.ndarray:
     """Queries that more candidates might serve better: bool [Q].
 
-    Those whose ranks do not reach `rules.last` yet, and, where the best are taken, which have too few.
+    Those whose ranks do not reach `rules.last`, and, where the best are taken, which have too few.
     """
-    short = (~is_barred).sum(axis=1) < rules.last
+    short = (~is_barred).sum(axis=1) < rules.end
     return short if rules.sampling == "random" else short & (is_allowed.sum(axis=1) < rules.negatives)
 
 

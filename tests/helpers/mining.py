@@ -114,7 +114,7 @@ def mined_by_loops(
                 continue
             seen.add(normal(document["text"]))
             rank += 1
-            if rules.skip < rank <= rules.last and score(document["text"]) < limit:
+            if rules.skip < rank <= rules.end and score(document["text"]) < limit:
                 found.append(document)
         if rules.sampling == "random" and len(found) > rules.negatives:
             places = random.Random(f"{rules.seed}/mine/{record['query_id']}").sample(
