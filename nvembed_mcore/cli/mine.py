@@ -123,4 +123,4 @@ def _mine_and_show(arguments: argparse.Namespace, mining) -> None:
         figures = mine(lambda: open_named(arguments), mining, show)
     for name, figure in summary(figures):
         print(f"{name:32} {figure}")
-    print(f"{mining.output}/records.jsonl, report.html and report.json")
+    print(f"{mining.output}: records.jsonl, report.html, report.json")

@@ -155,13 +155,8 @@ class CandidateShards:
         """Which candidates are barred, and which may be negatives: bool [Q, k] both."""
         inputs, present = self.inputs, found.documents >= 0
         documents = np.where(present, found.documents, 0)
-        keys = inputs.query_keys[records]
-        is_barred = barred(
-            inputs.text_keys[documents],
-            inputs.id_keys[documents],
-            present,
-            *([inputs.barred[kind].of(of_query) for of_query in keys] for kind in ("text", "id")),
-        )
+        texts, ids = inputs.text_keys[documents], inputs.id_keys[documents]
+        is_barred = barred(texts, ids, present, *inputs.barred_of(records))
         return is_barred, allowed(found.scores, is_barred, limit, self.rules)
 
 

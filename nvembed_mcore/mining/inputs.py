@@ -64,12 +64,12 @@ class Inputs:
         others: documents of records that are not in it, which are numbered behind it; None when there are none.
         queries: the query of each record, in order.
         text_keys, id_keys: uint64 [N], of each document of the corpus.
-        query_keys: uint64 [R, 2]: records with the same text or id of their query share one. What is a positive of one
-            is a negative of none of them.
+        query_keys: uint64 [R, 2], of the query's text and of its id. Records that share one have the same query: what
+            is a positive of one is a negative of none of them.
         own_starts, own_documents: int64 [R + 1] and [M]: numbers of each record's positives, then of negatives that
             are kept.
         num_positives: int64 [R].
-        barred: `text` and `id`: keys of texts and ids that a query must not get, by its keys.
+        barred: `text` and `id`: keys of texts and ids that a query must not get, by its keys; its own text besides.
         fingerprint: SHA-256 of all of it.
     """
 
@@ -84,6 +84,12 @@ class Inputs:
     num_positives: np.ndarray
     barred: dict[str, Barred]
     fingerprint: str
+
+    def barred_of(self, records: np.ndarray) -> tuple[list[np.ndarray], list[np.ndarray]]:
+        """Of each record the keys of texts and of ids that it must not get."""
+        keys = self.query_keys[records]
+        texts = [np.append(self.barred["text"].of(of_query), of_query[0]) for of_query in keys]
+        return texts, [self.barred["id"].of(of_query) for of_query in keys]
 
     def own(self, records: np.ndarray) -> list[np.ndarray]:
         """Of consecutive records the numbers of each one's documents: positives, then negatives that are kept."""
@@ -196,7 +202,7 @@ class _RecordArrays:
         of_query = text_key(record.query), id_key(record.query_id)
         self._query_keys.extend(of_query)
         names = (record.pos_ids + record.neg_ids)[: len(texts)]
-        values = {"text": [of_query[0], *map(text_key, texts)], "id": [*map(id_key, names)]}
+        values = {"text": [*map(text_key, texts)], "id": [*map(id_key, names)]}
         for kind, (keys, barred) in self._barred.items():
             for key in of_query:
                 keys.extend([key] * len(values[kind]))
