@@ -62,8 +62,9 @@ def search_blocks(queries: Tensor, blocks: Iterable[Tensor], k: int) -> tuple[Te
             start += len(block)
     if not start:
         raise ValueError("there are no documents to search")
-    scores, indices = zip(*best, strict=True)
-    return torch.cat(scores), torch.cat(indices)
+    scores, indices = map(torch.cat, zip(*best, strict=True))
+    order = _order(scores, indices)
+    return scores.gather(1, order), indices.gather(1, order)
 
 
 def _check(queries: Tensor, k: int) -> None:
@@ -88,27 +89,31 @@ def _improved(
     # A document that is not finite makes its scores so, and they make the sum so: the documents are read only then.
     if not torch.isfinite(products.sum()):
         _check_finite(block, "document", start)
-    scores, columns = _top(products, min(k, len(block)))
-    # Earlier blocks hold smaller indices and stand in front, so a stable sort keeps the order of ties.
-    scores = torch.cat([best_scores, scores], dim=1)
-    indices = torch.cat([best_indices, columns + start], dim=1)
-    scores, order = scores.sort(dim=1, descending=True, stable=True)
-    return scores[:, :k], indices.gather(1, order[:, :k])
+    indices = torch.arange(start, start + len(block), device=block.device).expand(products.shape)
+    scores, indices = _best(products, indices, k)
+    return _best(torch.cat([best_scores, scores], dim=1), torch.cat([best_indices, indices], dim=1), k)
 
 
-def _top(scores: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """The `k` largest of each row, ties by column: values and columns.
+def _best(scores: Tensor, indices: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """The `k` best of each row with their indices, in any order; of equal scores those with smaller indices.
 
-    `topk` chooses freely among equal values. Rows where the k-th value occurs again beyond the chosen ones are
-    sorted in full; in all others only the order within the chosen ones has to be put right.
+    `topk` chooses freely among equal values. Where the k-th is also the next one, the row is sorted in full.
     """
-    values, columns = scores.topk(k, dim=1)
-    ambiguous = ((scores >= values[:, -1:]).sum(dim=1) > k).nonzero().squeeze(1)
+    if scores.size(1) <= k:
+        return scores, indices
+    values, places = scores.topk(k + 1, dim=1)
+    places = places[:, :k]
+    ambiguous = (values[:, k - 1] == values[:, k]).nonzero().squeeze(1)
     if len(ambiguous):
-        columns[ambiguous] = scores[ambiguous].sort(dim=1, descending=True, stable=True).indices[:, :k]
-    columns = columns.sort(dim=1).values
-    values, order = scores.gather(1, columns).sort(dim=1, descending=True, stable=True)
-    return values, columns.gather(1, order)
+        places[ambiguous] = _order(scores[ambiguous], indices[ambiguous])[:, :k]
+    return scores.gather(1, places), indices.gather(1, places)
+
+
+def _order(scores: Tensor, indices: Tensor) -> Tensor:
+    """What sorts each row: by falling scores, then by rising indices."""
+    by_index = indices.argsort(dim=1)
+    by_score = scores.gather(1, by_index).argsort(dim=1, descending=True, stable=True)
+    return by_index.gather(1, by_score)
 
 
 class RetrievalMetrics(TypedDict):
