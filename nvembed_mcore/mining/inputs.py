@@ -33,6 +33,11 @@ def id_key(name: str) -> int:
     return _hash(name, b"id")
 
 
+def _content(text: str) -> int:
+    """64 bits of a text as a corpus holds it, without white space around it."""
+    return _hash(text.strip(), b"content")
+
+
 def _hash(text: str, kind: bytes) -> int:
     return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8, person=kind).digest(), "little")
 
@@ -110,10 +115,11 @@ def prepare(records: str, corpus: str | None, folder: Path, *, keep_negatives: b
     """
     folder.mkdir(parents=True, exist_ok=True)
     if corpus is None:
-        corpus = str(folder / "documents.jsonl")
-        write_records(corpus, _documents_of(records))
-    documents = Corpus.build(source_file(corpus, are_queries=False), folder / "documents")
-    places = {_hash(text, b"exact"): -1 for record in read_records(records) for text in _own(record, keep_negatives)}
+        _build(_documents_of(records), folder / "documents")
+    else:
+        Corpus.build(source_file(corpus, are_queries=False), folder / "documents")
+    documents = Corpus.open(folder / "documents")
+    places = {_content(text): -1 for record in read_records(records) for text in _own(record, keep_negatives)}
     _write_document_keys(documents, places, folder)
     arrays = _RecordArrays(places, len(documents), keep_negatives)
 
@@ -122,13 +128,8 @@ def prepare(records: str, corpus: str | None, folder: Path, *, keep_negatives: b
             arrays.add(record)
             yield {"id": str(number), "text": record.query}
 
-    write_records(folder / "queries.jsonl", queries())
-    Corpus.build(folder / "queries.jsonl", folder / "queries")
-    shutil.rmtree(folder / "others", ignore_errors=True)
-    if arrays.others:
-        rows = ({"id": str(number), "text": text} for number, text in enumerate(arrays.others))
-        write_records(folder / "others.jsonl", rows)
-        Corpus.build(folder / "others.jsonl", folder / "others")
+    _build(queries(), folder / "queries")
+    _build(({"id": str(number), "text": text} for number, text in enumerate(arrays.others)), folder / "others")
     arrays.write(folder)
 
 
@@ -139,12 +140,24 @@ def open_inputs(folder: Path) -> Inputs:
         kind: Barred(np.load(folder / f"{kind}_barred_keys.npy"), np.load(folder / f"{kind}_barred.npy"))
         for kind in _BARRED
     }
-    corpora = [Corpus.open(folder / "documents"), Corpus.open(folder / "queries")]
+    documents, queries = Corpus.open(folder / "documents"), Corpus.open(folder / "queries")
     others = Corpus.open(folder / "others") if (folder / "others").is_dir() else None
-    digest = hashlib.sha256(" ".join(one.fingerprint for one in corpora).encode())
+    digest = hashlib.sha256("".join(one.fingerprint for one in (documents, queries, others) if one).encode())
     for rows in (*arrays.values(), *(rows for one in barred.values() for rows in (one.keys, one.values))):
         digest.update(np.ascontiguousarray(rows))
-    return Inputs(corpora[0], others, corpora[1], **arrays, barred=barred, fingerprint=digest.hexdigest())
+    return Inputs(documents, others, queries, **arrays, barred=barred, fingerprint=digest.hexdigest())
+
+
+def _build(rows: Iterator[dict[str, str]], folder: Path) -> None:
+    """Make a corpus of rows in place of what was there; none of no rows.
+
+    Whether it is the one whose embeddings are there, those say.
+    """
+    shutil.rmtree(folder, ignore_errors=True)
+    source = folder.with_suffix(".jsonl")
+    if write_records(source, rows):
+        Corpus.build(source, folder)
+    source.unlink()
 
 
 def _documents_of(records: str) -> Iterator[dict[str, str]]:
@@ -153,7 +166,7 @@ def _documents_of(records: str) -> Iterator[dict[str, str]]:
     for record in read_records(records):
         named = zip(record.pos_ids + record.neg_ids, record.pos + record.neg, strict=True)
         for name, text in named:
-            content = _hash(text, b"exact")
+            content = _content(text)
             key = id_key(name)
             if key not in seen:
                 seen[key] = content
@@ -172,7 +185,7 @@ def _write_document_keys(documents: Corpus, places: dict[int, int], folder: Path
     for number, (name, text) in enumerate(zip(documents.ids, documents.texts, strict=True)):
         text_keys.append(text_key(text))
         id_keys.append(id_key(name))
-        content = _hash(text, b"exact")
+        content = _content(text)
         if places.get(content) == -1:
             places[content] = number
     _save(folder, text_keys=text_keys, id_keys=id_keys)
@@ -192,7 +205,7 @@ class _RecordArrays:
     def add(self, record: Record) -> None:
         texts = _own(record, self._keep_negatives)
         for text in texts:
-            content = _hash(text, b"exact")
+            content = _content(text)
             if self._places[content] == -1:
                 self._places[content] = self._num_documents + len(self.others)
                 self.others.append(text)

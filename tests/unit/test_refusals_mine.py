@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import re
 from pathlib import Path
 
 import numpy as np
@@ -103,3 +104,40 @@ def test_an_embedding_that_is_not_finite(capsys, folder, monkeypatch, text, mess
 
     monkeypatch.setattr(mine, "open_named", lambda arguments: Broken())
     assert refusal_of(capsys, folder) == message
+
+
+OTHER = {
+    "model": (
+        "DIR/out/work/documents holds other embeddings; different are (there -> now):\n"
+        "  embedder.weights: 'words' -> 'letters'\nSet these back, or give another folder"
+    ),
+    "records": (
+        "DIR/out/work/queries holds other embeddings; different are (there -> now):\n"
+        "  count: 30 -> 29\n  texts: 'HASH' -> 'HASH'\nSet these back, or give another folder"
+    ),
+    "corpus": (
+        "DIR/out/work/inputs/documents holds the texts of DIR/corpus.jsonl with SHA-256 HASH, that of "
+        "DIR/corpus.jsonl is HASH; give another folder"
+    ),
+    "shard size": (
+        "DIR/out/work/documents holds other embeddings; different are (there -> now):\n"
+        "  shard_size: 8192 -> 99\nSet these back, or give another folder"
+    ),
+}
+
+
+@pytest.mark.parametrize("what", list(OTHER))
+def test_a_folder_with_the_work_of_something_else(capsys, folder, monkeypatch, what):
+    records, corpus = make_data()
+    arguments = ["words", folder / "records.jsonl", folder / "out", "--corpus", folder / "corpus.jsonl"]
+    assert main(["mine", *map(str, arguments)]) == 0
+    (folder / "out" / "records.jsonl").unlink()
+    if what == "model":
+        monkeypatch.setattr(mine, "open_named", lambda arguments: WordEmbedder("letters"))
+    elif what == "records":
+        write_json_lines(folder / "records.jsonl", records[1:])
+    elif what == "corpus":
+        write_json_lines(folder / "corpus.jsonl", corpus[1:])
+    capsys.readouterr()
+    options = ["--shard-size", "99"] if what == "shard size" else []
+    assert re.sub("[0-9a-f]{64}", "HASH", refusal_of(capsys, folder, *options)) == OTHER[what]
