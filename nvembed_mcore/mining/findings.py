@@ -54,9 +54,10 @@ class Findings:
         free = ~judged.is_barred
         places = np.cumsum(free, axis=1)
         looked_at = free & (places > self.rules.skip) & (places <= self.rules.end)
-        self.positives += judged.positive_scores
+        self.positives.append(np.concatenate(judged.positive_scores))
         self.best.append(judged.scores[free & (places <= self.rules.negatives)])
-        self.negatives += [row[columns] for row, columns in zip(judged.scores, judged.columns, strict=True)]
+        chosen = [row[columns] for row, columns in zip(judged.scores, judged.columns, strict=True)]
+        self.negatives.append(np.concatenate(chosen))
         self.counts.append(np.array([len(columns) for columns in judged.columns]))
         self.refused.append((looked_at & ~judged.is_allowed).sum(axis=1))
         self.ranks.append(self._ranks(judged, free))

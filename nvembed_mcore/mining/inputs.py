@@ -16,7 +16,8 @@ from pathlib import Path
 
 import numpy as np
 
-from nvembed_mcore.data.records import DataError, Record, read_records, write_records
+from nvembed_mcore.data.faults import DataError
+from nvembed_mcore.data.records import Record, read_records, write_records
 from nvembed_mcore.evaluation.corpus import Corpus, source_file
 
 _ARRAYS = ("text_keys", "id_keys", "query_keys", "own_starts", "own_documents", "num_positives")

@@ -90,8 +90,8 @@ Progress = Callable[[str, int, int], None]
 
 def mine(
     open_embedder: Callable[[], Embedder], mining: Mining, progress: Progress = lambda *_: None
-) -> dict[str, Any] | None:
-    """Mine negatives; every rank calls this, and the first gets the report's figures.
+) -> dict[str, Any]:
+    """Mine negatives; every rank calls this, and gets the report's figures.
 
     Args:
         open_embedder: opens the model, which is let go before the search.
