@@ -31,8 +31,10 @@ setup(
     extras_require={
         "gpu": ["triton"],
         "eval": ["sentence-transformers>=5.1,<7"],
+        "mine": ["faiss-cpu>=1.8"],
         "track": ["tensorboard>=2.16"],
         "test": [
+            "faiss-cpu>=1.8",
             "peft>=0.17,<0.22",
             "pytest>=8",
             "ruff>=0.15,<0.18",

@@ -13,7 +13,7 @@ import warnings
 from collections.abc import Callable
 
 from nvembed_mcore import __version__
-from nvembed_mcore.cli import data, encode, use, weights
+from nvembed_mcore.cli import data, encode, mine, use, weights
 from nvembed_mcore.cli.train import train
 
 log = logging.getLogger(__name__)
@@ -69,5 +69,6 @@ def _parser() -> argparse.ArgumentParser:
     weights.add(commands)
     use.add(commands)
     encode.add(commands)
+    mine.add(commands)
     data.add(commands)
     return parser

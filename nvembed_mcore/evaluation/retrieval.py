@@ -5,7 +5,7 @@ Letters: `Q` queries, `N` documents, `D` embedding size, `k` ranks that are kept
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, TypedDict
 
 import numpy as np
@@ -16,8 +16,8 @@ if TYPE_CHECKING:
     from nvembed_mcore.data.beir import BeirSet
 
 # Scores held at once: 1024 x 8192 float32 are 32 MiB.
-_QUERY_BLOCK = 1024
-_DOCUMENT_BLOCK = 8192
+QUERY_BLOCK = 1024
+DOCUMENT_BLOCK = 8192
 
 
 def search(queries: Tensor, documents: Tensor, k: int) -> tuple[Tensor, Tensor]:
@@ -37,62 +37,83 @@ def search(queries: Tensor, documents: Tensor, k: int) -> tuple[Tensor, Tensor]:
     Raises:
         ValueError: shapes do not fit, there is no document, `k` is below 1, or an embedding is not finite.
     """
-    _check(queries, documents, k)
+    return search_blocks(queries, documents.split(DOCUMENT_BLOCK), k)
+
+
+def search_blocks(queries: Tensor, blocks: Iterable[Tensor], k: int) -> tuple[Tensor, Tensor]:
+    """`search` in documents [N, D] that come as blocks of rows, each of them once: they need not fit in memory.
+
+    The blocks are taken to the device and dtype in which the queries are scored.
+    """
+    _check(queries, k)
     working = torch.float64 if queries.dtype == torch.float64 else torch.float32
-    scores, indices = [], []
-    for query_block in queries.split(_QUERY_BLOCK):
-        block_scores, block_indices = _search_block(query_block.to(working), documents, min(k, len(documents)))
-        scores.append(block_scores)
-        indices.append(block_indices)
-    return torch.cat(scores), torch.cat(indices)
+    parts = queries.to(working).split(QUERY_BLOCK)
+    empty = torch.empty(0, dtype=torch.int64, device=queries.device)
+    best = [(part.new_empty(len(part), 0), empty.expand(len(part), 0)) for part in parts]
+    start = 0
+    for block in blocks:
+        if block.dim() != 2 or block.size(1) != queries.size(1):
+            raise ValueError(
+                f"queries and documents must be [Q, D] and [N, D], got {list(queries.shape)} and {list(block.shape)}"
+            )
+        if len(block):
+            block = block.to(queries.device, working)
+            best = [_improved(*found, part, block, start, k) for found, part in zip(best, parts, strict=True)]
+            start += len(block)
+    if not start:
+        raise ValueError("there are no documents to search")
+    scores, indices = map(torch.cat, zip(*best, strict=True))
+    order = _order(scores, indices)
+    return scores.gather(1, order), indices.gather(1, order)
 
 
-def _check(queries: Tensor, documents: Tensor, k: int) -> None:
-    if queries.dim() != 2 or documents.dim() != 2 or queries.size(1) != documents.size(1):
-        raise ValueError(
-            f"queries and documents must be [Q, D] and [N, D], got {list(queries.shape)} and {list(documents.shape)}"
-        )
+def _check(queries: Tensor, k: int) -> None:
+    if queries.dim() != 2:
+        raise ValueError(f"queries must be [Q, D], got {list(queries.shape)}")
     if k < 1:
         raise ValueError(f"k must be at least 1, got {k}")
-    if len(documents) == 0:
-        raise ValueError("there are no documents to search")
-    for name, embeddings in (("query", queries), ("document", documents)):
-        bad = ~torch.isfinite(embeddings).all(dim=1)
-        if bad.any():
-            raise ValueError(
-                f"{int(bad.sum())} {name} embeddings are not finite, the first is {int(bad.int().argmax())}"
-            )
+    _check_finite(queries, "query", 0)
 
 
-def _search_block(queries: Tensor, documents: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """`search` for one block of queries: best of each block of documents, merged into the best so far."""
-    best_scores = queries.new_empty(len(queries), 0)
-    best_indices = torch.empty(len(queries), 0, dtype=torch.int64, device=queries.device)
-    for start in range(0, len(documents), _DOCUMENT_BLOCK):
-        block = documents[start : start + _DOCUMENT_BLOCK].to(queries.dtype)
-        scores, columns = _top(queries @ block.T, min(k, len(block)))
-        # Earlier blocks hold smaller indices and stand in front, so a stable sort keeps the order of ties.
-        merged_scores = torch.cat([best_scores, scores], dim=1)
-        merged_indices = torch.cat([best_indices, columns + start], dim=1)
-        best_scores, order = merged_scores.sort(dim=1, descending=True, stable=True)
-        best_scores = best_scores[:, :k]
-        best_indices = merged_indices.gather(1, order[:, :k])
-    return best_scores, best_indices
+def _check_finite(embeddings: Tensor, name: str, start: int) -> None:
+    bad = ~torch.isfinite(embeddings).all(dim=1)
+    if bad.any():
+        raise ValueError(f"{name} embedding {start + int(bad.int().argmax())} is not finite")
 
 
-def _top(scores: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """The `k` largest of each row, ties by column: values and columns.
+def _improved(
+    best_scores: Tensor, best_indices: Tensor, queries: Tensor, block: Tensor, start: int, k: int
+) -> tuple[Tensor, Tensor]:
+    """The best of what was found so far and of one more block, whose first document has index `start`."""
+    products = queries @ block.T
+    # A document that is not finite makes its scores so, and they make the sum so: the documents are read only then.
+    if not torch.isfinite(products.sum()):
+        _check_finite(block, "document", start)
+    indices = torch.arange(start, start + len(block), device=block.device).expand(products.shape)
+    scores, indices = _best(products, indices, k)
+    return _best(torch.cat([best_scores, scores], dim=1), torch.cat([best_indices, indices], dim=1), k)
 
-    `topk` chooses freely among equal values. Rows where the k-th value occurs again beyond the chosen ones are
-    sorted in full; in all others only the order within the chosen ones has to be put right.
+
+def _best(scores: Tensor, indices: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """The `k` best of each row with their indices, in any order; of equal scores those with smaller indices.
+
+    `topk` chooses freely among equal values. Where the k-th is also the next one, the row is sorted in full.
     """
-    values, columns = scores.topk(k, dim=1)
-    ambiguous = ((scores >= values[:, -1:]).sum(dim=1) > k).nonzero().squeeze(1)
+    if scores.size(1) <= k:
+        return scores, indices
+    values, places = scores.topk(k + 1, dim=1)
+    places = places[:, :k]
+    ambiguous = (values[:, k - 1] == values[:, k]).nonzero().squeeze(1)
     if len(ambiguous):
-        columns[ambiguous] = scores[ambiguous].sort(dim=1, descending=True, stable=True).indices[:, :k]
-    columns = columns.sort(dim=1).values
-    values, order = scores.gather(1, columns).sort(dim=1, descending=True, stable=True)
-    return values, columns.gather(1, order)
+        places[ambiguous] = _order(scores[ambiguous], indices[ambiguous])[:, :k]
+    return scores.gather(1, places), indices.gather(1, places)
+
+
+def _order(scores: Tensor, indices: Tensor) -> Tensor:
+    """What sorts each row: by falling scores, then by rising indices."""
+    by_index = indices.argsort(dim=1)
+    by_score = scores.gather(1, by_index).argsort(dim=1, descending=True, stable=True)
+    return by_index.gather(1, by_score)
 
 
 class RetrievalMetrics(TypedDict):
