@@ -58,10 +58,10 @@ def main() -> None:
         sizes = ["--held-out", str(options.held_out), "--negatives", "2", "--packages", *options.packages]
         _command("nvembed", *docs, *sizes)
         configs = [_stage_config(number, output, options) for number in (1, 2)]
-        _command("nvembed", "data", "plan", *map(str, configs))
-        _command("nvembed", "data", "check", str(configs[0]), "--report", str(output / "check.html"))
+        _check(output)
         stages = [_train(configs[0], overrides)]
         _mine(stages[0], output)
+        _command("nvembed", "data", "plan", *map(str, configs))
         stages.append(_train(configs[1], overrides))
         neighbours = _train(_with_neighbours(configs[1], output), overrides)
         export_dir = output / "export"
@@ -106,6 +106,14 @@ def _train(config: Path, overrides: Sequence[str]) -> Path:
     torchrun = ["torchrun", "--nproc-per-node", str(PROCESSES), "-m", "nvembed_mcore"]
     _command(*torchrun, "train", str(config), *overrides)
     return config.with_suffix("")
+
+
+def _check(output: Path) -> None:
+    """What is in the data of both stages, and whether the held-out set is in it."""
+    sets = [str(output / "data" / name) for name in ("train.jsonl", "stage2_topics.jsonl")]
+    limits = ["--tokenizer", str(output / "tokenizer"), "--max-query-tokens", "64", "--max-document-tokens", "128"]
+    against = ["--against", str(output / "data" / "heldout"), "--report", str(output / "check.html")]
+    _command("nvembed", "data", "check", "--data", *sets, *limits, *against)
 
 
 def _mine(run: Path, output: Path) -> None:
