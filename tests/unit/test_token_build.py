@@ -271,3 +271,20 @@ def test_a_worker_that_is_killed(data, tokenizer, tmp_path, monkeypatch):
     expected = f"{data.path}: a process that tokenised it was ended from outside (out of memory?)"
     assert str(caught.value) == expected
     assert list((tmp_path / "cache").iterdir()) == []
+
+
+def test_a_folder_of_files(data, tokenizer, tmp_path, caplog):
+    """Its files in order; a bad line is named by its file, and in the fingerprint by the file's place."""
+    for name in ("b", "a"):
+        folder = tmp_path / name
+        folder.mkdir()
+        for part in range(2):
+            lines = [json.dumps(row(i)) for i in range(part * 10, part * 10 + 10)]
+            (folder / f"{part}.jsonl").write_text("\n".join(lines[:9] + (["{"] if part else lines[9:])) + "\n")
+    stores = [
+        build(DatasetConfig(path=str(tmp_path / name)), tokenizer, tmp_path / f"{name}.cache", max_bad_records=1)
+        for name in ("a", "b")
+    ]
+    assert len(stores[0]) == 19 and stores[0].fingerprint == stores[1].fingerprint
+    assert stores[0].example(10).query.tolist() == plain_ids(tokenizer, row(10)["query"], 24)
+    assert f"{tmp_path}/b/1.jsonl:10:2: not JSON" in caplog.text
