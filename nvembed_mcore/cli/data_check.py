@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import sys
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -76,7 +77,7 @@ def _check(arguments: argparse.Namespace) -> int:
         pages.save(arguments.report, html_page(report))
     if arguments.json:
         pages.save(arguments.json, json.dumps(report.as_dict(), indent=1, ensure_ascii=False) + "\n")
-    console = Console()
+    console = Console(width=None if sys.stdout.isatty() else 140)
     for table in tables(report):
         console.print(table)
     for line in lines(report):
