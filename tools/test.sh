@@ -9,5 +9,10 @@ slow=(-m "not slow")
 if [ "${1:-}" = --all ]; then slow=(); shift; fi
 ruff check .
 ruff format --check .
-# One thread a process: most tests start several.
-OMP_NUM_THREADS=1 python -m pytest -q "${slow[@]}" "$@"
+export OMP_NUM_THREADS=1 # most tests start several processes
+if [ $# -gt 0 ]; then exec python -m pytest -q "${slow[@]}" "$@"; fi
+# A unit test is one process, so two run at a time; the others fill two cores by themselves.
+status=0
+python -m pytest -q "${slow[@]}" -n 2 --dist loadfile tests/unit || status=$?
+python -m pytest -q "${slow[@]}" tests --ignore tests/unit || status=$?
+exit $status
