@@ -190,6 +190,10 @@ def _finish(
     for name, row in scores.items():
         table.add_row(name, *(f"{row[column]:.3f}" for column in columns))
     console.print(table)
+    mined, given = (scores[name]["ndcg_at_10"] for name in ("stage2", "stage2, negatives of the same file"))
+    console.print(
+        f"Stage 2 with mined hard negatives instead of code of the same file: nDCG@10 {mined:.4f} instead of {given:.4f}."
+    )
     steps = [line for path in metrics for line in read_metrics(path) if "loss" in line]
     real, padded = (sum(line[name] for line in steps) for name in ("real_tokens", "padded_tokens"))
     summary = {
