@@ -176,6 +176,8 @@ def test_lengths_are_those_of_the_token_store(tmp_path, tokenizer_dir, instructi
         [" ".join(chance.choices(["cat", "owl!", "Größe", "x_y"], k=chance.randint(1, 30))) for _ in range(99)]
     )
     rows = [{"query": next(texts), "pos": [next(texts)], "neg": [next(texts)]} for _ in range(33)]
+    for row, own in zip(rows, ["Find an animal of that name and of no other", "", None, "Name it"] * 5, strict=False):
+        row["instruction"] = own
     path = write(tmp_path / "a.jsonl", rows)
     (one,) = check(path, tokenizer=str(tokenizer_dir), instruction=instruction, limit=40).sets
     store = TokenStore.build(

@@ -171,6 +171,17 @@ def test_an_instruction_without_room_is_refused(capsys, data, tokenizer_dir):
     assert status == 1 and f"\n{message}\n" in out
 
 
+def test_an_instruction_of_a_record_without_room_is_refused(capsys, data, tokenizer_dir):
+    (data / "own.jsonl").write_text(GOOD + '{"query": "cat", "pos": ["a"], "instruction": "Find the animal"}\n')
+    status, out, _ = run(capsys, ["--data", "own.jsonl", "--tokenizer", str(tokenizer_dir), "--max-query-tokens", "9"])
+    line = GOOD.count("\n") + 1
+    message = (
+        f"refused: own.jsonl:{line}: the instruction 'Find the animal' takes 10 tokens, and with one token of text and "
+        "</s> more than the limit of 9"
+    )
+    assert status == 1 and f"\n{message}\n" in out
+
+
 def test_a_tokenizer_that_cannot_keep_the_prompt_apart_is_refused(capsys, data, tokenizer_dir, monkeypatch):
     from nvembed_mcore.data import prompts
 

@@ -18,8 +18,9 @@ import numpy as np
 from nvembed_mcore.config import DatasetConfig
 from nvembed_mcore.data.bare_tokenizer import BareTokenizer
 from nvembed_mcore.data.files import Block
-from nvembed_mcore.data.prompts import encode_texts
-from nvembed_mcore.data.records import Record, parse_block
+from nvembed_mcore.data.prompts import check_room
+from nvembed_mcore.data.records import Parsed, Record, parse_block
+from nvembed_mcore.data.token_build import Encoder
 
 FIELDS = ("query", "pos", "neg")
 KINDS = ("queries", "documents")
@@ -88,16 +89,22 @@ class Scanner:
     """Scans blocks; each process has one (`start`)."""
 
     def __init__(
-        self, datasets: Sequence[DatasetConfig], tokenizer: BareTokenizer | None, known: Sequence[Known]
+        self,
+        datasets: Sequence[DatasetConfig],
+        tokenizer: BareTokenizer | None,
+        query_limit: int,
+        known: Sequence[Known],
     ) -> None:
         """
         Args:
-            datasets: instructions are theirs.
+            datasets: instructions are theirs, where a record has none of its own.
             tokenizer: None: lengths are in characters, without prompts.
+            query_limit: tokens that a query may have, in which a record's own instruction must leave room.
             known: the evaluation sets.
         """
         self._datasets = datasets
         self._tokenizer = tokenizer
+        self._query_limit = query_limit
         self._known = known
 
     def scan(self, dataset: int, block: Block) -> Facts:
@@ -120,22 +127,41 @@ class Scanner:
         )
         texts["query"] = [record.query for record in records]
         try:
-            facts.lengths = {name: self._lengths(dataset, name, texts[name]) for name in FIELDS}
+            facts.lengths = {name: self._lengths(dataset, name, texts[name], records) for name in FIELDS}
         except ValueError as error:  # the tokenizer cannot keep the prompt apart: the token store refuses too
             facts.error = f"{block.path}: {error}"
+        facts.error = facts.error or self._without_room(parsed)
         if self._known and records:
             facts.hits = self._hits(facts, texts)
         return facts
 
-    def _lengths(self, dataset: int, name: str, texts: list[str]) -> tuple[np.ndarray, np.ndarray]:
-        """Distinct lengths of some texts before they are cut, and how often each is there."""
+    def _lengths(
+        self, dataset: int, name: str, texts: list[str], records: list[Record]
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Distinct lengths of one field's texts before they are cut, and how often each is there."""
         if self._tokenizer is None:
-            lengths = np.fromiter(map(len, texts), np.int64, len(texts))
-        else:
-            config = self._datasets[dataset]
-            instruction = config.instruction if name == "query" or config.instructs_documents else ""
-            lengths = encode_texts(self._tokenizer, texts, instruction, _UNCUT).lengths
+            return np.unique(np.fromiter(map(len, texts), np.int64, len(texts)), return_counts=True)
+        config = self._datasets[dataset]
+        of_documents = config.instruction if config.instructs_documents else ""
+        encoder = Encoder(self._tokenizer, config.instruction, of_documents, _UNCUT, _UNCUT)
+        encoded = encoder.queries(records) if name == "query" else [encoder.documents(texts)]
+        lengths = np.concatenate([np.empty(0, np.int64), *(some.lengths for some in encoded)])
         return np.unique(lengths, return_counts=True)
+
+    def _without_room(self, parsed: Parsed) -> str:
+        """Where a record's own instruction leaves no room for its query, and why; empty where none does."""
+        if self._tokenizer is None:
+            return ""
+        lines: dict[str, int] = {}
+        for record, line in zip(parsed.records, parsed.lines, strict=True):
+            if record.instruction is not None:
+                lines.setdefault(record.instruction, line)
+        for instruction, line in lines.items():
+            try:
+                check_room(self._tokenizer, instruction, self._query_limit)
+            except ValueError as error:
+                return f"{parsed.path}:{line}: {error}"
+        return ""
 
     def _hits(self, facts: Facts, texts: dict[str, list[str]]) -> list[dict[str, Hits]]:
         records = np.arange(len(facts.lines))
@@ -161,10 +187,12 @@ class Scanner:
 _SCANNER: Scanner | None = None
 
 
-def start(datasets: Sequence[DatasetConfig], tokenizer: BareTokenizer | None, known: Sequence[Known]) -> None:
+def start(
+    datasets: Sequence[DatasetConfig], tokenizer: BareTokenizer | None, query_limit: int, known: Sequence[Known]
+) -> None:
     """Make this process's scanner."""
     global _SCANNER
-    _SCANNER = Scanner(datasets, tokenizer, known)
+    _SCANNER = Scanner(datasets, tokenizer, query_limit, known)
 
 
 def scan(item: tuple[int, Block]) -> Facts:

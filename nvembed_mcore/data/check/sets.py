@@ -104,7 +104,8 @@ def check_sets(
     if bare is not None:
         _check_rooms(gathered, bare, max_query_tokens, max_document_tokens)
     checked: list[_Checked] = []
-    for facts in _scanned(gathered, (datasets, bare, [one.known for one in evaluation]), processes):
+    arguments = (datasets, bare, max_query_tokens, [one.known for one in evaluation])
+    for facts in _scanned(gathered, arguments, processes):
         while len(checked) < facts.dataset:
             checked.append(_checked(gathered, len(checked), evaluation, limits if tokenizer else {}))
         gathered[facts.dataset].add(facts)
