@@ -83,10 +83,24 @@ def build_index(shards: Sequence[np.ndarray], factory: str, path: Path, *, seed:
 
 
 def approximate_search(path: Path, shards: Sequence[np.ndarray]) -> Search:
-    """A search through the index at `path`; `shards` are the documents that it was built from."""
+    """A search through the index at `path`; `shards` are the documents that it was built from.
+
+    Raises:
+        ValueError: the file is damaged, or holds an index of other documents.
+    """
     import faiss
 
-    index, rows = faiss.read_index(str(path)), Rows(shards)
+    rows = Rows(shards)
+    try:
+        index = faiss.read_index(str(path))
+    except RuntimeError as error:
+        raise ValueError(f"{path} is no index that FAISS can read; remove it, and it is made again") from error
+    has, wanted = (index.ntotal, index.d), (sum(map(len, shards)), shards[0].shape[1])
+    if has != wanted:
+        raise ValueError(
+            f"{path} is an index of {has[0]} documents in {has[1]} dimensions, there are {wanted[0]} in {wanted[1]}; "
+            f"remove it, and it is made again"
+        )
     inverted = faiss.try_extract_index_ivf(index)
     if inverted is not None:
         inverted.nprobe = min(inverted.nlist, max(FEWEST_PROBED, inverted.nlist // PROBED_SHARE))

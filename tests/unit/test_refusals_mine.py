@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from nvembed_mcore.cli import main, mine
+from nvembed_mcore.mining.approximate import build_index
 from tests.helpers.mining import WordEmbedder, make_data, write_json_lines
 
 METHODS = "topk-percpos, topk-marginpos, topk-abs, topk"
@@ -73,6 +74,36 @@ def test_an_id_that_names_two_texts(capsys, folder):
     expected = "DIR/records.jsonl: the id 'd1' names two texts; give the documents with --corpus"
     assert capsys.readouterr().err.replace(str(folder), "DIR") == f"nvembed: error: {expected}\n"
     assert list((folder / "out" / "work" / "inputs").iterdir()) == []
+
+
+@pytest.mark.parametrize("records", ["out/records.jsonl", "out"])
+def test_an_output_among_the_records(capsys, folder, records):
+    (folder / "out").mkdir()
+    (folder / "records.jsonl").rename(folder / "out" / "records.jsonl")
+    before = (folder / "out" / "records.jsonl").read_bytes()
+    assert main(["mine", "words", str(folder / records), str(folder / "out" / ".." / "out")]) == 2
+    expected = (
+        f"nvembed: error: DIR/out/../out/records.jsonl would be written among the records that are mined for, "
+        f"DIR/{records}; give another OUTPUT\n"
+    )
+    assert capsys.readouterr().err.replace(str(folder), "DIR") == expected
+    assert (folder / "out" / "records.jsonl").read_bytes() == before
+
+
+@pytest.mark.parametrize("damage", ["short", "other"])
+def test_an_index_that_is_not_of_the_documents(capsys, folder, damage):
+    arguments = ["words", folder / "records.jsonl", folder / "out", "--corpus", folder / "corpus.jsonl"]
+    assert main(["mine", *map(str, arguments), "--index", "Flat"]) == 0
+    (folder / "out" / "records.jsonl").unlink()
+    (index,) = (folder / "out" / "work").glob("*.faiss")
+    if damage == "short":
+        index.write_bytes(index.read_bytes()[:-100])
+        expected = "is no index that FAISS can read; remove it, and it is made again"
+    else:
+        build_index([np.ones((3, 64), np.float32)], "Flat", index)
+        expected = "is an index of 3 documents in 64 dimensions, there are 244 in 64; remove it, and it is made again"
+    capsys.readouterr()
+    assert refusal_of(capsys, folder, "--index", "Flat") == f"DIR/out/work/{index.name} {expected}"
 
 
 def test_faiss_that_is_not_installed(capsys, folder, monkeypatch):
