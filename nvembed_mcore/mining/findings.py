@@ -66,7 +66,11 @@ class Findings:
     def _ranks(self, judged: Judged, free: np.ndarray) -> np.ndarray:
         best = np.array([scores.max() for scores in judged.positive_scores])
         above = (free & (judged.scores > best[:, None])).sum(axis=1)
-        reached = (above < free.sum(axis=1)) | ((judged.documents >= 0).sum(axis=1) == self.num_documents)
+        present = judged.documents >= 0
+        # The positive itself may be the last candidate: what scores as it does, or less, ends the search for it.
+        reached = (present & (judged.scores <= best[:, None])).any(axis=1) | (
+            present.sum(axis=1) == self.num_documents
+        )
         return np.where(reached, above + 1, 0)
 
     def _add_suspects(self, judged: Judged, free: np.ndarray) -> None:

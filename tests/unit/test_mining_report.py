@@ -97,6 +97,15 @@ def test_a_search_through_everything_finds_every_positive():
     assert found.ranks[0].tolist() == [3, 2, 1]
 
 
+def test_a_positive_that_is_the_last_candidate_is_found():
+    found = Findings(Rules(negatives=2), num_documents=50, num_suspects=0)
+    barred = [[0, 0, 1], [0, 0, 1], [0, 0, 0]]
+    # Query 0: its positive is behind two others. Query 1: the last is a copy of a positive above. Query 2: not there.
+    own = [[0.3], [0.8, 0.3], [0.2]]
+    found.add(judged([[0.9, 0.7, 0.3]] * 3, barred, [[0, 0, 0]] * 3, [[]] * 3, own, [0.0] * 3))
+    assert found.ranks[0].tolist() == [3, 2, 0]
+
+
 @pytest.fixture
 def mined(tmp_path, monkeypatch, capsys) -> tuple[Path, list[str]]:
     """A folder with what the command wrote of data with markup in it, and what it printed."""
