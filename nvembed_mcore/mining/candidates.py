@@ -17,8 +17,8 @@ from nvembed_mcore.mining.inputs import Inputs
 from nvembed_mcore.mining.search import Candidates, Rows, Search, search_until_enough
 from nvembed_mcore.mining.select import Rules, allowed, barred, choose, lacks_candidates, limits
 
-_SCORED = 1024
-"""Records whose own documents are scored at once: their vectors are in memory."""
+_SCORED = 4096
+"""Documents of records that are scored at once: their vectors are in memory."""
 
 
 @dataclass(frozen=True)
@@ -136,16 +136,15 @@ class CandidateShards:
 
         They are summed in float64, so that they do not depend on what is scored beside them.
         """
-        scores = []
-        for begin in range(0, len(records), _SCORED):
+        own = self.inputs.own(records)
+        counts = [len(documents) for documents in own]
+        numbers, of_query = np.concatenate(own), np.repeat(np.arange(len(records)), counts)
+        products = np.empty(len(numbers), np.float32)
+        for begin in range(0, len(numbers), _SCORED):
             part = slice(begin, begin + _SCORED)
-            own = self.inputs.own(records[part])
-            counts = [len(documents) for documents in own]
-            vectors = self.vectors[np.concatenate(own)]
-            repeated = np.repeat(queries[part], counts, axis=0)
-            products = np.einsum("md,md->m", vectors, repeated, dtype=np.float64).astype(np.float32)
-            scores += np.split(products, np.cumsum(counts)[:-1])
-        return scores
+            vectors, repeated = self.vectors[numbers[part]], queries[of_query[part]]
+            products[part] = np.einsum("md,md->m", vectors, repeated, dtype=np.float64)
+        return np.split(products, np.cumsum(counts)[:-1])
 
     def _limits(self, records: np.ndarray, own_scores: list[np.ndarray]) -> np.ndarray:
         positives = _first(own_scores, self.inputs.num_positives[records])

@@ -20,7 +20,7 @@ from nvembed_mcore.data.faults import DataError
 from nvembed_mcore.data.records import Record, read_records, write_records
 from nvembed_mcore.evaluation.corpus import Corpus, source_file
 
-_ARRAYS = ("text_keys", "id_keys", "query_keys", "own_starts", "own_documents", "num_positives")
+_ARRAYS = ("text_keys", "id_keys", "first_copies", "query_keys", "own_starts", "own_documents", "num_positives")
 _BARRED = ("text", "id")
 
 
@@ -70,6 +70,7 @@ class Inputs:
         others: documents of records that are not in it, which are numbered behind it; None when there are none.
         queries: the query of each record, in order.
         text_keys, id_keys: uint64 [N], of each document of the corpus.
+        first_copies: int64 [N], of each document of the corpus the first one that is the same text.
         query_keys: uint64 [R, 2], of the query's text and of its id. Records that share one have the same query: what
             is a positive of one is a negative of none of them.
         own_starts, own_documents: int64 [R + 1] and [M]: numbers of each record's positives, then of negatives that
@@ -84,6 +85,7 @@ class Inputs:
     queries: Corpus
     text_keys: np.ndarray
     id_keys: np.ndarray
+    first_copies: np.ndarray
     query_keys: np.ndarray
     own_starts: np.ndarray
     own_documents: np.ndarray
@@ -116,10 +118,10 @@ def prepare(records: str, corpus: str | None, folder: Path, *, keep_negatives: b
     """
     folder.mkdir(parents=True, exist_ok=True)
     if corpus is None:
-        _build(_documents_of(records), folder / "documents")
+        _build(_documents_of(records), _documents_folder(folder, corpus))
     else:
-        Corpus.build(source_file(corpus, are_queries=False), folder / "documents")
-    documents = Corpus.open(folder / "documents")
+        Corpus.build(source_file(corpus, are_queries=False), _documents_folder(folder, corpus))
+    documents = Corpus.open(_documents_folder(folder, corpus))
     places = {_content(text): -1 for record in read_records(records) for text in _own(record, keep_negatives)}
     _write_document_keys(documents, places, folder)
     arrays = _RecordArrays(places, len(documents), keep_negatives)
@@ -130,18 +132,24 @@ def prepare(records: str, corpus: str | None, folder: Path, *, keep_negatives: b
             yield {"id": str(number), "text": record.query}
 
     _build(queries(), folder / "queries")
-    _build(({"id": str(number), "text": text} for number, text in enumerate(arrays.others)), folder / "others")
+    _build(_others(records, places, len(documents), keep_negatives), folder / "others")
     arrays.write(folder)
 
 
-def open_inputs(folder: Path) -> Inputs:
+def _documents_folder(folder: Path, corpus: str | None) -> Path:
+    """Not the same for both: a command without `--corpus`, which is refused because the embeddings are those of one,
+    does not take the corpus away from the command that goes on with it."""
+    return folder / ("documents_of_records" if corpus is None else "documents")
+
+
+def open_inputs(folder: Path, corpus: str | None) -> Inputs:
     """What `prepare` wrote."""
     arrays = {name: np.load(folder / f"{name}.npy", mmap_mode="r") for name in _ARRAYS}
     barred = {
         kind: Barred(np.load(folder / f"{kind}_barred_keys.npy"), np.load(folder / f"{kind}_barred.npy"))
         for kind in _BARRED
     }
-    documents, queries = Corpus.open(folder / "documents"), Corpus.open(folder / "queries")
+    documents, queries = Corpus.open(_documents_folder(folder, corpus)), Corpus.open(folder / "queries")
     others = Corpus.open(folder / "others") if (folder / "others").is_dir() else None
     digest = hashlib.sha256("".join(one.fingerprint for one in (documents, queries, others) if one).encode())
     for rows in (*arrays.values(), *(rows for one in barred.values() for rows in (one.keys, one.values))):
@@ -176,20 +184,35 @@ def _documents_of(records: str) -> Iterator[dict[str, str]]:
                 raise DataError(f"{records}: the id {name!r} names two texts; give the documents with --corpus")
 
 
+def _others(
+    records: str, places: dict[int, int], num_documents: int, keep_negatives: bool
+) -> Iterator[dict[str, str]]:
+    """The records' documents that the corpus lacks, each once, in the order of their numbers in `places`."""
+    number = 0
+    if num_documents not in places.values():
+        return
+    for record in read_records(records):
+        for text in _own(record, keep_negatives):
+            if places[_content(text)] == num_documents + number:
+                yield {"id": str(number), "text": text}
+                number += 1
+
+
 def _own(record: Record, keep_negatives: bool) -> tuple[str, ...]:
     return record.pos + record.neg if keep_negatives else record.pos
 
 
 def _write_document_keys(documents: Corpus, places: dict[int, int], folder: Path) -> None:
-    """Write the keys of all documents, and enter into `places` where a text stands first."""
-    text_keys, id_keys = array("Q"), array("Q")
+    """Write the keys of all documents and their first copies, and enter into `places` where a text stands first."""
+    text_keys, id_keys, contents = array("Q"), array("Q"), array("Q")
     for number, (name, text) in enumerate(zip(documents.ids, documents.texts, strict=True)):
         text_keys.append(text_key(text))
         id_keys.append(id_key(name))
-        content = _content(text)
-        if places.get(content) == -1:
-            places[content] = number
-    _save(folder, text_keys=text_keys, id_keys=id_keys)
+        contents.append(_content(text))
+        if places.get(contents[-1]) == -1:
+            places[contents[-1]] = number
+    _, firsts, of_text = np.unique(np.frombuffer(contents, np.uint64), return_index=True, return_inverse=True)
+    _save(folder, text_keys=text_keys, id_keys=id_keys, first_copies=firsts[of_text])
 
 
 class _RecordArrays:
@@ -198,7 +221,7 @@ class _RecordArrays:
     def __init__(self, places: dict[int, int], num_documents: int, keep_negatives: bool) -> None:
         """`places`: contents of documents -> their numbers, -1 for those that the corpus lacks."""
         self._places, self._num_documents, self._keep_negatives = places, num_documents, keep_negatives
-        self.others: list[str] = []
+        self._num_others = 0
         self._starts, self._documents, self._num_positives = array("q", [0]), array("q"), array("q")
         self._query_keys = array("Q")
         self._barred = {kind: (array("Q"), array("Q")) for kind in _BARRED}
@@ -208,8 +231,8 @@ class _RecordArrays:
         for text in texts:
             content = _content(text)
             if self._places[content] == -1:
-                self._places[content] = self._num_documents + len(self.others)
-                self.others.append(text)
+                self._places[content] = self._num_documents + self._num_others
+                self._num_others += 1
             self._documents.append(self._places[content])
         self._starts.append(len(self._documents))
         self._num_positives.append(len(record.pos))

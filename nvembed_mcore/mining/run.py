@@ -14,6 +14,7 @@ import dataclasses
 import hashlib
 import itertools
 import json
+import os
 import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -24,7 +25,6 @@ from typing import Any
 import torch.distributed as dist
 
 from nvembed_mcore.data.records import Record, read_records, write_records
-from nvembed_mcore.evaluation.corpus import Corpus
 from nvembed_mcore.evaluation.embedders import Embedder
 from nvembed_mcore.evaluation.shards import SHARD_SIZE, encode_shards, open_shards
 from nvembed_mcore.mining.approximate import approximate_search, build_index, check_faiss
@@ -76,8 +76,17 @@ class Mining:
             raise ValueError(f"--shard-size must be at least 1, got {self.shard_size}")
         if self.suspects < 0:
             raise ValueError(f"--suspects must be at least 0, got {self.suspects}")
+        if os.path.realpath(self.records) in map(os.path.realpath, (self.output, self.file)):
+            raise ValueError(
+                f"{self.file} would be written among the records that are mined for, {self.records}; give another "
+                f"OUTPUT"
+            )
         if self.index != EXACT:
             check_faiss(self.index)
+
+    @property
+    def file(self) -> Path:
+        return Path(self.output) / "records.jsonl"
 
     @property
     def work(self) -> Path:
@@ -103,7 +112,7 @@ def mine(
             another model, or the index cannot be made.
     """
     embedders = _encode(open_embedder, mining, progress)
-    inputs = open_inputs(mining.work / "inputs")
+    inputs = open_inputs(mining.work / "inputs", mining.corpus)
     documents = list(open_shards(mining.work / "documents"))
     others = list(open_shards(mining.work / "others")) if inputs.others else []
     if mining.index == EXACT:
@@ -138,7 +147,7 @@ def _encode(open_embedder: Callable[[], Embedder], mining: Mining, progress: Pro
     embedder = open_embedder()
     prepare_all = partial(prepare, mining.records, mining.corpus, keep_negatives=mining.keep_negatives)
     first_rank_does(lambda: prepare_all(mining.work / "inputs"))
-    inputs = open_inputs(mining.work / "inputs")
+    inputs = open_inputs(mining.work / "inputs", mining.corpus)
     parts = {"documents": inputs.documents, "others": inputs.others, "queries": inputs.queries}
     for name, texts in parts.items():
         if texts is None:
@@ -150,6 +159,7 @@ def _encode(open_embedder: Callable[[], Embedder], mining: Mining, progress: Pro
             mining.work / name,
             are_queries=name == "queries",
             shard_size=mining.shard_size,
+            fingerprint=texts.fingerprint,
             progress=lambda done, total, rate, name=name: progress(name, done, total),
         )
     return {"queries": embedder.facts(True), "documents": embedder.facts(False)}
@@ -179,10 +189,10 @@ def _write(
             judged = candidates.choose(number, [record.query_id for record in part])
             findings.add(judged)
             for place, record in enumerate(part):
-                yield _row(record, inputs.documents, judged, place, mining.keep_negatives)
+                yield _row(record, inputs, judged, place, mining.keep_negatives)
             progress("choices", number + 1, len(candidates))
 
-    write_records(output / "records.jsonl", rows())
+    write_records(mining.file, rows())
     for folder in mining.work.glob("candidates-*"):
         if folder != candidates.folder:
             shutil.rmtree(folder)  # other settings left them
@@ -190,24 +200,26 @@ def _write(
     return write_report(output, findings, inputs, settings, {"inputs": inputs.fingerprint, **embedders})
 
 
-def _row(record: Record, corpus: Corpus, judged: Judged, place: int, keep_negatives: bool) -> dict[str, Any]:
+def _row(record: Record, inputs: Inputs, judged: Judged, place: int, keep_negatives: bool) -> dict[str, Any]:
     """A record with its negatives, those that it keeps in front.
 
     Documents that are the same text must share an id, or training takes a positive's copy for a negative: the corpus
-    says the id of all documents that it holds.
+    says the id of all documents that it holds, and of a text that it holds twice the first one.
     """
-    columns, own = judged.columns[place], judged.own[place].tolist()
-    mined, num_positives = judged.documents[place, columns].tolist(), len(record.pos)
+    columns, own, corpus = judged.columns[place], judged.own[place].tolist(), inputs.documents
+    mined, num_positives = judged.documents[place, columns], len(record.pos)
     names = (record.pos_ids + record.neg_ids)[: len(own)]
     ids = [corpus.ids[number] if number < len(corpus) else name for number, name in zip(own, names, strict=True)]
     scores = [round(float(score), 6) for score in (*judged.own_scores[place], *judged.scores[place, columns])]
+    instruction = {} if record.instruction is None else {"instruction": record.instruction}
     return {
+        **instruction,
         "query": record.query,
         "pos": record.pos,
-        "neg": [*(record.neg if keep_negatives else ()), *(corpus.texts[number] for number in mined)],
+        "neg": [*(record.neg if keep_negatives else ()), *(corpus.texts[number] for number in mined.tolist())],
         "query_id": record.query_id,
         "pos_ids": ids[:num_positives],
-        "neg_ids": ids[num_positives:] + [corpus.ids[number] for number in mined],
+        "neg_ids": ids[num_positives:] + [corpus.ids[number] for number in inputs.first_copies[mined].tolist()],
         "pos_scores": scores[:num_positives],
         "neg_scores": scores[num_positives:],
     }

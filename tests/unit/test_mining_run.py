@@ -5,10 +5,11 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from nvembed_mcore.data.records import read_records
-from nvembed_mcore.mining import search
+from nvembed_mcore.mining import candidates, search
 from nvembed_mcore.mining.run import Mining, mine
 from nvembed_mcore.mining.select import Rules
 from tests.helpers.mining import WordEmbedder, make_data, mined_by_loops, write_json_lines
@@ -90,9 +91,9 @@ def test_the_same_command_goes_on_with_what_is_there(tmp_path, data):
     mine(WordEmbedder, mining_of(tmp_path))
     first, work = files_of(tmp_path), tmp_path / "mined" / "work"
     assert sorted(first) == ["records.jsonl", "report.html", "report.json"]
-    candidates = next(work.glob("candidates-*"))
-    made = {path: path.stat().st_mtime_ns for path in (*candidates.iterdir(), *work.glob("*/shard-*"))}
-    gone = [candidates / "shard-00001.npz", work / "documents" / "shard-00003.npy", work / "queries/shard-00000.npy"]
+    found = next(work.glob("candidates-*"))
+    made = {path: path.stat().st_mtime_ns for path in (*found.iterdir(), *work.glob("*/shard-*"))}
+    gone = [found / "shard-00001.npz", work / "documents" / "shard-00003.npy", work / "queries/shard-00000.npy"]
     for path in gone:
         path.unlink()
     (tmp_path / "mined" / "records.jsonl").unlink()
@@ -150,4 +151,57 @@ def test_another_model_is_refused(tmp_path, data):
     first = files_of(tmp_path)
     with pytest.raises(ValueError, match="documents holds other embeddings.*\n.*weights: 'words' -> 'letters'"):
         mine(lambda: WordEmbedder("letters"), mining_of(tmp_path))
+    assert files_of(tmp_path) == first
+
+
+class Uneven(WordEmbedder):
+    """The later in a shard, the larger: as of packed texts, the vectors of two copies are not the same bits."""
+
+    def embed(self, texts, is_query):
+        return super().embed(texts, is_query) * (1 + 1e-4 * np.arange(len(texts), dtype=np.float32))[:, None]
+
+
+def test_a_text_has_one_id_whichever_copy_is_found(tmp_path, data):
+    _, corpus = data
+    ids = {}
+    for one in corpus:
+        ids.setdefault(one["text"].strip(), one["id"])
+    mine(Uneven, mining_of(tmp_path, rules=Rules(method="topk", negatives=50), shard_size=8192))
+    named = {
+        (text, name)
+        for row in rows_of(tmp_path)
+        for texts, names in ((row["pos"], row["pos_ids"]), (row["neg"], row["neg_ids"]))
+        for text, name in zip(texts, names, strict=True)
+    }
+    copied = [text for text, _ in named if sum(one["text"].strip() == text for one in corpus) > 1]
+    assert len(copied) > 5 and all(ids.get(text, name) == name for text, name in named)
+
+
+def test_records_keep_their_instructions(tmp_path, data):
+    records, corpus = data
+    given = ["Find it", "", None]
+    for record, own in zip(records, given, strict=False):
+        record["instruction"] = own
+    write_json_lines(tmp_path / "records.jsonl", records)
+    mine(WordEmbedder, mining_of(tmp_path))
+    read = [record.instruction for record in read_records(tmp_path / "mined" / "records.jsonl")]
+    assert read == given + [None] * (len(records) - 3)
+
+
+def test_positives_that_the_corpus_lacks(tmp_path, data, monkeypatch):
+    monkeypatch.setattr(candidates, "_SCORED", 4)
+    records, corpus = data
+    records[7]["pos"] = records[4]["pos"]
+    write_json_lines(tmp_path / "records.jsonl", records)
+    write_json_lines(tmp_path / "corpus.jsonl", corpus[60:])
+    mine(WordEmbedder, mining_of(tmp_path))
+    assert rows_of(tmp_path) == mined_by_loops(records, corpus[60:], RULES["default"])
+
+
+def test_a_refused_command_leaves_the_corpus_of_another(tmp_path, data):
+    mine(WordEmbedder, mining_of(tmp_path))
+    first = files_of(tmp_path)
+    with pytest.raises(ValueError, match="documents holds other embeddings"):
+        mine(WordEmbedder, mining_of(tmp_path, corpus=None))
+    mine(WordEmbedder, mining_of(tmp_path))
     assert files_of(tmp_path) == first

@@ -176,8 +176,8 @@ def test_an_instruction_of_a_record_without_room_is_refused(capsys, data, tokeni
     status, out, _ = run(capsys, ["--data", "own.jsonl", "--tokenizer", str(tokenizer_dir), "--max-query-tokens", "9"])
     line = GOOD.count("\n") + 1
     message = (
-        f"refused: own.jsonl:{line}: the instruction 'Find the animal' takes 10 tokens, and with one token of text and "
-        "</s> more than the limit of 9"
+        f"refused: own.jsonl:{line}: the instruction 'Find the animal' takes 10 tokens, and with one token of text "
+        "and </s> more than the limit of 9"
     )
     assert status == 1 and f"\n{message}\n" in out
 
