@@ -11,6 +11,7 @@ import torch
 from nvembed_mcore import device
 from nvembed_mcore.config import ConfigError, ParallelConfig
 from nvembed_mcore.data import prompts
+from nvembed_mcore.data.tokenizer import tokenizer_fingerprint
 from nvembed_mcore.evaluation.embedders import EmbedderError, fingerprint_of
 from nvembed_mcore.parallel.groups import every_rank_does, initialize
 
@@ -115,8 +116,10 @@ class SentenceEmbedder:
 
 
 def _fingerprint(model: torch.nn.Module) -> str:
-    """SHA-256 of the first numbers of each tensor."""
-    digest = hashlib.sha256()
+    """SHA-256 of the modules with their settings, of the tokenizer, and of the first numbers of each tensor."""
+    digest = hashlib.sha256(str(model).encode())
+    if getattr(model.tokenizer, "is_fast", False):
+        digest.update(tokenizer_fingerprint(model.tokenizer).encode())
     for name, tensor in model.state_dict().items():
         digest.update(f"{name} {list(tensor.shape)} {tensor.dtype}".encode())
         numbers = tensor.detach().flatten()[:_SAMPLE].cpu().contiguous()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 
 import numpy as np
@@ -142,3 +143,17 @@ def test_any_model_of_sentence_transformers(bert):
         assert np.abs(embedder.embed(texts, False) - expected(document)).max() < 1e-5
     assert open_embedder(f"st:{bert}", max_length=8).facts(True)["max_tokens"] == 8
     assert embedder.fingerprint != open_embedder(f"st:{bert}").fingerprint
+
+
+def test_the_fingerprint_of_a_model_follows_its_pooling_and_its_tokenizer(bert, tmp_path):
+    first = open_embedder(f"st:{bert}").fingerprint
+    shutil.copytree(bert, tmp_path / "copy")
+    assert open_embedder(f"st:{tmp_path / 'copy'}").fingerprint == first
+    shutil.copytree(bert, tmp_path / "pooling")
+    file = tmp_path / "pooling" / "1_Pooling" / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"pooling_mode": "cls"}))
+    shutil.copytree(bert, tmp_path / "tokenizer")
+    file = tmp_path / "tokenizer" / "tokenizer_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"do_lower_case": False}))
+    found = {open_embedder(f"st:{tmp_path / name}").fingerprint for name in ("pooling", "tokenizer")}
+    assert len(found | {first}) == 3
