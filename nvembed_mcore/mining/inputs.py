@@ -122,7 +122,9 @@ def prepare(records: str, corpus: str | None, folder: Path, *, keep_negatives: b
     else:
         Corpus.build(source_file(corpus, are_queries=False), _documents_folder(folder, corpus))
     documents = Corpus.open(_documents_folder(folder, corpus))
-    places = {_content(text): -1 for record in read_records(records) for text in _own(record, keep_negatives)}
+    places = {
+        _content(text): -1 for record in read_records(records) for text, _ in own_documents(record, keep_negatives)
+    }
     _write_document_keys(documents, places, folder)
     arrays = _RecordArrays(places, len(documents), keep_negatives)
 
@@ -192,14 +194,20 @@ def _others(
     if num_documents not in places.values():
         return
     for record in read_records(records):
-        for text in _own(record, keep_negatives):
+        for text, _ in own_documents(record, keep_negatives):
             if places[_content(text)] == num_documents + number:
                 yield {"id": str(number), "text": text}
                 number += 1
 
 
-def _own(record: Record, keep_negatives: bool) -> tuple[str, ...]:
-    return record.pos + record.neg if keep_negatives else record.pos
+def own_documents(record: Record, keep_negatives: bool) -> list[tuple[str, str]]:
+    """Text and id of a record's positives, then of the negatives that it keeps: those that are no positive of it."""
+    positives = list(zip(record.pos, record.pos_ids, strict=True))
+    if not keep_negatives:
+        return positives
+    texts, ids = set(map(text_key, record.pos)), set(record.pos_ids)
+    negatives = zip(record.neg, record.neg_ids, strict=True)
+    return positives + [(text, name) for text, name in negatives if name not in ids and text_key(text) not in texts]
 
 
 def _write_document_keys(documents: Corpus, places: dict[int, int], folder: Path) -> None:
@@ -227,8 +235,8 @@ class _RecordArrays:
         self._barred = {kind: (array("Q"), array("Q")) for kind in _BARRED}
 
     def add(self, record: Record) -> None:
-        texts = _own(record, self._keep_negatives)
-        for text in texts:
+        own = own_documents(record, self._keep_negatives)
+        for text, _ in own:
             content = _content(text)
             if self._places[content] == -1:
                 self._places[content] = self._num_documents + self._num_others
@@ -238,8 +246,7 @@ class _RecordArrays:
         self._num_positives.append(len(record.pos))
         of_query = text_key(record.query), id_key(record.query_id)
         self._query_keys.extend(of_query)
-        names = (record.pos_ids + record.neg_ids)[: len(texts)]
-        values = {"text": [*map(text_key, texts)], "id": [*map(id_key, names)]}
+        values = {"text": [text_key(text) for text, _ in own], "id": [id_key(name) for _, name in own]}
         for kind, (keys, barred) in self._barred.items():
             for key in of_query:
                 keys.extend([key] * len(values[kind]))

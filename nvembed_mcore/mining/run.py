@@ -30,7 +30,7 @@ from nvembed_mcore.evaluation.shards import SHARD_SIZE, encode_shards, open_shar
 from nvembed_mcore.mining.approximate import approximate_search, build_index, check_faiss
 from nvembed_mcore.mining.candidates import CandidateShards, Judged
 from nvembed_mcore.mining.findings import Findings
-from nvembed_mcore.mining.inputs import Inputs, open_inputs, prepare
+from nvembed_mcore.mining.inputs import Inputs, open_inputs, own_documents, prepare
 from nvembed_mcore.mining.report import write_report
 from nvembed_mcore.mining.search import Rows, exact_search
 from nvembed_mcore.mining.select import Rules
@@ -57,7 +57,7 @@ class Mining:
     index: str = EXACT
     """`exact`, or FAISS's description of an index."""
     keep_negatives: bool = False
-    """Whether the records' own negatives stay, in front of the mined ones."""
+    """Whether the records' own negatives stay, in front of the mined ones, but for those that are its positives."""
     shard_size: int = SHARD_SIZE
     """Documents, and queries, of a shard."""
     suspects: int = 50
@@ -208,7 +208,7 @@ def _row(record: Record, inputs: Inputs, judged: Judged, place: int, keep_negati
     """
     columns, own, corpus = judged.columns[place], judged.own[place].tolist(), inputs.documents
     mined, num_positives = judged.documents[place, columns], len(record.pos)
-    names = (record.pos_ids + record.neg_ids)[: len(own)]
+    texts, names = zip(*own_documents(record, keep_negatives), strict=True)
     ids = [corpus.ids[number] if number < len(corpus) else name for number, name in zip(own, names, strict=True)]
     scores = [round(float(score), 6) for score in (*judged.own_scores[place], *judged.scores[place, columns])]
     instruction = {} if record.instruction is None else {"instruction": record.instruction}
@@ -216,7 +216,7 @@ def _row(record: Record, inputs: Inputs, judged: Judged, place: int, keep_negati
         **instruction,
         "query": record.query,
         "pos": record.pos,
-        "neg": [*(record.neg if keep_negatives else ()), *(corpus.texts[number] for number in mined.tolist())],
+        "neg": [*texts[num_positives:], *(corpus.texts[number] for number in mined.tolist())],
         "query_id": record.query_id,
         "pos_ids": ids[:num_positives],
         "neg_ids": ids[num_positives:] + [corpus.ids[number] for number in inputs.first_copies[mined].tolist()],

@@ -103,7 +103,8 @@ def mined_by_loops(
         ]
         seen = {normal(record["query"])} | {normal(text) for other in friends for text in other["pos"]}
         seen_ids = {ids.get(text, content_id(text)) for other in friends for text in other["pos"]}
-        kept = record["neg"] if keep_negatives else []
+        positives = {normal(text) for text in record["pos"]}
+        kept = [text for text in record["neg"] if keep_negatives and normal(text) not in positives]
         if keep_negatives:
             seen |= {normal(text) for other in friends for text in other["neg"]}
         limit = limits(np.array([min(map(score, record["pos"]))]), rules)[0]

@@ -188,6 +188,22 @@ def test_records_keep_their_instructions(tmp_path, data):
     assert read == given + [None] * (len(records) - 3)
 
 
+def test_no_positive_is_kept_as_a_negative(tmp_path, data):
+    records, corpus = data
+    kept = records[4]["neg"]
+    records[4]["neg"] = [records[4]["pos"][0].upper(), *kept, records[4]["pos"][0]]
+    records[5] |= {"pos_ids": [f"p{number}" for number, _ in enumerate(records[5]["pos"])]}
+    records[5] |= {"neg": ["another text of the same document"], "neg_ids": ["p0"]}
+    write_json_lines(tmp_path / "records.jsonl", records)
+    mine(WordEmbedder, mining_of(tmp_path, keep_negatives=True))
+    rows = rows_of(tmp_path)
+    assert rows[4]["neg"][: len(kept)] == kept
+    assert not {text.lower() for text in rows[4]["neg"]} & set(records[4]["pos"])
+    assert records[5]["neg"][0] not in rows[5]["neg"]
+    for row in rows[4:6]:
+        assert len(row["neg"]) == len(row["neg_ids"]) == len(row["neg_scores"]) == len(set(row["neg"]))
+
+
 def test_positives_that_the_corpus_lacks(tmp_path, data, monkeypatch):
     monkeypatch.setattr(candidates, "_SCORED", 4)
     records, corpus = data
