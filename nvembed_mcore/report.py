@@ -26,7 +26,8 @@ _STYLE = """
 body { font: 15px/1.45 system-ui, sans-serif; max-width: 62rem; margin: 2rem auto; padding: 0 1rem; }
 h1 { font-size: 1.5rem; } h2 { font-size: 1.15rem; margin-top: 2.2rem; }
 table { border-collapse: collapse; margin: .8rem 0; display: block; overflow-x: auto; }
-th, td { padding: .2rem .8rem .2rem 0; text-align: left; vertical-align: top; overflow-wrap: anywhere; min-width: 2.5em; }
+th, td { padding: .2rem .8rem .2rem 0; text-align: left; vertical-align: top; }
+th, td { min-width: 2.5em; overflow-wrap: anywhere; }
 th { border-bottom: 1px solid #8888; font-weight: 600; } td { border-bottom: 1px solid #8883; }
 .n { text-align: right; white-space: nowrap; font-variant-numeric: tabular-nums; }
 pre { white-space: pre-wrap; overflow-wrap: anywhere; background: #8881; padding: .6rem; }

@@ -192,7 +192,8 @@ def _finish(
     console.print(table)
     mined, given = (scores[name]["ndcg_at_10"] for name in ("stage2", "stage2, negatives of the same file"))
     console.print(
-        f"Stage 2 with mined hard negatives instead of code of the same file: nDCG@10 {mined:.4f} instead of {given:.4f}."
+        f"Stage 2 with mined hard negatives instead of code of the same file: "
+        f"nDCG@10 {mined:.4f} instead of {given:.4f}."
     )
     steps = [line for path in metrics for line in read_metrics(path) if "loss" in line]
     real, padded = (sum(line[name] for line in steps) for name in ("real_tokens", "padded_tokens"))
