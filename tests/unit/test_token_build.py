@@ -268,7 +268,7 @@ def test_a_worker_that_is_killed(data, tokenizer, tmp_path, monkeypatch):
     monkeypatch.setattr(token_build._Build, "_note", kill_workers)
     with pytest.raises(DataError) as caught:
         build(data, tokenizer, tmp_path / "cache", processes=2)
-    expected = f"{data.path}: a process that tokenised it was ended from outside (out of memory?)"
+    expected = f"a process that read {data.path} was ended from outside (out of memory?)"
     assert str(caught.value) == expected
     assert list((tmp_path / "cache").iterdir()) == []
 
