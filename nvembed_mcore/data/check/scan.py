@@ -12,14 +12,16 @@ import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from itertools import chain
+from typing import Any
 
 import numpy as np
 
 from nvembed_mcore.config import DatasetConfig
 from nvembed_mcore.data.bare_tokenizer import BareTokenizer
 from nvembed_mcore.data.files import Block
-from nvembed_mcore.data.prompts import encode_texts
-from nvembed_mcore.data.records import Record, parse_block
+from nvembed_mcore.data.prompts import check_room
+from nvembed_mcore.data.records import Parsed, Record, parse_block
+from nvembed_mcore.data.token_build import Encoder
 
 FIELDS = ("query", "pos", "neg")
 KINDS = ("queries", "documents")
@@ -88,16 +90,22 @@ class Scanner:
     """Scans blocks; each process has one (`start`)."""
 
     def __init__(
-        self, datasets: Sequence[DatasetConfig], tokenizer: BareTokenizer | None, known: Sequence[Known]
+        self,
+        datasets: Sequence[DatasetConfig],
+        tokenizer: BareTokenizer | None,
+        max_query_tokens: int,
+        known: Sequence[Known],
     ) -> None:
         """
         Args:
-            datasets: instructions are theirs.
+            datasets: instructions are theirs, where a record has none of its own.
             tokenizer: None: lengths are in characters, without prompts.
+            max_query_tokens: limit under which a record's own instruction must leave room.
             known: the evaluation sets.
         """
         self._datasets = datasets
         self._tokenizer = tokenizer
+        self._max_query_tokens = max_query_tokens
         self._known = known
 
     def scan(self, dataset: int, block: Block) -> Facts:
@@ -120,22 +128,38 @@ class Scanner:
         )
         texts["query"] = [record.query for record in records]
         try:
-            facts.lengths = {name: self._lengths(dataset, name, texts[name]) for name in FIELDS}
+            lengths = self._lengths(dataset, records, texts)
+            facts.lengths = {name: np.unique(some, return_counts=True) for name, some in lengths.items()}
         except ValueError as error:  # the tokenizer cannot keep the prompt apart: the token store refuses too
             facts.error = f"{block.path}: {error}"
+        facts.error = facts.error or self._instruction_without_room(parsed)
         if self._known and records:
             facts.hits = self._hits(facts, texts)
         return facts
 
-    def _lengths(self, dataset: int, name: str, texts: list[str]) -> tuple[np.ndarray, np.ndarray]:
-        """Distinct lengths of some texts before they are cut, and how often each is there."""
+    def _lengths(self, dataset: int, records: list[Record], texts: dict[str, list[str]]) -> dict[str, np.ndarray]:
+        """Length of each text of each field before it is cut."""
         if self._tokenizer is None:
-            lengths = np.fromiter(map(len, texts), np.int64, len(texts))
-        else:
-            config = self._datasets[dataset]
-            instruction = config.instruction if name == "query" or config.instructs_documents else ""
-            lengths = encode_texts(self._tokenizer, texts, instruction, _UNCUT).lengths
-        return np.unique(lengths, return_counts=True)
+            return {name: np.fromiter(map(len, some), np.int64, len(some)) for name, some in texts.items()}
+        config = self._datasets[dataset]
+        of_documents = config.instruction if config.instructs_documents else ""
+        encoder = Encoder(self._tokenizer, config.instruction, of_documents, _UNCUT, _UNCUT)
+        queries = [some.lengths for some in encoder.queries(records)]
+        lengths = {name: encoder.documents(texts[name]).lengths for name in ("pos", "neg")}
+        return {"query": np.concatenate(queries or [np.empty(0, np.int32)]), **lengths}
+
+    def _instruction_without_room(self, parsed: Parsed) -> str:
+        """Why the token store would refuse the instruction that a record has of its own; empty if it would not."""
+        own: dict[str, int] = {}
+        for line, record in zip(parsed.lines, parsed.records, strict=True):
+            if record.instruction:
+                own.setdefault(record.instruction, line)
+        for instruction, line in own.items() if self._tokenizer else ():
+            try:
+                check_room(self._tokenizer, instruction, self._max_query_tokens)
+            except ValueError as error:
+                return f"{parsed.path}:{line}: {error}"
+        return ""
 
     def _hits(self, facts: Facts, texts: dict[str, list[str]]) -> list[dict[str, Hits]]:
         records = np.arange(len(facts.lines))
@@ -161,10 +185,10 @@ class Scanner:
 _SCANNER: Scanner | None = None
 
 
-def start(datasets: Sequence[DatasetConfig], tokenizer: BareTokenizer | None, known: Sequence[Known]) -> None:
-    """Make this process's scanner."""
+def start(*arguments: Any) -> None:
+    """Make this process's scanner; `arguments` are those of `Scanner`."""
     global _SCANNER
-    _SCANNER = Scanner(datasets, tokenizer, known)
+    _SCANNER = Scanner(*arguments)
 
 
 def scan(item: tuple[int, Block]) -> Facts:

@@ -102,8 +102,8 @@ def check_sets(
     if bare is not None:
         _check_rooms(gathered, bare, max_query_tokens, max_document_tokens)
     checked: list[_Checked] = []
-    begin = {"start": start, "start_arguments": (datasets, bare, [one.known for one in evaluation])}
-    for facts in ordered_map(scan, _blocks(gathered), processes=processes, **begin):
+    scanner = (datasets, bare, max_query_tokens, [one.known for one in evaluation])
+    for facts in ordered_map(scan, _blocks(gathered), processes=processes, start=start, start_arguments=scanner):
         while len(checked) < facts.dataset:
             checked.append(_checked(gathered, len(checked), evaluation, limits if tokenizer else {}))
         gathered[facts.dataset].add(facts)
