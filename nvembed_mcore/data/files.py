@@ -38,7 +38,8 @@ BLOCK_BYTES = 1 << 22
 """A block of lines ends at the first line end (of CSV: the last row's end) behind so many bytes."""
 BLOCK_ROWS = 8192
 """Rows of a block of a Parquet file, if they are not larger than `BLOCK_BYTES`."""
-_LONGEST_ROW = 1 << 26  # bytes: a quote that nobody closes must not read the rest of a large file into memory
+# Bytes: neither a line that does not end nor a quote that nobody closes may read a large file into memory.
+_LONGEST_LINE, _LONGEST_ROW = 1 << 28, 1 << 26
 
 _KINDS = {".jsonl": "lines", ".json": "lines", ".csv": "csv", ".tsv": "tsv", ".parquet": "arrow"}
 COMPRESSIONS = (".gz", ".bz2", ".xz", ".zst")
@@ -113,14 +114,18 @@ def line_blocks(path: str | Path) -> Iterator[Block]:
     """The lines of a text file, whatever they hold, without the byte order mark.
 
     Raises:
-        DataError: the file is missing or cannot be read.
+        DataError: the file is missing or cannot be read, or a line is too long to be one of a record.
     """
     path = Path(path)
     first, offset = 1, 0
     try:
         with opened(path) as stream:
             while content := stream.read(BLOCK_BYTES):
-                content += stream.readline()
+                rest = stream.readline(_LONGEST_LINE)
+                content += rest
+                if len(rest) == _LONGEST_LINE and not rest.endswith(b"\n"):
+                    line = first + content.count(b"\n")
+                    raise DataError(f"{path}:{line}:1: a line of more than {_LONGEST_LINE} bytes")
                 mark = 3 if offset == 0 and content.startswith(b"\xef\xbb\xbf") else 0
                 yield Block(str(path), "lines", first, offset + mark, content[mark:])
                 first += content.count(b"\n")

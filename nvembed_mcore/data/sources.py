@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 _HUB = "hf:"
 _SAVED, _SAVED_SPLITS = "state.json", "dataset_dict.json"
 _ROWS_LOOKED_AT = 10
-_SPLIT = re.compile(r"(train|validation|valid|val|dev|test|eval)(?![a-z])")
+_SPLIT = re.compile(r"(?<![a-z])(train|validation|valid|val|dev|test|eval)(?![a-z])")
 
 
 def blocks(path: str | Path) -> Iterator[Block]:
@@ -109,8 +109,8 @@ def _is_data(path: Path) -> bool:
 
 
 def _split(path: Path) -> str:
-    """The split that a file's name begins with, if it does."""
-    match = _SPLIT.match(path.name)
+    """The split that a file's name has as a word, if it does."""
+    match = _SPLIT.search(path.name.lower())
     return match[1] if match else ""
 
 
@@ -204,10 +204,11 @@ def _load(path: str | Path) -> datasets.Dataset:
         raise DataError(f"{path}: not hf:NAME, hf:NAME:CONFIG or hf:NAME:CONFIG:SPLIT")
     try:
         if str(path).startswith(_HUB):
-            loaded = datasets.load_dataset(name, config or None)
+            loaded = datasets.load_dataset(name, config or None, keep_in_memory=False)
         else:
-            loaded = datasets.load_from_disk(str(path))
-    except (OSError, ValueError, datasets.exceptions.DatasetsError, pyarrow.ArrowException) as error:
+            loaded = datasets.load_from_disk(str(path), keep_in_memory=False)
+    # It says with a RuntimeError that it runs no scripts.
+    except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError, pyarrow.ArrowException) as error:
         raise DataError(f"cannot load {path} with datasets: {error}") from error
     if isinstance(loaded, datasets.Dataset):
         return loaded

@@ -312,3 +312,13 @@ def test_fingerprints(tmp_path, beir, cache):
     for copy in ("here", "there"):
         write(tmp_path / copy / "train.jsonl", lines(*ROWS))
     assert source_fingerprint(f"hf:{tmp_path}/here") == source_fingerprint(f"hf:{tmp_path}/there")
+
+
+def test_fingerprints_of_what_datasets_may_keep_in_memory(tmp_path, cache, monkeypatch):
+    """Sets in memory have no files to hash, so they are not kept there."""
+    monkeypatch.setattr(datasets.config, "IN_MEMORY_MAX_SIZE", 1 << 30)
+    for number in range(2):
+        datasets.Dataset.from_list(ROWS[number : number + 1]).save_to_disk(tmp_path / f"saved{number}")
+        write(tmp_path / f"folder{number}" / "train.jsonl", lines(*ROWS[number : number + 1]))
+    for name in (f"{tmp_path}/saved", f"hf:{tmp_path}/folder"):
+        assert source_fingerprint(f"{name}0") != source_fingerprint(f"{name}1")
