@@ -41,6 +41,8 @@ BLOCK_ROWS = 8192
 # Bytes: neither a line that does not end nor a quote that nobody closes may read a large file into memory.
 _LONGEST_LINE, _LONGEST_ROW = 1 << 28, 1 << 26
 
+_READ_BYTES = 1 << 20  # of each column of a Parquet file at a time
+
 _KINDS = {".jsonl": "lines", ".json": "lines", ".csv": "csv", ".tsv": "tsv", ".parquet": "arrow"}
 COMPRESSIONS = (".gz", ".bz2", ".xz", ".zst")
 """Endings that a text file may have behind its own."""
@@ -204,7 +206,8 @@ def _parquet_blocks(path: Path, select: Select | None) -> Iterator[Block]:
     if not path.is_file():
         raise DataError(f"no data file at {path}")
     try:
-        with pyarrow.parquet.ParquetFile(path) as file:
+        # Through a buffer: else each column of a row group, which may be most of the file, is in memory as a whole.
+        with pyarrow.parquet.ParquetFile(path, buffer_size=_READ_BYTES, pre_buffer=False) as file:
             columns = tuple(file.schema_arrow.names)
             wanted = list(select(columns)) if select else None
             first = 1

@@ -157,6 +157,20 @@ def test_large_rows_of_parquet_make_small_blocks(tmp_path, monkeypatch):
     assert parsed(path) == whole and len(list(blocks(path))) > 10
 
 
+def test_a_large_row_group_is_not_read_at_once(tmp_path, monkeypatch):
+    monkeypatch.setattr(files, "BLOCK_ROWS", 256)
+    rng = random.Random(0)
+    texts = [f"{rng.getrandbits(4000):x}" for _ in range(20_000)]
+    table = pyarrow.table({"query": texts, "pos": [[text] for text in texts]})
+    pyarrow.parquet.write_table(table, tmp_path / "a.parquet", row_group_size=len(texts), compression="none")
+    size = table.nbytes
+    del table
+    pool = pyarrow.default_memory_pool()
+    before = pool.bytes_allocated()
+    taken = [pool.bytes_allocated() - before for _ in blocks(tmp_path / "a.parquet")]
+    assert len(taken) == 79 and max(taken) < size / 3
+
+
 def test_a_folder_is_one_data_set(tmp_path):
     folder = tmp_path / "set"
     write(folder / "part-1.jsonl.gz", gzip.compress(lines(*ROWS[1:2])))
