@@ -249,6 +249,10 @@ CASES = {
         *("hotpotqa", [], "a.jsonl", lines({"question": Q})),
         one_bad("a.jsonl:1:1", "supporting_facts is missing"),
     ),
+    "hotpot facts of other paragraphs": (
+        *("hotpotqa", [], "a.jsonl", lines({**HOTPOT, "supporting_facts": [["gone", 0]]})),
+        "TMP/a.jsonl: none of 1 rows gives a record:\n  1: no paragraph of the supporting facts",
+    ),
     "hotpot couple": (
         *("hotpotqa", [], "a.jsonl", lines({**HOTPOT, "context": [["A"]]})),
         one_bad("a.jsonl:1:74", "context[0] must be a list of a title and what belongs to it"),

@@ -53,6 +53,25 @@ REFUSALS = {
         "",
         "no data file at {path}/qrels/train.tsv: a BEIR folder is trained on by its training judgements",
     ),
+    "judgements of other documents": (
+        BEIR | {"qrels/train.tsv": "q\tgone\t1\nq\tlost\t0\n"},
+        "",
+        "none of the 2 documents that {path}/qrels judges is in {path}/corpus.jsonl",
+    ),
+    "judgements that are none": (
+        BEIR | {"qrels/train.tsv": "query-id\tcorpus-id\tscore\nq d 1\np\td\t1\nq\td\t1.0\n"},
+        "",
+        "{path}/qrels/train.tsv has 3 bad lines:\n"
+        "  {path}/qrels/train.tsv:2:1: 1 columns, not query-id, corpus-id and score with tabs between\n"
+        "  {path}/qrels/train.tsv:3:1: query 'p' is not in queries.jsonl\n"
+        "  {path}/qrels/train.tsv:4:5: the score must be a whole number, got '1.0'",
+    ),
+    "nested too deeply": (
+        {"a.jsonl": GOOD + "[" * 100_000},
+        "a.jsonl",
+        BAD_LINE % ("jsonl", "jsonl")
+        + "2:1: not usable JSON: maximum recursion depth exceeded while decoding a JSON array from a unicode string",
+    ),
     "no corpus": (
         {"x/train.jsonl": V2},
         "x/train.jsonl",
