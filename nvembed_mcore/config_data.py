@@ -56,8 +56,8 @@ class DatasetConfig:
         require(self.num_positives >= 1, f"data.datasets.num_positives must be at least 1, got {self.num_positives}")
         require(self.num_negatives >= 0, f"data.datasets.num_negatives must not be negative, got {self.num_negatives}")
         require(
-            self.weight is None or self.weight > 0,
-            f"data.datasets.weight of {self.path} must be above 0: {self.weight}",
+            self.weight is None or 0 < self.weight < math.inf,
+            f"data.datasets.weight of {self.path} must be a number above 0, got {self.weight}",
         )
         require(
             self.max_records is None or self.max_records >= 1,

@@ -151,9 +151,10 @@ def open_data(config: RunConfig) -> _Data:
     def build() -> list[str]:
         return [str(TokenStore.build(dataset, tokenizer, **how).folder) for dataset in config.data.datasets]
 
+    # First what is short: tokenising may take hours.
+    evaluation = RetrievalEvaluation(config.eval, config.data, tokenizer) if config.eval.path else None
     stores = [TokenStore.open(folder) for folder in first_rank_does(build)]
     source = BatchSource(config.data, stores, batch_size=config.batch_size, seed=config.seed, stage=config.stage)
-    evaluation = RetrievalEvaluation(config.eval, config.data, tokenizer) if config.eval.path else None
     return _Data(source, evaluation, tokenizer_fingerprint(tokenizer), len(tokenizer))
 
 

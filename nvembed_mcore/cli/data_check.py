@@ -54,7 +54,7 @@ def add(kinds: argparse._SubParsersAction) -> None:
     check.add_argument("--strict", action="store_true", help="warnings count as refusals")
     check.add_argument("--report", metavar="FILE.html", help="write a page with histograms and examples")
     check.add_argument("--json", metavar="FILE", help="write everything as JSON")
-    check.add_argument("--processes", type=int, metavar="N", help="workers (default: one a core)")
+    check.add_argument("--processes", type=int, metavar="N", help="workers (default: one a core, 32 at most)")
     check.set_defaults(run=_check)
 
 

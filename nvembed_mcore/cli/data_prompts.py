@@ -28,6 +28,7 @@ def add(kinds: argparse._SubParsersAction) -> None:
     second.add_argument("--per-task", type=at_least_one, default=2, help="prompts of each task (default 2)")
     second.add_argument("--languages", nargs="+", default=["English"], help="one is drawn for each (default English)")
     second.add_argument("--max-bad-records", type=count, default=0, help="leave out so many bad rows (default 0)")
+    second.add_argument("--overwrite", action="store_true", help="replace OUTPUT where it exists")
     second.set_defaults(run=_write)
     for step in (first, second):
         step.add_argument("--seed", type=int, default=0, help="decides what is drawn (default 0)")
@@ -60,5 +61,6 @@ def _write(arguments: argparse.Namespace) -> None:
         seed=arguments.seed,
         templates=arguments.templates or TEMPLATES,
         max_bad_records=arguments.max_bad_records,
+        overwrite=arguments.overwrite,
     )
     show_counts(f"prompts in {arguments.output}", figures, arguments.json)

@@ -29,10 +29,12 @@ def read_run_config(arguments: list[str]) -> RunConfig:
         if not os.path.isfile(arguments[0]):
             raise FileNotFoundError(f"no configuration file at {arguments[0]}")
         arguments = ["--config", *arguments]
+    source = f"{arguments[1]} or the options" if arguments[:1] == ["--config"] else "the options"
     try:
         fields = parser.instantiate(parser.parse_args(arguments)).as_dict()
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{error}\n(in {source})") from error
     except ArgumentError as error:
-        source = f"{arguments[1]} or the options" if arguments[:1] == ["--config"] else "the options"
         raise ConfigError(f"{error}\n(in {source}; `nvembed train --help` lists all fields)") from error
     fields.pop("config")
     return RunConfig(**fields)

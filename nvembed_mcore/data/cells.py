@@ -76,7 +76,10 @@ def rows(block: Block, add_problem: AddProblem) -> Iterator[Row]:
         if len(cells) == 1 and not cells[0][0].strip():
             continue
         if len(cells) != len(block.columns):
-            add_problem(number, 1, f"{len(cells)} cells, where the header has {len(block.columns)} columns")
+            reason = f"{len(cells)} cells, where the header has {len(block.columns)} columns"
+            if block.kind == "csv" and cells[-1]["close"] == b"":
+                reason += "; the quote that opens the last one is not closed"
+            add_problem(number, 1, reason)
             continue
         row: dict[str, Any] = {}
         for name, cell in zip(block.columns, cells, strict=True):

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import bz2
 import gzip
+import hashlib
 import io
 import json
 import lzma
@@ -38,7 +39,10 @@ BLOCK_BYTES = 1 << 22
 """A block of lines ends at the first line end (of CSV: the last row's end) behind so many bytes."""
 BLOCK_ROWS = 8192
 """Rows of a block of a Parquet file, if they are not larger than `BLOCK_BYTES`."""
-_LONGEST_ROW = 1 << 26  # bytes: a quote that nobody closes must not read the rest of a large file into memory
+# Bytes: neither a line that does not end nor a quote that nobody closes may read a large file into memory.
+_LONGEST_LINE, _LONGEST_ROW = 1 << 28, 1 << 26
+
+_READ_BYTES = 1 << 20  # of each column of a Parquet file at a time
 
 _KINDS = {".jsonl": "lines", ".json": "lines", ".csv": "csv", ".tsv": "tsv", ".parquet": "arrow"}
 COMPRESSIONS = (".gz", ".bz2", ".xz", ".zst")
@@ -113,14 +117,18 @@ def line_blocks(path: str | Path) -> Iterator[Block]:
     """The lines of a text file, whatever they hold, without the byte order mark.
 
     Raises:
-        DataError: the file is missing or cannot be read.
+        DataError: the file is missing or cannot be read, or a line is too long to be one of a record.
     """
     path = Path(path)
     first, offset = 1, 0
     try:
         with opened(path) as stream:
             while content := stream.read(BLOCK_BYTES):
-                content += stream.readline()
+                rest = stream.readline(_LONGEST_LINE)
+                content += rest
+                if len(rest) == _LONGEST_LINE and not rest.endswith(b"\n"):
+                    line = first + content.count(b"\n")
+                    raise DataError(f"{path}:{line}:1: a line of more than {_LONGEST_LINE} bytes")
                 mark = 3 if offset == 0 and content.startswith(b"\xef\xbb\xbf") else 0
                 yield Block(str(path), "lines", first, offset + mark, content[mark:])
                 first += content.count(b"\n")
@@ -199,7 +207,8 @@ def _parquet_blocks(path: Path, select: Select | None) -> Iterator[Block]:
     if not path.is_file():
         raise DataError(f"no data file at {path}")
     try:
-        with pyarrow.parquet.ParquetFile(path) as file:
+        # Through a buffer: else each column of a row group, which may be most of the file, is in memory as a whole.
+        with pyarrow.parquet.ParquetFile(path, buffer_size=_READ_BYTES, pre_buffer=False) as file:
             columns = tuple(file.schema_arrow.names)
             wanted = list(select(columns)) if select else None
             first = 1
@@ -304,3 +313,21 @@ def column_of(line: str, name: str) -> int:
         if key == name:
             column = position + 1
         _, position = decoder.raw_decode(line, position)
+
+
+def hash_of_file(path: Path) -> str:
+    """SHA-256 of a file's bytes, 64 hex digits.
+
+    Raises:
+        DataError: the file is missing or cannot be read.
+    """
+    digest = hashlib.sha256()
+    try:
+        with path.open("rb") as file:
+            while chunk := file.read(1 << 20):
+                digest.update(chunk)
+    except FileNotFoundError as error:
+        raise DataError(f"no data file at {path}") from error
+    except OSError as error:
+        raise DataError(f"cannot read {path}: {error}") from error
+    return digest.hexdigest()

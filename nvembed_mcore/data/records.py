@@ -150,18 +150,6 @@ def write_records(path: str | Path, rows: Iterable[Mapping[str, Any]]) -> int:
     return count
 
 
-def validate(path: str | Path) -> Tally:
-    """Read a whole file of records and count what is in it.
-
-    Raises:
-        DataError: as `read_records`.
-    """
-    tally = Tally()
-    for _ in read_records(path, tally):
-        pass
-    return tally
-
-
 def _record(row: Mapping[str, Any]) -> tuple[Record, int]:
     """Check one row; the record in it, and how many blank negatives were left out."""
     query = required_text(row, "query")

@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING
 from nvembed_mcore.data import files
 from nvembed_mcore.data.beir import beir_blocks, beir_files, read_texts
 from nvembed_mcore.data.faults import DataError, Fault, document_text
-from nvembed_mcore.data.files import Block, arrow_blocks, kind_of_file, rows
+from nvembed_mcore.data.files import Block, arrow_blocks, hash_of_file, kind_of_file, rows
 from nvembed_mcore.data.layouts import Layout, UnknownLayout, find_layout
 
 if TYPE_CHECKING:
@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 _HUB = "hf:"
 _SAVED, _SAVED_SPLITS = "state.json", "dataset_dict.json"
 _ROWS_LOOKED_AT = 10
-_SPLIT = re.compile(r"(train|validation|valid|val|dev|test|eval)(?![a-z])")
+_SPLIT = re.compile(r"(?<![a-z])(train|validation|valid|val|dev|test|eval)(?![a-z])")
 
 
 def blocks(path: str | Path) -> Iterator[Block]:
@@ -69,7 +69,7 @@ def source_fingerprint(path: str | Path) -> str:
     if _layout(path).kind == "document ids":
         read = read + _corpus_files(path)
     if len(read) == 1 and not path.is_dir():
-        return _hash_of_file(path)
+        return hash_of_file(path)
     folder = path if path.is_dir() else path.parent
     return _hash_of_all([(str(one.relative_to(folder)), one) for one in read])
 
@@ -109,8 +109,8 @@ def _is_data(path: Path) -> bool:
 
 
 def _split(path: Path) -> str:
-    """The split that a file's name begins with, if it does."""
-    match = _SPLIT.match(path.name)
+    """The split that a file's name has as a word, if it does."""
+    match = _SPLIT.search(path.name.lower())
     return match[1] if match else ""
 
 
@@ -204,10 +204,11 @@ def _load(path: str | Path) -> datasets.Dataset:
         raise DataError(f"{path}: not hf:NAME, hf:NAME:CONFIG or hf:NAME:CONFIG:SPLIT")
     try:
         if str(path).startswith(_HUB):
-            loaded = datasets.load_dataset(name, config or None)
+            loaded = datasets.load_dataset(name, config or None, keep_in_memory=False)
         else:
-            loaded = datasets.load_from_disk(str(path))
-    except (OSError, ValueError, datasets.exceptions.DatasetsError, pyarrow.ArrowException) as error:
+            loaded = datasets.load_from_disk(str(path), keep_in_memory=False)
+    # It says with a RuntimeError that it runs no scripts.
+    except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError, pyarrow.ArrowException) as error:
         raise DataError(f"cannot load {path} with datasets: {error}") from error
     if isinstance(loaded, datasets.Dataset):
         return loaded
@@ -218,15 +219,5 @@ def _load(path: str | Path) -> datasets.Dataset:
 
 
 def _hash_of_all(named: Sequence[tuple[str, Path]]) -> str:
-    text = "".join(f"{name}\0{_hash_of_file(path)}\n" for name, path in named)
+    text = "".join(f"{name}\0{hash_of_file(path)}\n" for name, path in named)
     return hashlib.sha256(text.encode()).hexdigest()
-
-
-def _hash_of_file(path: Path) -> str:
-    try:
-        with path.open("rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()
-    except FileNotFoundError as error:
-        raise DataError(f"no data file at {path}") from error
-    except OSError as error:
-        raise DataError(f"cannot read {path}: {error}") from error

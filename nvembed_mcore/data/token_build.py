@@ -14,7 +14,6 @@ import shutil
 import time
 import uuid
 from collections.abc import Iterator
-from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, dataclass, field, fields
 from itertools import chain, groupby
 from pathlib import Path
@@ -29,14 +28,12 @@ from nvembed_mcore.data.files import Block
 from nvembed_mcore.data.prompts import EncodedTexts, encode_texts, prompt_tokens
 from nvembed_mcore.data.records import Parsed, Record, parse_block
 from nvembed_mcore.data.sources import blocks, source_fingerprint
-from nvembed_mcore.data.workers import num_cores, ordered_map
+from nvembed_mcore.data.workers import ordered_map
 
 _LOG = logging.getLogger(__name__)
 # A batch of rows ends at the first of these: Arrow's 32-bit offsets and the memory of a worker stay small.
 _BATCH_RECORDS = 8192
 _BATCH_CHARACTERS = 1 << 22
-_MOST_PROCESSES = 32
-"""More workers would wait for the one process that reads and writes, and each holds blocks in its memory."""
 _PROGRESS_SECONDS = 10.0
 
 _TOKENS = pyarrow.list_(pyarrow.int32())
@@ -111,7 +108,7 @@ def write_store(
     Args:
         identity: what names the store; `data` is the source's `source_fingerprint`.
         max_bad_records: so many bad lines are left out.
-        processes: workers; None: one a core.
+        processes: workers; None: one a core, 32 at most.
 
     Raises:
         DataError: as `TokenStore.build`.
@@ -207,14 +204,8 @@ class _Build:
         return {"rejected": {"records": len(self.bad_lines), "lines": lines}}
 
     def _tokenised(self, encoder: Encoder, processes: int | None) -> Iterator[_Tokenised]:
-        processes = min(num_cores(), _MOST_PROCESSES) if processes is None else processes
-        how = dict(processes=processes, start=_start_worker, start_arguments=(encoder, os.getpid()))
-        try:
-            yield from ordered_map(_tokenise, blocks(self.source), **how)
-        except BrokenProcessPool as error:
-            raise DataError(
-                f"{self.source}: a process that tokenised it was ended from outside (out of memory?)"
-            ) from error
+        how = dict(processes=processes, start=_start_worker, start_arguments=(encoder, os.getpid()), what=self.source)
+        return ordered_map(_tokenise, blocks(self.source), **how)
 
     def _with_progress(self, blocks_done: Iterator[_Tokenised]) -> Iterator[_Tokenised]:
         begin = shown = time.monotonic()

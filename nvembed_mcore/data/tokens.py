@@ -104,7 +104,7 @@ class TokenStore:
             max_query_tokens, max_document_tokens: limits with prompt and special tokens; longer texts are cut.
             cache_dir: where stores live.
             max_bad_records: so many records that validation rejects are left out.
-            processes: workers for data of more than a few megabytes; None: one a core.
+            processes: workers for data of more than a few megabytes; None: one a core, 32 at most.
 
         Raises:
             DataError: the data file is missing, empty, bad (as `read_records`) or changed while it was read, a

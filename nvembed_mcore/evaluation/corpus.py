@@ -22,7 +22,7 @@ import numpy as np
 import pyarrow
 
 from nvembed_mcore.data.faults import DataError, Fault, Problems, document_text, required_text
-from nvembed_mcore.data.files import blocks, kind_of_file, line_blocks, numbered_lines, rows
+from nvembed_mcore.data.files import blocks, hash_of_file, kind_of_file, line_blocks, numbered_lines, rows
 
 _LOG = logging.getLogger(__name__)
 _FORMAT = 1
@@ -93,7 +93,7 @@ class Corpus:
                 `folder` holds other texts.
         """
         source, folder = Path(source), Path(folder)
-        identity = {"format": _FORMAT, "kind": kind_of_file(source), "sha256": _file_hash(source)}
+        identity = {"format": _FORMAT, "kind": kind_of_file(source), "sha256": hash_of_file(source)}
         description = folder / "texts.json"
         if description.is_file():
             found = read_json(description)
@@ -265,17 +265,6 @@ def _lines(source: Path, problems: Problems) -> Iterator[tuple[int, str, str]]:
             yield number, str(number), text
         else:
             problems.add(number, 1, "the text is empty")
-
-
-def _file_hash(path: Path) -> str:
-    digest = hashlib.sha256()
-    try:
-        with open(path, "rb") as file:
-            while block := file.read(1 << 22):
-                digest.update(block)
-    except OSError as error:
-        raise DataError(f"cannot read {path}: {error.strerror}") from error
-    return digest.hexdigest()
 
 
 def read_json(file: Path) -> dict[str, Any]:

@@ -160,6 +160,13 @@ def test_ids_that_clash_between_sets(tmp_path):
     assert not check(*paths[1:]).together.warnings, "texts without ids clash with none"
 
 
+def test_examples_hold_no_commands_for_a_terminal(tmp_path):
+    text = "red\x1b[31m \u200d\x9b2J\n end"
+    path = write(tmp_path / "a.jsonl", [{"query": text, "pos": ["p"]}, {"query": text, "pos": ["q"]}])
+    (warning,) = check(path).sets[0].warnings
+    assert warning.examples[0].texts == ["red\ufffd[31m \u200d\ufffd2J end"]
+
+
 def test_names_in_tables(tmp_path):
     (tmp_path / "more").mkdir()
     paths = [write(tmp_path / name, [{"query": "a", "pos": ["b"]}]) for name in ("[b]x.jsonl", "more/x.jsonl")]

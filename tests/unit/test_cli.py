@@ -170,6 +170,12 @@ def test_missing_inputs(capsys, inputs, tmp_path, field, words):
     assert_names(message, *words)
 
 
+def test_a_missing_test_set_is_found_before_anything_is_tokenised(capsys, inputs, tmp_path):
+    changes = {"eval.path": str(tmp_path / "none"), "data.cache_dir": str(tmp_path / "cache")}
+    assert_names(train_message(capsys, inputs, tmp_path / "run", changes), "no BEIR folder")
+    assert not (tmp_path / "cache").exists()
+
+
 def test_missing_start(capsys, inputs, tmp_path):
     changes = {"model.config": None, "model.init_from": str(tmp_path / "stage1")}
     assert_names(train_message(capsys, inputs, tmp_path / "run", changes), "model.init_from", "stage1")

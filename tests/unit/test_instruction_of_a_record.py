@@ -1,10 +1,12 @@
 """A record may have an instruction of its own: from the file to the tokens and the pooled positions."""
 
 import json
+from collections import Counter
 
 import pytest
 
 from nvembed_mcore.config import DatasetConfig
+from nvembed_mcore.data.check.sets import check_sets
 from nvembed_mcore.data.decontaminate import decontaminate
 from nvembed_mcore.data.prompts import encode_texts, prompt_tokens
 from nvembed_mcore.data.records import DataError, read_records
@@ -65,6 +67,21 @@ def test_refusals(tmp_path, tokenizer_dir):
         f"{path}:2: the instruction 'a b c d e f g h i j' takes 17 tokens, and with one token of text and </s> more "
         "than the limit of 16"
     )
+
+
+def test_the_check_measures_it(path, tmp_path, tokenizer_dir):
+    """Lengths are those of the store, and what the store refuses is refused with the same words."""
+    config, limits = DatasetConfig(path=str(path), instruction="Find it"), {"max_document_tokens": 32}
+    report = check_sets([config], tokenizer=str(tokenizer_dir), max_query_tokens=32, **limits)
+    limits["cache_dir"] = tmp_path / "cache"
+    tokenizer = load_tokenizer(tokenizer_dir)
+    store = TokenStore.build(config, tokenizer, max_query_tokens=32, **limits)
+    assert report.sets[0].lengths["query"].counts == Counter(store.query_lengths().tolist())
+    assert report.refusals == []
+    report = check_sets([config], tokenizer=str(tokenizer_dir), max_query_tokens=12, max_document_tokens=32)
+    with pytest.raises(DataError) as caught:
+        TokenStore.build(config, tokenizer, max_query_tokens=12, **limits)
+    assert report.refusals == [str(caught.value)]
 
 
 def test_decontamination_keeps_it(path, tmp_path):

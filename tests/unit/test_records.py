@@ -16,11 +16,18 @@ from nvembed_mcore.data.records import (
     Tally,
     content_id,
     read_records,
-    validate,
     write_records,
 )
 
 GOOD = {"query": "q", "pos": ["p"], "neg": ["n"]}
+
+
+def validate(path) -> Tally:
+    """Read a whole file of records and count what is in it."""
+    tally = Tally()
+    for _ in read_records(path, tally):
+        pass
+    return tally
 
 
 def write(path, *lines):

@@ -190,6 +190,10 @@ CASES = {
         *("dpr", [], "a.json", "[{} {}]"),
         "TMP/a.json[0]: not JSON: a comma or ] must stand behind the item",
     ),
+    "list behind a list": (
+        *("dpr", [], "a.json", "[{}]\n[{}]"),
+        "TMP/a.json[1]: not JSON: there is more behind the list",
+    ),
     "list that ends early": (*("dpr", [], "a.json", "[{},"), "TMP/a.json[1]: not JSON: Expecting value"),
     "list that is no UTF-8": (
         *("dpr", [], "a.json", b'[{"a": "\xff"}]'),
@@ -244,6 +248,10 @@ CASES = {
     "hotpot without facts": (
         *("hotpotqa", [], "a.jsonl", lines({"question": Q})),
         one_bad("a.jsonl:1:1", "supporting_facts is missing"),
+    ),
+    "hotpot facts of other paragraphs": (
+        *("hotpotqa", [], "a.jsonl", lines({**HOTPOT, "supporting_facts": [["gone", 0]]})),
+        "TMP/a.jsonl: none of 1 rows gives a record:\n  1: no paragraph of the supporting facts",
     ),
     "hotpot couple": (
         *("hotpotqa", [], "a.jsonl", lines({**HOTPOT, "context": [["A"]]})),
@@ -349,6 +357,7 @@ def test_output_exists(tmp_path, capsys):
     write(tmp_path / "b.jsonl", '["c", "d"]\n')
     message = "TMP/b.jsonl exists; it is the file to write, and only --overwrite replaces it"
     assert refusal(tmp_path, capsys, "data", "convert", "pairs", "TMP/a.jsonl", "TMP/b.jsonl") == message
+    assert refusal(tmp_path, capsys, "data", "prompts", "write", "TMP/a.jsonl", "TMP/b.jsonl") == message
     assert (tmp_path / "b.jsonl").read_text() == '["c", "d"]\n'
 
 

@@ -38,7 +38,7 @@ def refusal(tmp_path, work) -> str:
 @pytest.mark.parametrize(
     ("name", "content", "expected"),
     [
-        ("none.txt", None, "cannot read TMP/none.txt: No such file or directory"),
+        ("none.txt", None, "no data file at TMP/none.txt"),
         ("a.txt", b"", "TMP/a.txt holds no texts"),
         ("a.txt", b"one\n \n", "TMP/a.txt has 1 bad line:\n  TMP/a.txt:2:1: the text is empty"),
         (

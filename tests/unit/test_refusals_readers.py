@@ -38,6 +38,11 @@ REFUSALS = {
         "x",
         "{path}/x holds files of several kinds (a.csv, b.jsonl.gz): name one file, or a folder of one of them",
     ),
+    "splits behind a name": (
+        {"x/a-Train.csv": "query,pos\n", "x/a-test.csv": "query,pos\n"},
+        "x",
+        "{path}/x holds files of several splits (a-Train.csv, a-test.csv): name one file, or a folder of one of them",
+    ),
     "splits": (
         {"x/train-0.csv": "", "x/train-1.csv": "", "x/test.csv": ""},
         "x",
@@ -47,6 +52,25 @@ REFUSALS = {
         BEIR,
         "",
         "no data file at {path}/qrels/train.tsv: a BEIR folder is trained on by its training judgements",
+    ),
+    "judgements of other documents": (
+        BEIR | {"qrels/train.tsv": "q\tgone\t1\nq\tlost\t0\n"},
+        "",
+        "none of the 2 documents that {path}/qrels judges is in {path}/corpus.jsonl",
+    ),
+    "judgements that are none": (
+        BEIR | {"qrels/train.tsv": "query-id\tcorpus-id\tscore\nq d 1\np\td\t1\nq\td\t1.0\n"},
+        "",
+        "{path}/qrels/train.tsv has 3 bad lines:\n"
+        "  {path}/qrels/train.tsv:2:1: 1 columns, not query-id, corpus-id and score with tabs between\n"
+        "  {path}/qrels/train.tsv:3:1: query 'p' is not in queries.jsonl\n"
+        "  {path}/qrels/train.tsv:4:5: the score must be a whole number, got '1.0'",
+    ),
+    "nested too deeply": (
+        {"a.jsonl": GOOD + "[" * 100_000},
+        "a.jsonl",
+        BAD_LINE % ("jsonl", "jsonl")
+        + "2:1: not usable JSON: maximum recursion depth exceeded while decoding a JSON array from a unicode string",
     ),
     "no corpus": (
         {"x/train.jsonl": V2},
@@ -122,6 +146,12 @@ REFUSALS = {
         "a.csv",
         BAD_LINE % ("csv", "csv") + "2:3: pos: the quote that opens this cell is not closed",
     ),
+    "quote and columns": (
+        {"a.csv": 'query,pos\n"q,p\nq,p\n'},
+        "a.csv",
+        BAD_LINE % ("csv", "csv") + "2:1: 1 cells, where the header has 2 columns; "
+        "the quote that opens the last one is not closed",
+    ),
     "behind a quote": (
         {"a.csv": 'query,pos\nq,"a\nb" c\n'},
         "a.csv",
@@ -190,6 +220,14 @@ def test_a_quote_that_nobody_closes_is_not_read_to_the_end(tmp_path, monkeypatch
     assert refusal(path) == message
 
 
+def test_a_line_that_does_not_end_is_not_read_to_the_end(tmp_path, monkeypatch):
+    monkeypatch.setattr(files, "BLOCK_BYTES", 10)
+    monkeypatch.setattr(files, "_LONGEST_LINE", 50)
+    path = tmp_path / "a.jsonl"
+    path.write_text('{"query": "q", "pos": ["p"]}\n' + "[" * 1000)
+    assert refusal(path) == f"{path}:2:1: a line of more than 50 bytes"
+
+
 @pytest.fixture
 def saved(tmp_path, monkeypatch):
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
@@ -219,6 +257,9 @@ def test_refusals_of_what_datasets_loads(saved, name, message):
 def test_names_that_datasets_cannot_load(tmp_path):
     """The reason is the library's own; a split of a local folder is ours."""
     assert refusal(f"hf:{tmp_path}/none").startswith(f"cannot load hf:{tmp_path}/none with datasets: ")
+    (tmp_path / "script").mkdir()
+    (tmp_path / "script" / "script.py").write_text("raise SystemExit('it was run')\n")
+    assert refusal(f"hf:{tmp_path}/script").startswith(f"cannot load hf:{tmp_path}/script with datasets: ")
     (tmp_path / "state.json").write_text("{}")
     assert refusal(tmp_path).startswith(f"cannot load {tmp_path} with datasets: ")
 

@@ -157,6 +157,20 @@ def test_large_rows_of_parquet_make_small_blocks(tmp_path, monkeypatch):
     assert parsed(path) == whole and len(list(blocks(path))) > 10
 
 
+def test_a_large_row_group_is_not_read_at_once(tmp_path, monkeypatch):
+    monkeypatch.setattr(files, "BLOCK_ROWS", 256)
+    rng = random.Random(0)
+    texts = [f"{rng.getrandbits(4000):x}" for _ in range(20_000)]
+    table = pyarrow.table({"query": texts, "pos": [[text] for text in texts]})
+    pyarrow.parquet.write_table(table, tmp_path / "a.parquet", row_group_size=len(texts), compression="none")
+    size = table.nbytes
+    del table
+    pool = pyarrow.default_memory_pool()
+    before = pool.bytes_allocated()
+    taken = [pool.bytes_allocated() - before for _ in blocks(tmp_path / "a.parquet")]
+    assert len(taken) == 79 and max(taken) < size / 3
+
+
 def test_a_folder_is_one_data_set(tmp_path):
     folder = tmp_path / "set"
     write(folder / "part-1.jsonl.gz", gzip.compress(lines(*ROWS[1:2])))
@@ -312,3 +326,13 @@ def test_fingerprints(tmp_path, beir, cache):
     for copy in ("here", "there"):
         write(tmp_path / copy / "train.jsonl", lines(*ROWS))
     assert source_fingerprint(f"hf:{tmp_path}/here") == source_fingerprint(f"hf:{tmp_path}/there")
+
+
+def test_fingerprints_of_what_datasets_may_keep_in_memory(tmp_path, cache, monkeypatch):
+    """Sets in memory have no files to hash, so they are not kept there."""
+    monkeypatch.setattr(datasets.config, "IN_MEMORY_MAX_SIZE", 1 << 30)
+    for number in range(2):
+        datasets.Dataset.from_list(ROWS[number : number + 1]).save_to_disk(tmp_path / f"saved{number}")
+        write(tmp_path / f"folder{number}" / "train.jsonl", lines(*ROWS[number : number + 1]))
+    for name in (f"{tmp_path}/saved", f"hf:{tmp_path}/folder"):
+        assert source_fingerprint(f"{name}0") != source_fingerprint(f"{name}1")

@@ -225,6 +225,11 @@ ANSWER = {"id": "brainstorm/short-long/0", "answer": '["Find x"]'}
         ("choices.json", "[]", ANSWER, "TMP/own/choices.json does not hold one JSON object"),
         ("choices.json", None, ANSWER, "no data file at TMP/own/choices.json"),
         (
+            *("choices.json", "[" * 100_000, ANSWER),
+            "TMP/own/choices.json is not usable JSON: maximum recursion depth exceeded while decoding a JSON "
+            "array from a unicode string",
+        ),
+        (
             *("long_short.txt", "", {**ANSWER, "id": "short-long/12ab/0"}),
             "1 bad row in TMP/answers.jsonl:\n  TMP/answers.jsonl:1:8: "
             "id must be that of a prompt of step one, got 'short-long/12ab/0'",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
@@ -15,6 +16,7 @@ from nvembed_mcore.data.sources import blocks
 
 LONGEST = 160
 """Characters of a text that are shown."""
+_CONTROLS = re.compile(r"[\x00-\x1f\x7f-\x9f]")
 
 
 @dataclass(slots=True)
@@ -127,6 +129,6 @@ def _shown(
 
 
 def shortened(text: str) -> str:
-    """A text on one line, its beginning if it is long."""
-    line = " ".join(text.split())
+    """A text on one line, its beginning if it is long; without what a terminal would take for commands."""
+    line = _CONTROLS.sub("\ufffd", " ".join(text.split()))
     return line if len(line) <= LONGEST else f"{line[: LONGEST - 1]}…"

@@ -80,14 +80,14 @@ def read_evaluation(path: str, processes: int | None) -> EvaluationSet:
     of the corpus with their title and without), or records (positives and negatives are documents).
 
     Raises:
-        DataError: a file is missing, has a bad line or no texts.
+        DataError: a file is missing, has a bad line or no texts, or a worker was ended from outside.
     """
     judged = _judged_queries(Path(path))
     hashes: dict[str, list[np.ndarray]] = {kind: [] for kind in KINDS}
     places: dict[str, list[np.ndarray]] = {kind: [] for kind in KINDS}
     names: list[str] = []
-    start = {"processes": processes, "start": _start, "start_arguments": (judged,)}
-    for name, found in ordered_map(_scan, _reads(path), **start):
+    how = {"processes": processes, "start": _start, "start_arguments": (judged,), "what": path}
+    for name, found in ordered_map(_scan, _reads(path), **how):
         if name not in names:
             names.append(name)
         for kind, (some, lines) in found.items():

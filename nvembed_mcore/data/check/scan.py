@@ -12,6 +12,7 @@ import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from itertools import chain
+from typing import Any
 
 import numpy as np
 
@@ -92,19 +93,19 @@ class Scanner:
         self,
         datasets: Sequence[DatasetConfig],
         tokenizer: BareTokenizer | None,
-        query_limit: int,
+        max_query_tokens: int,
         known: Sequence[Known],
     ) -> None:
         """
         Args:
             datasets: instructions are theirs, where a record has none of its own.
             tokenizer: None: lengths are in characters, without prompts.
-            query_limit: tokens that a query may have, in which a record's own instruction must leave room.
+            max_query_tokens: limit under which a record's own instruction must leave room.
             known: the evaluation sets.
         """
         self._datasets = datasets
         self._tokenizer = tokenizer
-        self._query_limit = query_limit
+        self._max_query_tokens = max_query_tokens
         self._known = known
 
     def scan(self, dataset: int, block: Block) -> Facts:
@@ -127,38 +128,35 @@ class Scanner:
         )
         texts["query"] = [record.query for record in records]
         try:
-            facts.lengths = {name: self._lengths(dataset, name, texts[name], records) for name in FIELDS}
+            lengths = self._lengths(dataset, records, texts)
+            facts.lengths = {name: np.unique(some, return_counts=True) for name, some in lengths.items()}
         except ValueError as error:  # the tokenizer cannot keep the prompt apart: the token store refuses too
             facts.error = f"{block.path}: {error}"
-        facts.error = facts.error or self._without_room(parsed)
+        facts.error = facts.error or self._instruction_without_room(parsed)
         if self._known and records:
             facts.hits = self._hits(facts, texts)
         return facts
 
-    def _lengths(
-        self, dataset: int, name: str, texts: list[str], records: list[Record]
-    ) -> tuple[np.ndarray, np.ndarray]:
-        """Distinct lengths of one field's texts before they are cut, and how often each is there."""
+    def _lengths(self, dataset: int, records: list[Record], texts: dict[str, list[str]]) -> dict[str, np.ndarray]:
+        """Length of each text of each field before it is cut."""
         if self._tokenizer is None:
-            return np.unique(np.fromiter(map(len, texts), np.int64, len(texts)), return_counts=True)
+            return {name: np.fromiter(map(len, some), np.int64, len(some)) for name, some in texts.items()}
         config = self._datasets[dataset]
         of_documents = config.instruction if config.instructs_documents else ""
         encoder = Encoder(self._tokenizer, config.instruction, of_documents, _UNCUT, _UNCUT)
-        encoded = encoder.queries(records) if name == "query" else [encoder.documents(texts)]
-        lengths = np.concatenate([np.empty(0, np.int64), *(some.lengths for some in encoded)])
-        return np.unique(lengths, return_counts=True)
+        queries = [some.lengths for some in encoder.queries(records)]
+        lengths = {name: encoder.documents(texts[name]).lengths for name in ("pos", "neg")}
+        return {"query": np.concatenate(queries or [np.empty(0, np.int32)]), **lengths}
 
-    def _without_room(self, parsed: Parsed) -> str:
-        """Where a record's own instruction leaves no room for its query, and why; empty where none does."""
-        if self._tokenizer is None:
-            return ""
-        lines: dict[str, int] = {}
-        for record, line in zip(parsed.records, parsed.lines, strict=True):
-            if record.instruction is not None:
-                lines.setdefault(record.instruction, line)
-        for instruction, line in lines.items():
+    def _instruction_without_room(self, parsed: Parsed) -> str:
+        """Why the token store would refuse the instruction that a record has of its own; empty if it would not."""
+        own: dict[str, int] = {}
+        for line, record in zip(parsed.lines, parsed.records, strict=True):
+            if record.instruction:
+                own.setdefault(record.instruction, line)
+        for instruction, line in own.items() if self._tokenizer else ():
             try:
-                check_room(self._tokenizer, instruction, self._query_limit)
+                check_room(self._tokenizer, instruction, self._max_query_tokens)
             except ValueError as error:
                 return f"{parsed.path}:{line}: {error}"
         return ""
@@ -187,12 +185,10 @@ class Scanner:
 _SCANNER: Scanner | None = None
 
 
-def start(
-    datasets: Sequence[DatasetConfig], tokenizer: BareTokenizer | None, query_limit: int, known: Sequence[Known]
-) -> None:
-    """Make this process's scanner."""
+def start(*arguments: Any) -> None:
+    """Make this process's scanner; `arguments` are those of `Scanner`."""
     global _SCANNER
-    _SCANNER = Scanner(datasets, tokenizer, query_limit, known)
+    _SCANNER = Scanner(*arguments)
 
 
 def scan(item: tuple[int, Block]) -> Facts:

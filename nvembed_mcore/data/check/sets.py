@@ -4,10 +4,8 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, field
 from itertools import combinations
-from typing import Any
 
 import numpy as np
 
@@ -84,7 +82,7 @@ def check_sets(
         max_query_tokens, max_document_tokens: limits with prompt and special tokens.
         max_bad_records: so many bad lines of a set are skipped.
         against: BEIR folders or files of records whose texts must not be in the data sets.
-        processes: workers; None: one a core. The report does not depend on it.
+        processes: workers; None: one a core, 32 at most. The report does not depend on it.
 
     Raises:
         DataError: an evaluation set cannot be read, or a worker was ended from outside.
@@ -104,22 +102,14 @@ def check_sets(
     if bare is not None:
         _check_rooms(gathered, bare, max_query_tokens, max_document_tokens)
     checked: list[_Checked] = []
-    arguments = (datasets, bare, max_query_tokens, [one.known for one in evaluation])
-    for facts in _scanned(gathered, arguments, processes):
+    scanner = (datasets, bare, max_query_tokens, [one.known for one in evaluation])
+    for facts in ordered_map(scan, _blocks(gathered), processes=processes, start=start, start_arguments=scanner):
         while len(checked) < facts.dataset:
             checked.append(_checked(gathered, len(checked), evaluation, limits if tokenizer else {}))
         gathered[facts.dataset].add(facts)
     while len(checked) < len(datasets):
         checked.append(_checked(gathered, len(checked), evaluation, limits if tokenizer else {}))
     return _report("tokens" if tokenizer else "characters", checked)
-
-
-def _scanned(gathered: Sequence[_Gathered], arguments: tuple[Any, ...], processes: int | None) -> Iterator[Facts]:
-    """What the blocks of all sets hold, in order; `arguments` are those of `start`."""
-    try:
-        yield from ordered_map(scan, _blocks(gathered), processes=processes, start=start, start_arguments=arguments)
-    except BrokenProcessPool as error:
-        raise DataError("a process that read the data was ended from outside (out of memory?)") from error
 
 
 def _blocks(gathered: Sequence[_Gathered]) -> Iterator[tuple[int, Block]]:

@@ -8,7 +8,6 @@ from typing import Any
 
 from nvembed_mcore.data.convert import pairs, questions, synthetic, tasks
 from nvembed_mcore.data.convert.intake import Counts, Draft, Intake, check_output
-from nvembed_mcore.data.faults import DataError
 from nvembed_mcore.data.records import write_records
 
 LAYOUTS: dict[str, Callable[..., Iterator[Draft]]] = {
@@ -55,9 +54,7 @@ def convert(
         DataError: `output` exists or is not named `.jsonl`, or a source cannot be read, has more bad rows than
             allowed, or gives no record.
     """
-    check_output(output)
-    if Path(output).exists() and not overwrite:
-        raise DataError(f"{output} exists; it is the file to write, and only --overwrite replaces it")
+    check_output(output, overwrite=overwrite)
     intake = Intake(sources, max_bad_records, seed)
     write_records(output, intake.records(LAYOUTS[layout](intake, **options), sample))
     return intake.counts

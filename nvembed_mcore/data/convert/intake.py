@@ -215,14 +215,20 @@ class Intake:
         }
 
 
-def check_output(path: str | Path) -> None:
-    """Whether a file of records may have this name.
+def check_output(path: str | Path, *, overwrite: bool = True) -> None:
+    """Whether a file of records may be written under this name.
+
+    Args:
+        path: of the file.
+        overwrite: replace a file that is there. One behind a list of sources may be the last of them.
 
     Raises:
-        DataError: it says another format than the one that is written.
+        DataError: the name says another format than the one that is written, or the file is there.
     """
     if not str(path).endswith(".jsonl"):
         raise DataError(f"{path}: records are written as JSON Lines, so the name must end in .jsonl")
+    if not overwrite and Path(path).exists():
+        raise DataError(f"{path} exists; it is the file to write, and only --overwrite replaces it")
 
 
 def text_of(row: dict[str, Any], name: str) -> str:

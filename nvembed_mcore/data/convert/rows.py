@@ -153,3 +153,8 @@ def _streamed(stream: IO[str]) -> Iterator[Any]:
             continue
         yield value
         at = end if text[end] == "]" else _SPACES.match(text, end + 1).end()
+    behind = text[at + 1 :]
+    while behind and not behind.strip():
+        behind = stream.read(_CHUNK)
+    if behind:
+        raise ValueError("there is more behind the list")

@@ -126,6 +126,7 @@ def write(
     seed: int = 0,
     templates: str | Path = TEMPLATES,
     max_bad_records: int = 0,
+    overwrite: bool = False,
 ) -> dict[str, int]:
     """Write the prompts of step two, `per_task` for each task that answers to step one hold.
 
@@ -139,14 +140,15 @@ def write(
         seed: decides what is drawn, together with the task.
         templates: folder of templates.
         max_bad_records: so many rows that are no answers are left out.
+        overwrite: replace `output`. Where it exists, a file of answers may have been taken for it.
 
     Returns:
         Figures under the names that a user reads.
 
     Raises:
-        DataError: a file cannot be read, or no answer holds a task.
+        DataError: a file cannot be read, no answer holds a task, or `output` exists or is not named `.jsonl`.
     """
-    check_output(output)
+    check_output(output, overwrite=overwrite)
     source, intake = _Templates(Path(templates)), Intake(answers, max_bad_records)
     tasks: dict[tuple[str, str], str] = {}
     for shape, found in intake.rows(_tasks_of):
