@@ -47,8 +47,7 @@ def train(config: RunConfig) -> None:
     first_rank_does(lambda: _prepare_run_dir(config))
     setup_logging(groups.rank, Path(config.run_dir) / "logs")
     hf_config = read_architecture(config.model)
-    data = open_data(config)
-    _check_vocabulary(config, hf_config, data)
+    data = open_data(config, hf_config)
     chunks = build_model(config, hf_config, groups)
     optimizer = build_optimizer(config.optim, chunks)
     facts = _facts(config, hf_config, data, groups)
@@ -98,12 +97,11 @@ def _is_due(step: int, every: int, last: int) -> bool:
 
 @dataclasses.dataclass(frozen=True)
 class _Data:
-    """What a run reads: batches by step, the test set if any, and the tokenizer's fingerprint and number of ids."""
+    """What a run reads: batches by step, the test set if any, and the tokenizer's fingerprint."""
 
     source: BatchSource
     evaluation: RetrievalEvaluation | None
     tokenizer: str
-    num_ids: int
 
 
 def _prepare_run_dir(config: RunConfig) -> None:
@@ -130,17 +128,14 @@ def _plain(config: RunConfig) -> dict[str, Any]:
     return tree
 
 
-def _check_vocabulary(config: RunConfig, hf_config: MistralConfig, data: _Data) -> None:
-    if data.num_ids > hf_config.vocab_size:
-        raise ConfigError(
-            f"the tokenizer {config.data.tokenizer} has {data.num_ids} ids, the model's vocab_size is "
-            f"{hf_config.vocab_size}"
-        )
-
-
-def open_data(config: RunConfig) -> _Data:
+def open_data(config: RunConfig, hf_config: MistralConfig) -> _Data:
     """Tokenise what is not yet tokenised (rank 0), then open it on every rank."""
     tokenizer = load_tokenizer(config.data.tokenizer)
+    if len(tokenizer) > hf_config.vocab_size:
+        raise ConfigError(
+            f"the tokenizer {config.data.tokenizer} has {len(tokenizer)} ids, the model's vocab_size is "
+            f"{hf_config.vocab_size}"
+        )
     how = dict(
         max_query_tokens=config.data.max_query_tokens,
         max_document_tokens=config.data.max_document_tokens,
@@ -155,7 +150,7 @@ def open_data(config: RunConfig) -> _Data:
     evaluation = RetrievalEvaluation(config.eval, config.data, tokenizer) if config.eval.path else None
     stores = [TokenStore.open(folder) for folder in first_rank_does(build)]
     source = BatchSource(config.data, stores, batch_size=config.batch_size, seed=config.seed, stage=config.stage)
-    return _Data(source, evaluation, tokenizer_fingerprint(tokenizer), len(tokenizer))
+    return _Data(source, evaluation, tokenizer_fingerprint(tokenizer))
 
 
 def _facts(config: RunConfig, hf_config: MistralConfig, data: _Data, groups: Groups) -> dict[str, Any]:

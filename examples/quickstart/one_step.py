@@ -36,7 +36,7 @@ def main() -> None:
     config = _read(arguments.config, ParallelConfig(tp=arguments.tp, pp=arguments.pp))
     groups = initialize(config.parallel)
     hf_config = read_architecture(config.model)
-    data = train.open_data(config)
+    data = train.open_data(config, hf_config)
     chunks = build_model(config, hf_config, groups)
     step = ContrastiveStep(
         chunks, build_optimizer(config.optim, chunks), groups, step=config.step, loss=config.loss, seed=config.seed

@@ -16,7 +16,7 @@ _TEXTS = (
     "a line"
 )
 
-_LINE_EVERY_SECONDS = 30.0
+LINE_EVERY_SECONDS = 30.0
 
 
 def add(commands: argparse._SubParsersAction) -> None:
@@ -118,7 +118,7 @@ class _Bar:
     def update(self, done: int, total: int, tokens_per_second: float) -> None:
         rate = f"{tokens_per_second:,.0f} tokens/s"
         self._progress.update(self._task, completed=done, total=total, rate=rate)
-        if not self._is_terminal and time.monotonic() - self._printed_at >= _LINE_EVERY_SECONDS:
+        if not self._is_terminal and time.monotonic() - self._printed_at >= LINE_EVERY_SECONDS:
             print(f"{done} of {total} texts, {rate}", file=sys.stderr, flush=True)
             self._printed_at = time.monotonic()
 

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import argparse
+import sys
+import time
 
-from nvembed_mcore.cli.encode import add_embedder, is_first_rank, open_named
+from nvembed_mcore.cli.encode import LINE_EVERY_SECONDS, add_embedder, is_first_rank, open_named
 
 _METHODS = """\
 what a negative must score below: topk-percpos: --percent of the positive's score (default); topk-marginpos: the
@@ -114,11 +116,16 @@ def _mine_and_show(arguments: argparse.Namespace, mining) -> None:
     console = Console(stderr=True)
     with Progress(console=console, transient=True, disable=not console.is_terminal) as progress:
         tasks: dict[str, int] = {}
+        printed_at = time.monotonic()
 
         def show(what: str, done: int, total: int) -> None:
+            nonlocal printed_at
             if what not in tasks:
                 tasks[what] = progress.add_task(what, total=total)
             progress.update(tasks[what], completed=done)
+            if not console.is_terminal and time.monotonic() - printed_at >= LINE_EVERY_SECONDS:
+                print(f"{what}: {done} of {total}", file=sys.stderr, flush=True)
+                printed_at = time.monotonic()
 
         figures = mine(lambda: open_named(arguments), mining, show)
     for name, figure in summary(figures):

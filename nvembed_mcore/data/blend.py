@@ -71,6 +71,7 @@ class Blend:
         fingerprint: names the data; other data have another order.
         temperature: of the shares by size; 1 is by size, large is the same for each.
         one_dataset_batches: whether all samples of a step come from one data set.
+        names: how messages call the data sets; None: by their numbers.
 
     Raises:
         ValueError: no data set, an empty one, a weight that is not a positive number, or a batch so large that it
@@ -88,8 +89,10 @@ class Blend:
         *,
         temperature: float = 1.0,
         one_dataset_batches: bool = False,
+        names: Sequence[str] | None = None,
     ) -> None:
-        _check(sizes, weights, batch_size)
+        names = [str(dataset) for dataset in range(len(sizes))] if names is None else names
+        _check(sizes, weights, batch_size, names)
         self._sizes = tuple(sizes)
         self._batch_size = batch_size
         # Samples that go down the tree together.
@@ -109,8 +112,8 @@ class Blend:
             most *= self._together
             if most > size:
                 raise ValueError(
-                    f"a batch of {batch_size} takes up to {most} records of data set {dataset}, which has {size}: "
-                    f"lower batch_size{'' if one_dataset_batches else ' or its weight'}"
+                    f"a batch of {batch_size} takes up to {most} records of data set {names[dataset]}, which has "
+                    f"{size}: lower batch_size{'' if one_dataset_batches else ' or its weight'}"
                 )
             # Records of one block come back at least `size - block + 1` draws later.
             self._blocks.append(size if most <= 1 else min(size - most + 1, -(-size // 2)))
@@ -213,14 +216,14 @@ def _next_in_circle(what: str, available: int, wanted: int, seed: int, stage: in
     return [_permuted((first + i) % available, available, key) for i in range(wanted)]
 
 
-def _check(sizes: Sequence[int], weights: Sequence[float | None], batch_size: int) -> None:
+def _check(sizes: Sequence[int], weights: Sequence[float | None], batch_size: int, names: Sequence[str]) -> None:
     if not sizes or len(sizes) != len(weights):
         raise ValueError(f"a blend needs data sets with a weight each, got {len(sizes)} sizes, {len(weights)} weights")
-    for dataset, (size, weight) in enumerate(zip(sizes, weights, strict=True)):
+    for name, size, weight in zip(names, sizes, weights, strict=True):
         if size < 1:
-            raise ValueError(f"data set {dataset} must have at least 1 record, got {size}")
+            raise ValueError(f"data set {name} must have at least 1 record, got {size}")
         if weight is not None and not (math.isfinite(weight) and weight > 0):
-            raise ValueError(f"the weight of data set {dataset} must be a number above 0, got {weight}")
+            raise ValueError(f"the weight of data set {name} must be a number above 0, got {weight}")
     if not 1 <= batch_size <= sum(sizes):
         raise ValueError(f"batch_size must be between 1 and the {sum(sizes)} records of the data, got {batch_size}")
 

@@ -80,6 +80,7 @@ def make_blend(
         fingerprint,
         temperature=config.blend_temperature,
         one_dataset_batches=config.one_dataset_batches,
+        names=[dataset.path for dataset in config.datasets],
     )
 
 

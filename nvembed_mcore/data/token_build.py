@@ -6,6 +6,8 @@ rows never spans blocks, so what is written does not depend on the number of wor
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import hashlib
 import json
 import logging
@@ -17,7 +19,7 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field, fields
 from itertools import chain, groupby
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 import pyarrow
@@ -35,6 +37,7 @@ _LOG = logging.getLogger(__name__)
 _BATCH_RECORDS = 8192
 _BATCH_CHARACTERS = 1 << 22
 _PROGRESS_SECONDS = 10.0
+_LOCK = "lock"
 
 _TOKENS = pyarrow.list_(pyarrow.int32())
 SCHEMA = pyarrow.schema(
@@ -115,10 +118,12 @@ def write_store(
     """
     _LOG.info("tokenising %s into %s", source, folder)
     folder.parent.mkdir(parents=True, exist_ok=True)
+    _remove_left_overs(folder)
     aside = folder.parent / f".{folder.name}.{uuid.uuid4().hex[:8]}"
     aside.mkdir()
     begin = time.monotonic()
     try:
+        lock = _locked(aside)
         build = _Build(source, max_bad_records)
         build.write_arrow(aside / "data.arrow", encoder, processes)
         if source_fingerprint(source) != identity["data"]:
@@ -133,6 +138,8 @@ def write_store(
             "problems": build.problems.shown,
         }
         (aside / "store.json").write_text(json.dumps(description, indent=2) + "\n", encoding="utf-8")
+        lock.close()
+        (aside / _LOCK).unlink()
         try:
             os.rename(aside, folder)
         except OSError:
@@ -142,6 +149,23 @@ def write_store(
     finally:
         shutil.rmtree(aside, ignore_errors=True)
     _log_summary(build.statistics, time.monotonic() - begin)
+
+
+def _locked(aside: Path) -> IO[str]:
+    """Lock a folder that is being written, as long as this process lives or until the file is closed."""
+    lock = (aside / f"{_LOCK}.new").open("w")
+    fcntl.flock(lock, fcntl.LOCK_EX)
+    os.rename(lock.name, aside / _LOCK)  # so nobody sees it before it is locked
+    return lock
+
+
+def _remove_left_overs(folder: Path) -> None:
+    """Remove what builds of this store wrote that were killed."""
+    for aside in folder.parent.glob(f".{folder.name}.*"):
+        # A build that goes on holds its lock, which is an OSError here; one that begins or ends has no such file.
+        with contextlib.suppress(OSError), (aside / _LOCK).open() as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            shutil.rmtree(aside, ignore_errors=True)
 
 
 def identity_hash(identity: dict[str, Any]) -> str:

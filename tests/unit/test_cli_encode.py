@@ -80,7 +80,7 @@ def test_what_is_there_is_said(capsys, export, folder, tmp_path):
 
 
 def test_a_line_now_and_then_where_there_is_no_terminal(capsys, monkeypatch, export, folder, tmp_path):
-    monkeypatch.setattr(cli, "_LINE_EVERY_SECONDS", 0.0)
+    monkeypatch.setattr(cli, "LINE_EVERY_SECONDS", 0.0)
     assert main(["encode", str(export), str(folder / "texts.txt"), str(tmp_path / "out"), "--shard-size", "4"]) == 0
     lines = [line for line in capsys.readouterr().err.splitlines() if line.endswith(" tokens/s")]
     assert [line.split(",")[0] for line in lines] == ["4 of 9 texts", "8 of 9 texts", "9 of 9 texts"]

@@ -170,3 +170,16 @@ def test_no_suspects(tmp_path, monkeypatch, capsys):
     assert main(["mine", "words", str(tmp_path / "records.jsonl"), str(tmp_path / "out"), "--method", "topk"]) == 0
     page = (tmp_path / "out" / "report.html").read_text("utf-8")
     assert "None." in page
+    assert capsys.readouterr().err == ""
+
+
+def test_a_line_now_and_then_where_there_is_no_terminal(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(command, "open_named", lambda arguments: WordEmbedder())
+    monkeypatch.setattr(command, "LINE_EVERY_SECONDS", 0.0)
+    records = [{"query": f"{word} x", "pos": [f"{word} y"], "neg": []} for word in ("alpha", "beta", "gamma")]
+    write_json_lines(tmp_path / "records.jsonl", records)
+    options = ["--method", "topk", "--shard-size", "2"]
+    assert main(["mine", "words", str(tmp_path / "records.jsonl"), str(tmp_path / "out"), *options]) == 0
+    parts = [f"{what}: {done}" for what in ("documents", "queries") for done in ("2 of 3", "3 of 3")]
+    parts += [f"{what}: {done} of 2" for what in ("searches", "choices") for done in (1, 2)]
+    assert capsys.readouterr().err.splitlines() == parts

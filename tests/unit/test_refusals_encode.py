@@ -55,7 +55,7 @@ def refusal(tmp_path, work) -> str:
         ("a.txt.gz", b"no gzip", "cannot read TMP/a.txt.gz: Not a gzipped file (b'no')"),
         (
             "a.txt.gz",
-            gzip.compress(b"some text\n")[:-9],
+            gzip.compress(b"some text\n", mtime=0)[:-9],
             "cannot read TMP/a.txt.gz: Compressed file ended before the end-of-stream marker was reached",
         ),
         ("a.jsonl", b'{"_id": "a", "text": ""}\n', "TMP/a.jsonl holds no texts"),

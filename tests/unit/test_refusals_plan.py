@@ -31,13 +31,14 @@ def dataset(**fields):
         (
             [dataset(max_records=5), dataset(path="b", max_records=5, weight=100.0)],
             {},
-            "TMP/run.yaml: a batch of 8 takes up to 8 records of data set 1, which has 5: lower batch_size or its "
+            "TMP/run.yaml: a batch of 8 takes up to 8 records of data set b, which has 5: lower batch_size or its "
             "weight",
         ),
         (
             [dataset(max_records=5), dataset(path="b", max_records=50)],
             {"one_dataset_batches": True},
-            "TMP/run.yaml: a batch of 8 takes up to 8 records of data set 0, which has 5: lower batch_size",
+            "TMP/run.yaml: a batch of 8 takes up to 8 records of data set TMP/none.jsonl, which has 5: lower "
+            "batch_size",
         ),
         ([dataset(path="TMP/broken.parquet")], {}, "cannot read TMP/broken.parquet as Parquet: "),
         ([dataset(path="TMP/beir")], {}, "no data file at TMP/beir/qrels/train.tsv"),

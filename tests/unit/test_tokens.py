@@ -1,6 +1,7 @@
 """The token store: what is in it, what names it, and what happens to a damaged or half-built one."""
 
 import dataclasses
+import fcntl
 import json
 
 import datasets
@@ -183,6 +184,7 @@ def test_an_interrupted_build_leaves_no_store(data, tokenizer, tmp_path, monkeyp
             killed = cache / f"{aside.name}-killed"  # what a killed process could not clear away
             killed.mkdir()
             (killed / "data.arrow").write_bytes(b"half")
+            (killed / "lock").touch()  # nobody holds it any more
             raise KeyboardInterrupt
         return plain(records, encoder, statistics)
 
@@ -192,7 +194,21 @@ def test_an_interrupted_build_leaves_no_store(data, tokenizer, tmp_path, monkeyp
     (left,) = cache.iterdir()
     assert left.name.startswith(".") and left.name.endswith("-killed")
     store = build(data, tokenizer, cache_dir=cache)
-    assert len(store) == len(ROWS) and store.folder.parent == cache
+    assert len(store) == len(ROWS) and list(cache.iterdir()) == [store.folder]
+    assert sorted(one.name for one in store.folder.iterdir()) == ["data.arrow", "store.json"]
+
+
+def test_what_another_build_is_writing_stays(data, tokenizer, tmp_path, monkeypatch):
+    cache = tmp_path / "cache"
+    name = build(data, tokenizer, cache_dir=tmp_path / "other").folder.name
+    locked, begun = cache / f".{name}.locked", cache / f".{name}.begun"
+    for folder in (locked, begun):
+        folder.mkdir(parents=True)
+    (locked / "lock").touch()
+    with (locked / "lock").open() as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        store = build(data, tokenizer, cache_dir=cache)
+    assert {one.name for one in cache.iterdir()} == {locked.name, begun.name, store.folder.name}
 
 
 def test_no_room_for_the_instruction(data, tokenizer, tmp_path):
