@@ -8,7 +8,8 @@ from nvembed_mcore.cli import data_check, data_convert, data_decontaminate, data
 
 
 def add(commands: argparse._SubParsersAction) -> None:
-    kinds = commands.add_parser("data", help="make data sets").add_subparsers(required=True, metavar="KIND")
+    command = commands.add_parser("data", help="make, check, convert and plan data sets")
+    kinds = command.add_subparsers(required=True, metavar="KIND")
     tokenizer = kinds.add_parser("tokenizer", help="write Mistral's tokenizer as a Hugging Face folder")
     tokenizer.add_argument("output")
     tokenizer.set_defaults(run=_data_tokenizer)
