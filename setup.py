@@ -37,7 +37,7 @@ setup(
             "faiss-cpu>=1.8",
             "peft>=0.17,<0.22",
             "pytest>=8",
-            "pytest-xdist>=3.5,<4",
+            "pytest-xdist>=3.7,<4",
             "ruff>=0.15,<0.18",
             "sentencepiece>=0.2",
             "sentence-transformers>=5.1,<7",
