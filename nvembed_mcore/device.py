@@ -44,15 +44,6 @@ def synchronize() -> None:
         torch.cuda.synchronize()
 
 
-def peak_memory_bytes() -> int:
-    """Largest memory of this process so far: the allocator's on CUDA, the resident set on a CPU."""
-    if has_cuda():
-        return torch.cuda.max_memory_allocated()
-    import resource
-
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-
-
 def free_memory_bytes() -> int:
     """Memory that this process may still take: of its GPU, or its share of the host's among the host's processes."""
     if has_cuda():
