@@ -28,6 +28,7 @@ from nvembed_mcore import device
 from nvembed_mcore.config import ConfigError, LossConfig, StepConfig
 from nvembed_mcore.data.batch import Batch
 from nvembed_mcore.data.packing import Pack, Plan
+from nvembed_mcore.exits import Exit
 from nvembed_mcore.memory import retainable_tokens
 from nvembed_mcore.metrics import PhaseTimer
 from nvembed_mcore.parallel.gather import share_from_last_stage, sum_over_data_ranks
@@ -41,6 +42,8 @@ log = logging.getLogger(__name__)
 
 class NonFiniteLossError(RuntimeError):
     """The loss of a step, or its gradient, is not a number; nothing of the step is saved."""
+
+    exit_status = Exit.NON_FINITE
 
 
 @dataclass(frozen=True)

@@ -3,18 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import logging
 import os
 from pathlib import Path
-from typing import Any
 
 import yaml
-from megatron.core.distributed import DistributedDataParallel
-from megatron.core.optimizer import MegatronOptimizer
 from transformers import MistralConfig
 
-from nvembed_mcore import device
+from nvembed_mcore import device, resume
 from nvembed_mcore.build import build_model, read_architecture
 from nvembed_mcore.checkpoint import store
 from nvembed_mcore.config import ConfigError, RunConfig
@@ -23,6 +19,7 @@ from nvembed_mcore.data.source import BatchSource
 from nvembed_mcore.data.tokenizer import load_tokenizer, tokenizer_fingerprint
 from nvembed_mcore.data.tokens import TokenStore
 from nvembed_mcore.evaluation.encode import RetrievalEvaluation
+from nvembed_mcore.fault_injection import point
 from nvembed_mcore.log import MetricLog, setup_logging
 from nvembed_mcore.metrics import PhaseTimer, StepMetrics, device_peak_flops, pack_flops
 from nvembed_mcore.optim import build_optimizer, learning_rate, set_learning_rate
@@ -46,49 +43,88 @@ def train(config: RunConfig) -> None:
     groups = initialize(config.parallel)
     first_rank_does(lambda: _prepare_run_dir(config))
     setup_logging(groups.rank, Path(config.run_dir) / "logs")
-    hf_config = read_architecture(config.model)
-    data = open_data(config, hf_config)
-    chunks = build_model(config, hf_config, groups)
-    optimizer = build_optimizer(config.optim, chunks)
-    facts = _facts(config, hf_config, data, groups)
-    found = _resume(config, chunks, optimizer, facts)
-    done = found.step if found else 0
+    run = _Run(config, groups)
     # Not before: an older run's file must survive an attempt that was refused.
     first_rank_does(lambda: _write_config(config))
-    how = dict(step=config.step, loss=config.loss, seed=config.seed)
-    step = ContrastiveStep(chunks, optimizer, groups, **how, retain_tokens=_retain_tokens(found, facts))
-    timer = PhaseTimer(device.synchronize)
     last = config.stop_at or config.steps
     with MetricLog(
         config.run_dir,
         config.log,
         is_writer=groups.rank == 0,
         total_steps=config.steps,
-        start_step=done,
+        start_step=run.done,
         description=f"stage {config.stage}",
     ) as metric_log:
-        if data.evaluation and done == 0:
-            metric_log.log_eval(0, data.evaluation(chunks, groups, config.step.tokens_per_microbatch))
-        while done < last:
-            timer.lap()
-            with timer("data"):
-                batch = data.source.batch(done)
-            done += 1
-            rate = learning_rate(config.optim, done, config.steps)
-            set_learning_rate(optimizer, rate)
-            output = step(batch, done, timer)
-            if done % RELEASE_EVERY_STEPS == 0:
-                device.release_unused_memory()
-            seconds = timer.lap()
-            if _is_due(done, config.log.every_steps, last):
-                metric_log.log(done, _metrics(config, hf_config, groups, batch, output, done, rate, seconds))
+        if run.done == 0:
+            run.evaluate(metric_log)
+        while run.done < last:
+            line = run.advance()
+            if _is_due(run.done, config.log.every_steps, last):
+                metric_log.log(run.done, line)
             # Before saving, so that a kill between the two loses neither: a repeated line replaces the first.
-            if data.evaluation and _is_due(done, config.eval.every_steps, last):
-                metric_log.log_eval(done, data.evaluation(chunks, groups, config.step.tokens_per_microbatch))
-            if _is_due(done, config.checkpoint.every_steps, last):
-                facts["retain_tokens"] = step.retain_tokens
-                store.save_checkpoint(config.checkpoint, config.run_dir, done, chunks, optimizer, facts)
-    log.info("step %d of %d is done and saved in %s", done, config.steps, store.folder_of(config.run_dir))
+            if _is_due(run.done, config.eval.every_steps, last):
+                run.evaluate(metric_log)
+            if _is_due(run.done, config.checkpoint.every_steps, last):
+                run.save()
+    log.info("step %d of %d is done and saved in %s", run.done, config.steps, store.folder_of(config.run_dir))
+
+
+class _Run:
+    """What a run is made of, and the steps it has done.
+
+    Attributes:
+        done: optimizer steps done, those before a resume included.
+    """
+
+    def __init__(self, config: RunConfig, groups: Groups) -> None:
+        self.config, self.groups = config, groups
+        self.hf_config = read_architecture(config.model)
+        self.data = open_data(config, self.hf_config)
+        self.chunks = build_model(config, self.hf_config, groups)
+        self.optimizer = build_optimizer(config.optim, self.chunks)
+        self.facts = resume.facts_of(config, self.hf_config, self.data.source, self.data.tokenizer, groups)
+        found = resume.restore(config, self.chunks, self.optimizer, self.facts)
+        self.done = found.step if found else 0
+        self.step = ContrastiveStep(
+            self.chunks,
+            self.optimizer,
+            groups,
+            step=config.step,
+            loss=config.loss,
+            seed=config.seed,
+            retain_tokens=resume.retained_tokens(found, self.facts),
+        )
+        self.timer = PhaseTimer(device.synchronize)
+
+    def advance(self) -> dict[str, float]:
+        """Take the next step; returns its line of `metrics.jsonl`."""
+        self.timer.lap()
+        point("step_begin", self.done + 1)
+        with self.timer("data"):
+            point("data", self.done + 1)
+            batch = self.data.source.batch(self.done)
+        rate = learning_rate(self.config.optim, self.done + 1, self.config.steps)
+        set_learning_rate(self.optimizer, rate)
+        output = self.step(batch, self.done + 1, self.timer)
+        self.done += 1
+        if self.done % RELEASE_EVERY_STEPS == 0:
+            device.release_unused_memory()
+        seconds = self.timer.lap()
+        point("step_end", self.done)
+        return _metrics(self.config, self.hf_config, self.groups, batch, output, self.done, rate, seconds)
+
+    def evaluate(self, metric_log: MetricLog) -> None:
+        """Score the test set, if there is one, and log it."""
+        if self.data.evaluation:
+            scores = self.data.evaluation(self.chunks, self.groups, self.config.step.tokens_per_microbatch)
+            metric_log.log_eval(self.done, scores)
+
+    def save(self) -> None:
+        """Write a checkpoint of the steps done."""
+        self.facts["retain_tokens"] = self.step.retain_tokens
+        store.save_checkpoint(
+            self.config.checkpoint, self.config.run_dir, self.done, self.chunks, self.optimizer, self.facts
+        )
 
 
 def _is_due(step: int, every: int, last: int) -> bool:
@@ -116,16 +152,8 @@ def _prepare_run_dir(config: RunConfig) -> None:
 
 def _write_config(config: RunConfig) -> None:
     """The resolved configuration, in the run folder."""
-    text = yaml.safe_dump(_plain(config), sort_keys=False)
+    text = yaml.safe_dump(resume.plain(config), sort_keys=False)
     (Path(config.run_dir) / "config.yaml").write_text(text, encoding="utf-8")
-
-
-def _plain(config: RunConfig) -> dict[str, Any]:
-    """The configuration as JSON values."""
-    tree = dataclasses.asdict(config)
-    tree["optim"]["betas"] = list(config.optim.betas)
-    tree["loss"]["temperature_range"] = list(config.loss.temperature_range)
-    return tree
 
 
 def open_data(config: RunConfig, hf_config: MistralConfig) -> _Data:
@@ -151,93 +179,6 @@ def open_data(config: RunConfig, hf_config: MistralConfig) -> _Data:
     stores = [TokenStore.open(folder) for folder in first_rank_does(build)]
     source = BatchSource(config.data, stores, batch_size=config.batch_size, seed=config.seed, stage=config.stage)
     return _Data(source, evaluation, tokenizer_fingerprint(tokenizer))
-
-
-def _facts(config: RunConfig, hf_config: MistralConfig, data: _Data, groups: Groups) -> dict[str, Any]:
-    """What a checkpoint says of its run, as JSON values."""
-    return {
-        "config": _plain(config),
-        "hf_config": hf_config.to_dict(),
-        "data": data.source.fingerprint,
-        "stores": [store.identity for store in data.source.stores],
-        "tokenizer": data.tokenizer,
-        "hardware": {"device": device.name(), "world_size": groups.world_size},
-    }
-
-
-def _retain_tokens(found: store.Checkpoint | None, facts: dict[str, Any]) -> int | None:
-    """What `step.way: auto` decided before, so that a run resumed in the same layout goes on by bits."""
-    if found is None:
-        return None
-    saved, now = found.facts, facts
-    same = saved["hardware"] == now["hardware"] and all(
-        saved["config"][key] == now["config"][key] for key in ("parallel", "step")
-    )
-    return saved["retain_tokens"] if same else None
-
-
-def _identity(facts: dict[str, Any]) -> dict[str, Any]:
-    """The part of a run's facts that a resumed run may not change: what fixes its samples and its arithmetic."""
-    config = facts["config"]
-    settings = ("task", "weight", "max_records", "in_batch_negatives", "num_positives", "num_negatives")
-    of_all = ("max_query_tokens", "max_document_tokens", "blend_temperature", "one_dataset_batches")
-    contents = ("format", "query_prompt", "document_prompt", "rejected")
-    datasets = {
-        number: {key: dataset[key] for key in settings}
-        | {key: tokens[key] for key in contents}
-        | {"data": tokens["data"][:16]}
-        for number, (dataset, tokens) in enumerate(zip(config["data"]["datasets"], facts["stores"], strict=True))
-    }
-    return {
-        **{key: config[key] for key in ("stage", "seed", "steps", "batch_size", "loss", "optim")},
-        "data.datasets": datasets,
-        **{f"data.{key}": config["data"][key] for key in of_all},
-        "model.attention_mask": config["model"]["attention_mask"],
-        "model.pooling": config["model"]["pooling"],
-        "model.lora": store.adapters_of(facts),
-        "hf_config": {key: value for key, value in facts["hf_config"].items() if key != "transformers_version"},
-        "tokenizer": facts["tokenizer"],
-    }
-
-
-def _changes(saved: dict[str, Any], now: dict[str, Any]) -> list[str]:
-    """What a resumed run may not change and did change, one line each: `field: saved -> now`."""
-    names = [[one["path"] for one in facts["config"]["data"]["datasets"]] for facts in (saved, now)]
-    if len(names[0]) != len(names[1]):
-        return [f"data.datasets: {names[0]} -> {names[1]}"]
-    lines = store.differences(_identity(saved), _identity(now))
-    for number, path in enumerate(names[1]):
-        content = f"data.datasets.{number}.data: "
-        lines = [f"{line} (the content of {path})" if line.startswith(content) else line for line in lines]
-    return lines
-
-
-def _resume(
-    config: RunConfig, chunks: list[DistributedDataParallel], optimizer: MegatronOptimizer, facts: dict[str, Any]
-) -> store.Checkpoint | None:
-    """Restore the run's newest checkpoint, if there is one, and return it.
-
-    Raises:
-        CheckpointError: the checkpoint is of a run that would go on differently, or of an older version.
-    """
-    found = store.find_checkpoint(config.run_dir)
-    if not found:
-        return None
-    if not {"retain_tokens", "stores"} <= found.facts.keys():
-        raise store.CheckpointError(
-            f"{found.path} was written by an older version and lacks what a run needs to go on; give a new run_dir"
-        )
-    # Through JSON, so that what was stored and what is now have the same types.
-    changed = _changes(found.facts, json.loads(json.dumps(facts)))
-    if changed:
-        lines = "\n  ".join(changed)
-        raise store.CheckpointError(
-            f"{found.path} belongs to another run; changed (saved -> now):\n  {lines}\n"
-            f"Set these back, or give a new run_dir"
-        )
-    store.load_checkpoint(found, chunks, optimizer)
-    log.info("going on after step %d from %s", found.step, found.path)
-    return found
 
 
 def _metrics(

@@ -15,14 +15,13 @@ from collections.abc import Callable
 from nvembed_mcore import __version__
 from nvembed_mcore.cli import data, encode, mine, use, weights
 from nvembed_mcore.cli.train import train
+from nvembed_mcore.exits import Exit, exit_of
 
 log = logging.getLogger(__name__)
 
-BAD_INPUT, INTERRUPTED = 2, 130
-
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run one subcommand; returns the exit status: 0 done, 2 bad input, 130 interrupted, or what its help says."""
+    """Run one subcommand; returns the exit status: one of `exits.Exit`, or what its help says."""
     arguments = sys.argv[1:] if arguments is None else arguments
     _quiet_libraries()
     if arguments[:1] == ["train"]:
@@ -39,23 +38,26 @@ def _quiet_libraries() -> None:
 
 
 def _guarded(work: Callable[[], int | None], if_interrupted: str = "") -> int:
-    """The status that `work` returns; what the user can mend becomes one message on rank 0 instead of a traceback.
+    """The status that `work` returns; what somebody foresaw becomes one message on rank 0 instead of a traceback.
 
     What ends another rank stands in that rank's log.
     """
     is_first = os.environ.get("RANK", "0") == "0"
     try:
-        return work() or 0
-    except (ValueError, OSError) as error:
-        if is_first:
-            print(f"nvembed: error: {error}", file=sys.stderr)
-        else:
-            log.info("this rank ends with an error", exc_info=True)
-        return BAD_INPUT
+        return work() or Exit.DONE
     except KeyboardInterrupt:
         if is_first:
             print(f"nvembed: interrupted{if_interrupted}", file=sys.stderr)
-        return INTERRUPTED
+        return Exit.INTERRUPTED
+    except Exception as error:
+        status = exit_of(error)
+        if status == Exit.CRASHED:
+            raise
+        if is_first:
+            print(f"nvembed: {'' if status == Exit.PREEMPTED else 'error: '}{error}", file=sys.stderr)
+        else:
+            log.info("this rank ends with status %d", status, exc_info=True)
+        return status
     finally:
         if "nvembed_mcore.parallel.groups" in sys.modules:
             sys.modules["nvembed_mcore.parallel.groups"].shutdown()

@@ -17,7 +17,7 @@ _STATUS = """exit status:
   0  a run may start (with --strict: and there is no warning)
   1  a run would refuse a data set: it cannot be read, holds no record, has more bad lines than allowed, or an
      instruction that leaves no room for a text. With --strict also: there are warnings
-  2  the command itself cannot be carried out: options, configuration, tokenizer, evaluation set
+  78 the command itself cannot be carried out: options, configuration, tokenizer, evaluation set
 
 warnings: bad lines that are skipped, blank negatives, queries and pairs that stand twice, negatives that are
 positives, documents whose texts and ids do not belong together, queries of several data sets, texts of --against"""

@@ -9,7 +9,7 @@ from transformers import MistralConfig
 
 from nvembed_mcore.checkpoint.names import name_table
 from nvembed_mcore.config import ParallelConfig, PoolingConfig
-from nvembed_mcore.train import _plain
+from nvembed_mcore.resume import plain
 from tests.helpers import runs, transfer
 from tests.helpers.models import tiny_config
 
@@ -111,7 +111,7 @@ def test_numbers_of_one_rank_that_are_not_finite_end_every_rank(world, tmp_path,
     assert world(2).run(transfer.command, ["import-hf", str(folder), str(tmp_path / "out")]) == [2, 2]
     assert sorted(path.name for path in tmp_path.iterdir()) == ["folder"]
     inputs = runs.write_inputs(tmp_path / "inputs")
-    tree = _plain(runs.run_config(inputs, tmp_path / "run", parallel=ParallelConfig(pp=2)))
+    tree = plain(runs.run_config(inputs, tmp_path / "run", parallel=ParallelConfig(pp=2)))
     tree["model"] |= {"config": None, "init_from": str(folder)}
     (tmp_path / "run.yaml").write_text(yaml.safe_dump(tree))
     assert world(2).run(transfer.command, ["train", str(tmp_path / "run.yaml")]) == [2, 2]

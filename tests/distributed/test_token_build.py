@@ -16,7 +16,7 @@ from nvembed_mcore.data.files import blocks
 from nvembed_mcore.data.tokenizer import load_tokenizer, write_mistral_tokenizer
 from nvembed_mcore.data.tokens import TokenStore
 from nvembed_mcore.log import read_metrics
-from nvembed_mcore.train import _plain
+from nvembed_mcore.resume import plain
 from tests.helpers import runs
 from tools.bench import token_store
 
@@ -39,7 +39,7 @@ def test_under_torchrun(tmp_path):
         eval=dataclasses.replace(config.eval, path=None),
         model=ModelConfig(config=config.model.config, pooling=PoolingConfig(kind="mean")),
     )
-    (tmp_path / "run.yaml").write_text(yaml.safe_dump(_plain(config)), encoding="utf-8")
+    (tmp_path / "run.yaml").write_text(yaml.safe_dump(plain(config)), encoding="utf-8")
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     command = [*launcher, "-m", "nvembed_mcore", "train", str(tmp_path / "run.yaml")]
     done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=300)

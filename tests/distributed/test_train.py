@@ -215,5 +215,5 @@ def test_bad_data_ends_every_rank(world, inputs, tmp_path):
     tree["data"]["datasets"][0]["path"] = str(tmp_path / "bad.jsonl")
     tree["optim"]["betas"] = list(tree["optim"]["betas"])
     (tmp_path / "config.yaml").write_text(yaml.safe_dump(tree), encoding="utf-8")
-    assert world(2).run(run_command, ["train", str(tmp_path / "config.yaml")]) == [2, 2]
-    assert world(2).run(run_command, ["train", str(tmp_path / "config.yaml"), "--parallel.tp", "4"]) == [2, 2]
+    assert world(2).run(run_command, ["train", str(tmp_path / "config.yaml")]) == [78, 78]
+    assert world(2).run(run_command, ["train", str(tmp_path / "config.yaml"), "--parallel.tp", "4"]) == [78, 78]

@@ -75,7 +75,7 @@ def assert_refused(capsys, tmp_path, arguments: list[str], *words: str) -> None:
     """The command ends with status 2, one message and nothing written."""
     before = sorted(path.name for path in tmp_path.iterdir())
     capsys.readouterr()
-    assert main(arguments) == 2
+    assert main(arguments) == 78
     message = capsys.readouterr().err
     assert "Traceback" not in message and message.count("error:") == 1, message
     for word in words:

@@ -20,7 +20,7 @@ from nvembed_mcore.checkpoint.safetensors_stream import write_weights
 from nvembed_mcore.cli import main
 from nvembed_mcore.config import PoolingConfig
 from nvembed_mcore.log import close_logging
-from nvembed_mcore.train import _plain
+from nvembed_mcore.resume import plain
 from tests.helpers import runs, transfer
 from tests.helpers.models import tiny_config
 
@@ -72,7 +72,7 @@ def message_of(capsys, tmp_path, source: Path, *arguments: str) -> str:
     output = tmp_path / "out" / "checkpoint"
     output.parent.mkdir(exist_ok=True)
     capsys.readouterr()
-    assert main(["import-hf", str(source), str(output), *arguments]) == 2
+    assert main(["import-hf", str(source), str(output), *arguments]) == 78
     message = capsys.readouterr().err
     assert "Traceback" not in message and message.count("error:") == 1, message
     assert list(output.parent.iterdir()) == [], "nothing half-written is left"
@@ -270,17 +270,17 @@ def test_a_run_that_starts_from_a_damaged_folder_ends_before_its_first_step(caps
     source = tmp_path / "nv-embed"
     config = tiny_config(vocab_size=32000, num_hidden_layers=2)
     transfer.write_folder(source, config, POOLING, torch.float32)
-    tree = _plain(runs.run_config(inputs, tmp_path / "run", steps=1))
+    tree = plain(runs.run_config(inputs, tmp_path / "run", steps=1))
     tree["model"] |= {"config": None, "init_from": str(source)}
     (tmp_path / "run.yaml").write_text(yaml.safe_dump(tree))
     change_tensors(source, **{UP: torch.full((64, 32), float("nan"))})
-    assert main(["train", str(tmp_path / "run.yaml")]) == 2
+    assert main(["train", str(tmp_path / "run.yaml")]) == 78
     close_logging()
     message = capsys.readouterr().err
     assert UP in message and "not finite" in message and "Traceback" not in message
     assert not (tmp_path / "run" / "metrics.jsonl").exists() and not (tmp_path / "run" / "checkpoints").exists()
     change_tensors(source, **{UP: torch.full((64, 32), 0.5)})
-    assert main(["train", str(tmp_path / "run.yaml"), "--model.pooling.num_latents", "5"]) == 2
+    assert main(["train", str(tmp_path / "run.yaml"), "--model.pooling.num_latents", "5"]) == 78
     assert "num_latents: 6 -> 5" in capsys.readouterr().err
     close_logging()
     assert main(["train", str(tmp_path / "run.yaml")]) == 0, "the folder mended, the run goes"
@@ -289,7 +289,7 @@ def test_a_run_that_starts_from_a_damaged_folder_ends_before_its_first_step(caps
 
 def test_an_output_that_exists_is_left_alone(capsys, tmp_path, folder):
     (tmp_path / "old").mkdir()
-    assert main(["import-hf", str(folder), str(tmp_path / "old")]) == 2
+    assert main(["import-hf", str(folder), str(tmp_path / "old")]) == 78
     assert "old exists" in capsys.readouterr().err
     assert list((tmp_path / "old").iterdir()) == []
 

@@ -13,7 +13,7 @@ import pytest
 from nvembed_mcore.config import DataConfig, DatasetConfig
 from nvembed_mcore.data.blend import Blend, chosen_record, share_of_size
 from nvembed_mcore.data.source import BatchSource, make_blend, used_records
-from nvembed_mcore.train import _changes, _plain
+from nvembed_mcore.resume import changes, plain
 from tests.helpers import runs
 from tests.helpers.stores import Numbers
 
@@ -117,13 +117,13 @@ def test_the_blend_of_a_run_reads_every_field():
 
 def test_a_resumed_run_may_not_change_them(tmp_path):
     tokens = {"format": 1, "query_prompt": "", "document_prompt": "", "rejected": "", "data": "d"}
-    config = _plain(runs.run_config(tmp_path, tmp_path / "run"))
+    config = plain(runs.run_config(tmp_path, tmp_path / "run"))
     facts = {"config": config, "hf_config": {}, "data": "f", "tokenizer": "t", "stores": [tokens]}
     changed = json.loads(json.dumps(facts))
-    assert _changes(facts, changed) == []
+    assert changes(facts, changed) == []
     changed["config"]["data"].update(blend_temperature=2.0, one_dataset_batches=True)
     changed["config"]["data"]["datasets"][0]["max_records"] = 5
-    assert _changes(facts, changed) == [
+    assert changes(facts, changed) == [
         "data.blend_temperature: 1.0 -> 2.0",
         "data.datasets.0.max_records: None -> 5",
         "data.one_dataset_batches: False -> True",

@@ -1,4 +1,4 @@
-"""Bad input through the command line: exit status 2, one message that names the offender, and no step taken."""
+"""Bad input through the command line: exit status 78, one message that names the offender, and no step taken."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ import yaml
 from nvembed_mcore import __version__
 from nvembed_mcore.cli import main
 from nvembed_mcore.log import close_logging, read_metrics
-from nvembed_mcore.train import _plain
+from nvembed_mcore.resume import plain
 from tests.helpers import runs
 
 
@@ -43,7 +43,7 @@ def finished(inputs, tmp_path_factory) -> Path:
 
 def write_yaml(inputs: Path, run_dir: Path, changes: dict[str, Any]) -> Path:
     """The tiny run as YAML; `changes` maps dotted fields to values (a number in a path is a place in a list)."""
-    tree = _plain(runs.run_config(inputs, run_dir))
+    tree = plain(runs.run_config(inputs, run_dir))
     for name, value in changes.items():
         *parents, last = name.split(".")
         node = tree
@@ -366,7 +366,7 @@ def test_only_the_first_rank_speaks(capsys, monkeypatch, inputs, tmp_path):
     monkeypatch.setenv("RANK", "1")
     path = str(write_yaml(inputs, tmp_path / "run", {}))
     for arguments in (["--steps", "many"], ["--parallel.tp", "0"]):
-        assert main(["train", path, *arguments]) == 2
+        assert main(["train", path, *arguments]) == 78
         assert capsys.readouterr().err == ""
 
 

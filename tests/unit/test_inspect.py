@@ -16,7 +16,7 @@ from nvembed_mcore.checkpoint.hf_folder import WeightsError
 from nvembed_mcore.cli import main
 from nvembed_mcore.config import PoolingConfig
 from nvembed_mcore.log import close_logging
-from nvembed_mcore.train import _plain
+from nvembed_mcore.resume import plain
 from tests.helpers import runs, transfer
 from tests.helpers.models import tiny_config
 
@@ -35,7 +35,7 @@ def room(tmp_path_factory) -> Path:
     transfer.write_folder(root / "nv-embed", CONFIG, POOLING, torch.bfloat16, num_shards=3)
     tokenizer = ["--tokenizer", str(inputs / "tokenizer")]
     assert main(["import-hf", str(root / "nv-embed"), str(root / "imported"), *tokenizer]) == 0
-    tree = _plain(runs.run_config(inputs, root / "run", steps=1, stage=2))
+    tree = plain(runs.run_config(inputs, root / "run", steps=1, stage=2))
     tree["model"] |= {"config": None, "init_from": str(root / "imported")}
     tree["eval"]["path"] = None
     (root / "run.yaml").write_text(yaml.safe_dump(tree))
@@ -130,7 +130,7 @@ def test_what_is_printed_and_written(room, tmp_path, capsys):
 def test_folders_that_are_neither(tmp_path, capsys):
     with pytest.raises(WeightsError, match="no folder at"):
         inspect_folder(tmp_path / "nowhere")
-    assert main(["inspect", str(tmp_path)]) == 2
+    assert main(["inspect", str(tmp_path)]) == 78
     assert "neither a Hugging Face folder" in capsys.readouterr().err
     (tmp_path / "adapter_config.json").write_text("{")
     with pytest.raises(WeightsError, match=r"cannot read .*adapter_config\.json"):
@@ -152,5 +152,5 @@ def test_an_imported_checkpoint_is_exported(room, tmp_path):
 def test_an_import_without_a_tokenizer_cannot_be_exported(tmp_path, capsys):
     transfer.write_folder(tmp_path / "base", tiny_config(), None, torch.float32)
     assert main(["import-hf", str(tmp_path / "base"), str(tmp_path / "imported")]) == 0
-    assert main(["export-hf", str(tmp_path / "imported"), str(tmp_path / "export")]) == 2
+    assert main(["export-hf", str(tmp_path / "imported"), str(tmp_path / "export")]) == 78
     assert "--tokenizer" in capsys.readouterr().err and not (tmp_path / "export").exists()

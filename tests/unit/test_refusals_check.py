@@ -106,7 +106,7 @@ def data(tmp_path, monkeypatch):
 )
 def test_what_ends_the_command(capsys, data, arguments, message):
     assert run(capsys, [*arguments, "--report", "r.html", "--json", "r.json"]) == (
-        2,
+        78,
         "",
         f"nvembed: error: {message}\n",
     )
@@ -128,7 +128,7 @@ def test_what_is_wrong_with_an_evaluation_folder(capsys, data, name, line, messa
     for file in ("queries", "corpus"):
         row = line if file == name else {"_id": "1", "text": "t"}
         (data / "beir" / f"{file}.jsonl").write_text(json.dumps(row) + "\n")
-    expected = (2, "", f"nvembed: error: beir/{message}\n")
+    expected = (78, "", f"nvembed: error: beir/{message}\n")
     assert run(capsys, ["--data", "good.jsonl", "--against", "beir"]) == expected
 
 
@@ -195,7 +195,7 @@ def test_a_worker_that_is_killed(capsys, data, monkeypatch):
     monkeypatch.setattr(sets._Gathered, "add", kill_the_workers)
     (data / "long.jsonl").write_text(GOOD * 50)
     message = "nvembed: error: a process that read the data was ended from outside (out of memory?)\n"
-    assert run(capsys, ["--data", "long.jsonl", "--processes", "2"]) == (2, "", message)
+    assert run(capsys, ["--data", "long.jsonl", "--processes", "2"]) == (78, "", message)
 
 
 def test_the_screen(capsys, data, tokenizer_dir):
@@ -224,9 +224,9 @@ def test_status_page_and_json(capsys, data):
 
 def test_the_sets_of_a_configuration(capsys, data):
     inputs = runs.write_inputs(data / "inputs")
-    from nvembed_mcore.train import _plain
+    from nvembed_mcore.resume import plain
 
-    tree = _plain(runs.run_config(inputs, data / "run"))
+    tree = plain(runs.run_config(inputs, data / "run"))
     tree["data"]["max_bad_records"] = 1
     with open(tree["data"]["datasets"][0]["path"], "a") as file:
         file.write("[]\n")

@@ -307,7 +307,7 @@ def write(path, content):
 
 def refusal(tmp_path, capsys, *words):
     """What the command line says, with the folder's name replaced."""
-    assert main([word.replace("TMP", str(tmp_path)) for word in words]) == 2
+    assert main([word.replace("TMP", str(tmp_path)) for word in words]) == 78
     out, err = capsys.readouterr()
     assert out == ""
     return err.removeprefix("nvembed: error: ").removesuffix("\n").replace(str(tmp_path), "TMP")

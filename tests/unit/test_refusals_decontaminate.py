@@ -36,6 +36,6 @@ def test_refusals(tmp_path, capsys, options, evaluation, message):
     (tmp_path / "in.jsonl").write_text(json.dumps({"query": "a b", "pos": ["p"]}) + "\n")
     (tmp_path / "test.jsonl").write_text(evaluation + "\n")
     words = ["data", "decontaminate", "TMP/in.jsonl", "TMP/out.jsonl", "--against", "TMP/test.jsonl", *options]
-    assert main([word.replace("TMP", str(tmp_path)) for word in words]) == 2
+    assert main([word.replace("TMP", str(tmp_path)) for word in words]) == 78
     assert capsys.readouterr().err.replace(str(tmp_path), "TMP") == f"nvembed: error: {message}\n"
     assert sorted(path.name for path in tmp_path.iterdir()) == ["in.jsonl", "test.jsonl"]

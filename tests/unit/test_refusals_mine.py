@@ -1,4 +1,4 @@
-"""What `nvembed mine` refuses: exit status 2, one message, and no records."""
+"""What `nvembed mine` refuses: exit status 78, one message, and no records."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def folder(tmp_path, monkeypatch):
 def refusal_of(capsys, folder: Path, *options: str) -> str:
     """The message of a command that must be refused, with the folder's path taken out."""
     arguments = ["words", folder / "records.jsonl", folder / "out", "--corpus", folder / "corpus.jsonl", *options]
-    assert main(["mine", *map(str, arguments)]) == 2
+    assert main(["mine", *map(str, arguments)]) == 78
     assert not (folder / "out" / "records.jsonl").exists()
     printed = capsys.readouterr()
     assert printed.out == "" and printed.err.startswith("nvembed: error: ")
@@ -70,7 +70,7 @@ def test_an_id_that_names_two_texts(capsys, folder):
         {"query": "c", "pos": ["d"], "neg": [], "pos_ids": ["d1"]},
     ])  # fmt: skip
     arguments = ["mine", "words", str(folder / "records.jsonl"), str(folder / "out")]
-    assert main(arguments) == 2
+    assert main(arguments) == 78
     expected = "DIR/records.jsonl: the id 'd1' names two texts; give the documents with --corpus"
     assert capsys.readouterr().err.replace(str(folder), "DIR") == f"nvembed: error: {expected}\n"
     assert list((folder / "out" / "work" / "inputs").iterdir()) == []
@@ -81,7 +81,7 @@ def test_an_output_among_the_records(capsys, folder, records):
     (folder / "out").mkdir()
     (folder / "records.jsonl").rename(folder / "out" / "records.jsonl")
     before = (folder / "out" / "records.jsonl").read_bytes()
-    assert main(["mine", "words", str(folder / records), str(folder / "out" / ".." / "out")]) == 2
+    assert main(["mine", "words", str(folder / records), str(folder / "out" / ".." / "out")]) == 78
     expected = (
         f"nvembed: error: DIR/out/../out/records.jsonl would be written among the records that are mined for, "
         f"DIR/{records}; give another OUTPUT\n"

@@ -58,7 +58,7 @@ def test_refused(capsys, tmp_path, datasets, more, message):
     tree = BASE | {"data": {"tokenizer": "t", "datasets": datasets} | more}
     text = yaml.safe_dump(tree).replace("TMP", str(tmp_path))
     (tmp_path / "run.yaml").write_text(text, encoding="utf-8")
-    assert main(["data", "plan", str(tmp_path / "run.yaml"), "--json", str(tmp_path / "out.json")]) == 2
+    assert main(["data", "plan", str(tmp_path / "run.yaml"), "--json", str(tmp_path / "out.json")]) == 78
     error = capsys.readouterr().err.replace(str(tmp_path), "TMP")
     if message.endswith(": "):  # what follows is of the library
         assert error.startswith(f"nvembed: error: {message}")
@@ -68,14 +68,14 @@ def test_refused(capsys, tmp_path, datasets, more, message):
 
 
 def test_a_configuration_that_is_not_there(capsys, tmp_path):
-    assert main(["data", "plan", str(tmp_path / "none.yaml")]) == 2
+    assert main(["data", "plan", str(tmp_path / "none.yaml")]) == 78
     assert capsys.readouterr().err == f"nvembed: error: no configuration file at {tmp_path}/none.yaml\n"
 
 
 def test_a_configuration_that_is_no_text(capsys, tmp_path):
     path = tmp_path / "run.yaml"
     path.write_bytes(b"run_dir: \xff\n")
-    assert main(["data", "plan", str(path)]) == 2
+    assert main(["data", "plan", str(path)]) == 78
     assert capsys.readouterr().err == (
         "nvembed: error: 'utf-8' codec can't decode byte 0xff in position 9: invalid start byte\n"
         f"(in {path} or the options)\n"

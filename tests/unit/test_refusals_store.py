@@ -19,7 +19,8 @@ from nvembed_mcore.data.faults import DataError
 from nvembed_mcore.data.tokenizer import load_tokenizer, write_mistral_tokenizer
 from nvembed_mcore.data.tokens import TokenStore
 from nvembed_mcore.log import close_logging
-from nvembed_mcore.train import _resume, train
+from nvembed_mcore.resume import restore
+from nvembed_mcore.train import train
 from tests.helpers import runs
 
 GOOD = [json.dumps({"query": f"question {i}", "pos": [f"answer {i}"]}) for i in range(5)]
@@ -252,7 +253,7 @@ def test_other_data_do_not_resume(finished, change, expected):
     now = json.loads(json.dumps(saved))
     change(now)
     root = Path(config.run_dir).parent
-    found = message(root, lambda: _resume(config, [], None, now), CheckpointError)
+    found = message(root, lambda: restore(config, [], None, now), CheckpointError)
     assert found.replace(saved["stores"][0]["data"][:16], "DATA") == (
         "TMP/run/checkpoints/step-00000001 belongs to another run; changed (saved -> now):\n"
         f"  {expected}\n"
@@ -266,7 +267,7 @@ def test_a_checkpoint_without_the_stores(finished, tmp_path):
     lacking = {key: value for key, value in saved.items() if key != "stores"}
     (tmp_path / "run/checkpoints/step-00000001/run.json").write_text(json.dumps(lacking))
     config = dataclasses.replace(config, run_dir=str(tmp_path / "run"))
-    found = message(tmp_path, lambda: _resume(config, [], None, saved), CheckpointError)
+    found = message(tmp_path, lambda: restore(config, [], None, saved), CheckpointError)
     assert found == (
         "TMP/run/checkpoints/step-00000001 was written by an older version and lacks what a run needs to go on; "
         "give a new run_dir"
