@@ -189,6 +189,10 @@ class MetricLog:
         self._write(step, values, "eval")
         self._show(step, values)
 
+    def has_evaluation(self, step: int) -> bool:
+        """Whether the file has the numbers of an evaluation after `step` steps; asked of the writer."""
+        return step in self._evaluated
+
     def _write(self, step: int, values: Mapping[str, float], group: str) -> None:
         assert self._file is not None, "MetricLog is used inside its `with` block"
         line = {"step": step} | {name: _plain_number(value) for name, value in values.items() if name != "step"}

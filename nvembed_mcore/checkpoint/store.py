@@ -93,7 +93,7 @@ def find_checkpoint(path: str | Path) -> Checkpoint | None:
         CheckpointError: the pointer names a folder that is not a complete checkpoint.
     """
     path = Path(path)
-    if (path / "run.json").is_file():
+    if (path / "state").is_dir():
         return read_checkpoint(path)
     pointer = folder_of(path) / POINTER
     if not pointer.is_file():

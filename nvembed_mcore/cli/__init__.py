@@ -9,6 +9,8 @@ import argparse
 import logging
 import os
 import sys
+import threading
+import traceback
 import warnings
 from collections.abc import Callable
 
@@ -18,6 +20,9 @@ from nvembed_mcore.cli.train import train
 from nvembed_mcore.exits import Exit, exit_of
 
 log = logging.getLogger(__name__)
+
+LEAVING_SECONDS = 30.0
+"""A process that has not left its groups by then ends without."""
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -38,29 +43,59 @@ def _quiet_libraries() -> None:
 
 
 def _guarded(work: Callable[[], int | None], if_interrupted: str = "") -> int:
-    """The status that `work` returns; what somebody foresaw becomes one message on rank 0 instead of a traceback.
+    """The status that `work` returns, or that its error means; what somebody foresaw becomes one message on rank 0."""
+    try:
+        status = work() or Exit.DONE
+    except KeyboardInterrupt:
+        if _is_first():
+            print(f"nvembed: interrupted{if_interrupted}", file=sys.stderr)
+        status = Exit.INTERRUPTED
+    except Exception as error:
+        status = exit_of(error)
+        _tell(error, status)
+    _leave_groups(status)
+    return status
+
+
+def _is_first() -> bool:
+    return os.environ.get("RANK", "0") == "0"
+
+
+def _tell(error: Exception, status: int) -> None:
+    """Say on stderr what ended the run: rank 0 what was foreseen, or who failed first; a rank that crashed its trace.
 
     What ends another rank stands in that rank's log.
     """
-    is_first = os.environ.get("RANK", "0") == "0"
+    first = getattr(error, "follows", None)
+    if first is None and status == Exit.CRASHED:
+        traceback.print_exception(type(error), error, error.__traceback__)
+    elif _is_first():
+        print(f"nvembed: {'' if status == Exit.PREEMPTED else 'error: '}{first or error}", file=sys.stderr)
+    sys.stderr.flush()
+
+
+def _leave_groups(status: int) -> None:
+    """Leave the process groups, if there are any; where other ranks are dead, that may neither hide nor delay the end."""
+    groups = sys.modules.get("nvembed_mcore.parallel.groups")
+    if groups is None:
+        return
+    at_last = threading.Timer(LEAVING_SECONDS, _end_now, [status])
+    at_last.daemon = True
+    at_last.start()
     try:
-        return work() or Exit.DONE
-    except KeyboardInterrupt:
-        if is_first:
-            print(f"nvembed: interrupted{if_interrupted}", file=sys.stderr)
-        return Exit.INTERRUPTED
-    except Exception as error:
-        status = exit_of(error)
-        if status == Exit.CRASHED:
-            raise
-        if is_first:
-            print(f"nvembed: {'' if status == Exit.PREEMPTED else 'error: '}{error}", file=sys.stderr)
-        else:
-            log.info("this rank ends with status %d", status, exc_info=True)
-        return status
+        groups.shutdown()
+    except Exception:
+        log.info("could not leave the process groups", exc_info=True)
     finally:
-        if "nvembed_mcore.parallel.groups" in sys.modules:
-            sys.modules["nvembed_mcore.parallel.groups"].shutdown()
+        at_last.cancel()
+
+
+def _end_now(status: int) -> None:
+    """End the process whatever its other threads wait for."""
+    logging.shutdown()
+    for stream in (sys.stdout, sys.stderr):
+        stream.flush()
+    os._exit(status)
 
 
 def _parser() -> argparse.ArgumentParser:
