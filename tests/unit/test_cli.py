@@ -55,7 +55,7 @@ def write_yaml(inputs: Path, run_dir: Path, changes: dict[str, Any]) -> Path:
     return path
 
 
-def message_of(capsys, arguments: list[str], status: int = 2) -> str:
+def message_of(capsys, arguments: list[str], status: int = 78) -> str:
     """Run a command that must end with `status`; its one error message."""
     capsys.readouterr()
     try:
@@ -128,7 +128,7 @@ def test_configuration_files_that_cannot_be_read(capsys, tmp_path):
     (tmp_path / "broken.yaml").write_text("only words\n")
     assert_names(message_of(capsys, ["train", tmp_path / "broken.yaml"]), "broken.yaml")
     assert_names(message_of(capsys, ["train"]), "run_dir")
-    assert "COMMAND" in message_of(capsys, ["fly"])
+    assert "COMMAND" in message_of(capsys, ["fly"], status=2)
 
 
 @pytest.mark.parametrize(("tp", "pp"), [(2, 1), (1, 2), (3, 2)])
