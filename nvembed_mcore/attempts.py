@@ -1,9 +1,11 @@
 """The attempts of a run: logs of their own, the state for scripts, and which rank failed first.
 
-RUN/logs/0003/rank-0.log            what rank 0 said in the third attempt; nothing is overwritten
-              first-failure.json    which rank failed first, if one did: the others' failures follow from it
-RUN/status.json                     what the newest attempt is at or came to (`Status`), one key a line
-RUN/run.json                        all attempts, where their time went (goodput.py), versions and hardware
+    RUN/logs/0003/rank-0.log            what rank 0 said in the third attempt
+                  first-failure.json    which rank failed first, if one did: the others' failures follow from it
+    RUN/status.json                     what the newest attempt is at or came to (status.py)
+    RUN/run.json                        all attempts and where their time went (run_record.py, goodput.py)
+
+Nothing of an attempt overwrites the logs of another.
 """
 
 from __future__ import annotations
@@ -17,7 +19,6 @@ import time
 import traceback
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass
 from datetime import datetime, timezone
 from pathlib import Path
 from types import TracebackType
@@ -27,12 +28,11 @@ from nvembed_mcore import goodput
 from nvembed_mcore.config import RunConfig
 from nvembed_mcore.data.faults import DataError
 from nvembed_mcore.exits import Exit, Preempted, exit_of
-from nvembed_mcore.run_record import RunRecord, write_json
+from nvembed_mcore.run_record import RunRecord
+from nvembed_mcore.status import FIRST_FAILURE, STATUS_FILE, Status, read_status, write_json
 
 log = logging.getLogger(__name__)
 
-STATUS_FILE = "status.json"
-FIRST_FAILURE = "first-failure.json"
 _STATES = {
     Exit.DONE: "done",
     Exit.NON_FINITE: "nonfinite",
@@ -52,48 +52,6 @@ _LOST_CONNECTION = ("closed by peer", "reset by peer", "Broken pipe", "Connectio
 _LEFT_WITHOUT_A_WORD = "another rank went away before, without a word: killed (out of memory?), or its host is down"
 _TRACEBACK_CHARACTERS = 8000
 _WRITING_SECONDS = 2.0
-
-
-@dataclass(frozen=True)
-class Status:
-    """What `RUN/status.json` says; written when an attempt begins, at each checkpoint, and at the end."""
-
-    state: str
-    """running, done, preempted, config_error, data_error, storage_error, nonfinite, hang, crashed or interrupted. A
-    run whose rank was killed without a word may stay at `running`."""
-    exit_status: int | None
-    """Of every rank (exits.py); null while the run goes on."""
-    step: int
-    """Optimizer steps done."""
-    steps: int
-    """Those of the whole run."""
-    samples_seen: int
-    """Queries in the steps done."""
-    checkpoint_step: int | None
-    """Step of the newest checkpoint: where the same command goes on; null where there is none."""
-    reason: str
-    """Why the attempt stopped or failed; empty otherwise."""
-    attempt: int
-    """Number of the attempt, that of its folder in `logs/`."""
-    host: str
-    """Of the rank that wrote this."""
-    time: str
-    """When it was written, in UTC."""
-
-
-def read_status(run_dir: str | Path) -> Status | None:
-    """The state of a run; None when it has none.
-
-    Raises:
-        ValueError: the file does not say what it should.
-    """
-    file = Path(run_dir) / STATUS_FILE
-    if not file.is_file():
-        return None
-    try:
-        return Status(**json.loads(file.read_text(encoding="utf-8")))
-    except (ValueError, TypeError) as error:
-        raise ValueError(f"{file} is not the status of a run: {error}") from error
 
 
 class Attempt(AbstractContextManager):
@@ -126,15 +84,20 @@ class Attempt(AbstractContextManager):
         Args:
             facts: JSON values for `run.json`: layout and hardware.
         """
-        before = read_status(self._run_dir)
-        if before is not None:
-            self._step, self._saved = before.step, before.checkpoint_step
         self.folder = folder
+        before = self._go_on_from_status()
         if self._rank == 0:
             ended = before is not None and before.exit_status is not None
             self._record = RunRecord(self._run_dir)
             self._record.begin(int(folder.name), self._ledger.elapsed(), before.state if ended else "killed", facts)
             self._write_status("running", None)
+
+    def _go_on_from_status(self) -> Status | None:
+        """Until the loop begins, the run stands where the attempt before left it."""
+        before = read_status(self._run_dir)
+        if before is not None:
+            self._step, self._saved = before.step, before.checkpoint_step
+        return before
 
     def starts_the_loop(self, step: int) -> None:
         """The run is built and goes on after `step`, that of its newest checkpoint, or 0."""
@@ -171,7 +134,6 @@ class Attempt(AbstractContextManager):
             if error is None:
                 self._end("done", Exit.DONE)
             elif isinstance(error, Preempted):
-                self._step = error.step
                 self._end("preempted", Exit.PREEMPTED, error.reason)
             else:
                 self._fail(error)
@@ -187,6 +149,7 @@ class Attempt(AbstractContextManager):
             if self._rank != 0 or not self._run_dir.is_dir():
                 return
             self.folder = next_folder(self._run_dir)
+            self._go_on_from_status()
         status = exit_of(error)
         first = _claim(self.folder / FIRST_FAILURE, self._failure(error, status))
         if first["rank"] == self._rank:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import logging
-import os
 import socket
 import subprocess
 from collections.abc import Mapping
@@ -15,6 +14,7 @@ from typing import Any
 
 from nvembed_mcore import __version__, goodput
 from nvembed_mcore.log import METRICS_FILE, read_metrics
+from nvembed_mcore.status import write_json
 
 log = logging.getLogger(__name__)
 
@@ -97,24 +97,6 @@ def _read_attempts(file: Path) -> list[goodput.Attempt]:
     except (ValueError, KeyError, TypeError) as error:
         log.warning("%s cannot be read (%r): the account of the run's time begins anew", file, error)
         return []
-
-
-def write_json(path: Path, tree: Mapping[str, Any]) -> None:
-    """Write a file that is the old one or the new one whenever the machine stops: aside, synced, renamed."""
-    aside = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        with open(aside, "w", encoding="utf-8") as file:
-            file.write(json.dumps(tree, indent=1) + "\n")
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(aside, path)
-    finally:
-        aside.unlink(missing_ok=True)
-    folder = os.open(path.parent, os.O_RDONLY)
-    try:
-        os.fsync(folder)
-    finally:
-        os.close(folder)
 
 
 def _versions() -> dict[str, Any]:

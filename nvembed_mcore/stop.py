@@ -49,6 +49,10 @@ class StopRequests:
         for number, handler in self._before.pop().items():
             signal.signal(number, handler)
 
+    def ignore_signals(self) -> None:
+        """The process ends: a signal that comes now is not to change its exit status."""
+        self._before[-1] = dict.fromkeys(self._before[-1], signal.SIG_IGN)
+
     def _note(self, number: int, frame: FrameType | None) -> None:
         self.signal = self.signal or signal.Signals(number).name
 

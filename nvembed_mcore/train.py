@@ -17,6 +17,7 @@ from nvembed_mcore.build import build_model, read_architecture
 from nvembed_mcore.checkpoint import store
 from nvembed_mcore.config import ConfigError, RunConfig
 from nvembed_mcore.data.batch import Batch
+from nvembed_mcore.data.faults import DataError
 from nvembed_mcore.data.source import BatchSource
 from nvembed_mcore.data.tokenizer import load_tokenizer, tokenizer_fingerprint
 from nvembed_mcore.data.tokens import TokenStore
@@ -52,7 +53,7 @@ def train(config: RunConfig, stops: StopRequests | None = None) -> None:
         groups = initialize(config.parallel)
         attempt.begin(first_rank_does(lambda: _prepare_run_dir(config)), _layout_and_hardware(config, groups))
         setup_logging(groups.rank, attempt.folder)
-        run = _Run(config, groups)
+        run = _build(config, groups, stops)
         # Not before: an older run's file must survive an attempt that was refused.
         first_rank_does(lambda: _write_config(config))
         attempt.starts_the_loop(run.done)
@@ -66,6 +67,17 @@ def train(config: RunConfig, stops: StopRequests | None = None) -> None:
         ) as metric_log:
             _loop(run, metric_log, stops, attempt)
         log.info("step %d of %d is done and saved in %s", run.done, config.steps, store.folder_of(config.run_dir))
+
+
+def _build(config: RunConfig, groups: Groups, stops: StopRequests) -> _Run:
+    """The run, unless a scheduler's signal also ended processes that were reading the data for it."""
+    try:
+        return _Run(config, groups)
+    except DataError as error:
+        if stops.signal is None:
+            raise
+        found = store.find_checkpoint(config.run_dir)
+        raise Preempted(found.step if found else 0, f"{stops.signal} while the data were read") from error
 
 
 def _loop(run: _Run, metric_log: MetricLog, stops: StopRequests, attempt: Attempt) -> None:

@@ -15,9 +15,10 @@ import warnings
 from collections.abc import Callable
 
 from nvembed_mcore import __version__
-from nvembed_mcore.cli import data, encode, mine, use, weights
+from nvembed_mcore.cli import data, encode, mine, status, use, weights
 from nvembed_mcore.cli.train import train
 from nvembed_mcore.exits import Exit, exit_of
+from nvembed_mcore.stop import StopRequests
 
 log = logging.getLogger(__name__)
 
@@ -27,12 +28,23 @@ LEAVING_SECONDS = 30.0
 
 def main(arguments: list[str] | None = None) -> int:
     """Run one subcommand; returns the exit status: one of `exits.Exit`, or what its help says."""
-    arguments = sys.argv[1:] if arguments is None else arguments
-    _quiet_libraries()
+    is_program = arguments is None
+    arguments = sys.argv[1:] if is_program else arguments
     if arguments[:1] == ["train"]:
-        return _guarded(lambda: train(arguments[1:]), "; the same command goes on from the newest checkpoint")
+        return _train(arguments[1:], is_program)
+    _quiet_libraries()
     parsed = _parser().parse_args(arguments)
     return _guarded(lambda: parsed.run(parsed))
+
+
+def _train(arguments: list[str], is_program: bool) -> int:
+    # First: imports take seconds, and a signal that comes meanwhile is to stop the run and not to end the process.
+    with StopRequests() as stops:
+        _quiet_libraries()
+        status = _guarded(lambda: train(arguments, stops), "; the same command goes on from the newest checkpoint")
+        if is_program:
+            stops.ignore_signals()
+    return status
 
 
 def _quiet_libraries() -> None:
@@ -75,7 +87,7 @@ def _tell(error: Exception, status: int) -> None:
 
 
 def _leave_groups(status: int) -> None:
-    """Leave the process groups, if there are any; where other ranks are dead, that may neither hide nor delay the end."""
+    """Leave the process groups, if there are any; with dead ranks in them that may neither hide nor delay the end."""
     groups = sys.modules.get("nvembed_mcore.parallel.groups")
     if groups is None:
         return
@@ -103,6 +115,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=__version__)
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     commands.add_parser("train", help="train one stage: nvembed train CONFIG.yaml [--field value ...]", add_help=False)
+    status.add(commands)
     weights.add(commands)
     use.add(commands)
     encode.add(commands)

@@ -6,14 +6,8 @@ from nvembed_mcore.cli.run_config import read_run_config
 from nvembed_mcore.stop import StopRequests
 
 
-def train(arguments: list[str]) -> None:
+def train(arguments: list[str], stops: StopRequests) -> None:
     """`nvembed train CONFIG.yaml [--field.of.the.tree value ...]`."""
-    # First: the imports below take seconds, and a signal that comes meanwhile is not to end the process.
-    with StopRequests() as stops:
-        _train(arguments, stops)
-
-
-def _train(arguments: list[str], stops: StopRequests) -> None:
     config = read_run_config(arguments)
     from nvembed_mcore.train import train as run
 
