@@ -7,6 +7,8 @@ import json
 from pathlib import Path
 from typing import Any
 
+import yaml
+
 from nvembed_mcore.config import (
     CheckpointConfig,
     DataConfig,
@@ -80,3 +82,12 @@ def run_config(inputs: Path, run_dir: Path, **changes: Any) -> RunConfig:
         log=LogConfig(progress=False, tensorboard=False),
     )
     return dataclasses.replace(config, **changes)
+
+
+def write_config(config: RunConfig) -> Path:
+    """The configuration as a YAML file beside its run folder, for `nvembed train`."""
+    from nvembed_mcore.resume import plain
+
+    file = Path(f"{config.run_dir}.yaml")
+    file.write_text(yaml.safe_dump(plain(config), sort_keys=False), encoding="utf-8")
+    return file

@@ -39,7 +39,8 @@ def _serve(rank: int, world_size: int, pipe) -> None:
         shutdown()
 
 
-def _free_port() -> int:
+def free_port() -> int:
+    """A port of the loopback that nobody listens on."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return probe.getsockname()[1]
@@ -61,7 +62,7 @@ class World:
 
     def run(self, function: Callable, *args, timeout_seconds: float = TIMEOUT_SECONDS, **kwargs) -> list:
         """Call `function` on every rank; return each rank's result, or raise with the first failing rank's trace."""
-        port = _free_port()
+        port = free_port()
         for pipe in self.pipes:
             pipe.send((port, function, args, kwargs))
         deadline = time.monotonic() + timeout_seconds
