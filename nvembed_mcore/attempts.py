@@ -105,7 +105,7 @@ class Attempt(AbstractContextManager):
         self._in_loop = True
         self._step, self._saved = step, step or None
         if self._record is not None:
-            self._record.go_on_after(step)
+            self._record.go_on_after(self._ledger, step)
             self._write_status("running", None)
 
     @contextmanager

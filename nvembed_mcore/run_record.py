@@ -46,10 +46,10 @@ class RunRecord:
         self._facts = _versions()
         self._write()
 
-    def go_on_after(self, step: int) -> None:
+    def go_on_after(self, ledger: goodput.Ledger, step: int) -> None:
         """The attempt begins after `step`; before `metrics.jsonl` drops what lies beyond."""
         goodput.go_on_after(self._attempts, step, self._lines())
-        self._write()
+        self.update(ledger, step, saves=0)
 
     def update(self, ledger: goodput.Ledger, step: int, saves: int) -> None:
         """What the attempt has done so far."""
