@@ -28,6 +28,7 @@ from nvembed_mcore import goodput
 from nvembed_mcore.config import RunConfig
 from nvembed_mcore.data.faults import DataError
 from nvembed_mcore.exits import Exit, Preempted, exit_of
+from nvembed_mcore.log import TO_FILE_ONLY
 from nvembed_mcore.run_record import RunRecord
 from nvembed_mcore.status import FIRST_FAILURE, STATUS_FILE, Status, read_status, write_json
 
@@ -153,12 +154,12 @@ class Attempt(AbstractContextManager):
         status = exit_of(error)
         first = _claim(self.folder / FIRST_FAILURE, self._failure(error, status))
         if first["rank"] == self._rank:
-            log.error("this rank fails first, and ends with status %d", status, exc_info=error)
+            log.error("this rank fails first, with status %d", status, exc_info=error, extra=TO_FILE_ONLY)
             self._write_status(first["state"], status, first["error"])
         else:
             error.exit_status = status = Exit(first["exit_status"])
             error.follows = "rank {rank} on {host} failed first, in {operation}: {error}".format(**first)
-            log.info("this rank ends with status %d because %s", status, error.follows, exc_info=error)
+            log.error("status %d follows: %s", status, error.follows, exc_info=error, extra=TO_FILE_ONLY)
         self._end(first["state"], status, first["error"])
 
     def _failure(self, error: BaseException, status: Exit) -> dict[str, Any]:

@@ -14,7 +14,6 @@ from nvembed_mcore.checkpoint.store import find_checkpoint
 from nvembed_mcore.config import CheckpointConfig, RunConfig
 from nvembed_mcore.log import read_metrics
 from nvembed_mcore.status import read_status
-from nvembed_mcore.train import train
 from tests.helpers import runs
 from tests.helpers.supervisor import Ranks
 
@@ -57,10 +56,11 @@ class Run:
 
 
 @pytest.fixture(scope="module")
-def straight(world, inputs, tmp_path_factory):
+def straight(inputs, tmp_path_factory):
     """The same run, which nobody stopped."""
     run = Run(config_of(inputs, tmp_path_factory.mktemp("straight") / "run"))
-    world(2).run(train, run.config)
+    with run.start() as ranks:
+        assert ranks.wait(60) == [0, 0]
     return run
 
 
