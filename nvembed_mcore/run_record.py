@@ -79,11 +79,10 @@ class RunRecord:
 
     def _write(self) -> None:
         seconds = goodput.totals(self._attempts)
-        rounded = {name: round(value, 3) for name, value in seconds.items()}
         tree = self._facts | {
             "goodput": round(goodput.share(self._attempts), 4),
-            "seconds": rounded | {"wall": round(sum(seconds.values()), 3)},
-            "attempts": self._attempts,
+            "seconds": _rounded(seconds | {"wall": sum(seconds.values())}),
+            "attempts": [one | {"seconds": _rounded(one["seconds"])} for one in self._attempts],
         }
         write_json(self._run_dir / RUN_FILE, tree)
 
@@ -97,6 +96,10 @@ def _read_attempts(file: Path) -> list[goodput.Attempt]:
     except (ValueError, KeyError, TypeError) as error:
         log.warning("%s cannot be read (%r): the account of the run's time begins anew", file, error)
         return []
+
+
+def _rounded(seconds: Mapping[str, float]) -> dict[str, float]:
+    return {name: round(value, 3) for name, value in seconds.items()}
 
 
 def _versions() -> dict[str, Any]:

@@ -5,6 +5,9 @@ from __future__ import annotations
 import dataclasses
 import json
 import signal
+import subprocess
+import sys
+import time
 from datetime import datetime
 from pathlib import Path
 
@@ -15,7 +18,8 @@ from nvembed_mcore.config import CheckpointConfig, RunConfig
 from nvembed_mcore.log import read_metrics
 from nvembed_mcore.status import read_status
 from tests.helpers import runs
-from tests.helpers.supervisor import Ranks
+from tests.helpers.supervisor import Ranks, last_step
+from tests.helpers.world import free_port
 
 STEPS = 10
 
@@ -78,10 +82,14 @@ def assert_stopped(run: Run, step: int, reason: str) -> None:
 
 
 def test_a_signal_to_one_rank_stops_all_after_the_same_step(stopped):
-    """The rank sleeps in step 2 when it comes; rank 0 waits for it inside a collective."""
-    with stopped.start(faults="sleep=0.7@data:1:2") as ranks:
+    """The rank sleeps in step 2 when it comes; rank 0 waits for it inside a collective. More come during the save."""
+    with stopped.start(faults="sleep=0.7@data:1:2,sleep=0.7@before_publish:0") as ranks:
         ranks.wait_for_step(1)
         ranks.kill(1, signal.SIGUSR1)
+        ranks.wait_until(lambda: [*(stopped.run_dir / "checkpoints").glob(".*")])
+        for number in (signal.SIGTERM, signal.SIGUSR1):
+            ranks.kill(0, number)
+            ranks.kill(1, number)
         assert ranks.wait(60) == [75, 75]
         assert "stopped after step 2: SIGUSR1 on rank 1; the same command goes on" in ranks.output(0)
         assert "Traceback" not in ranks.outputs()
@@ -95,7 +103,7 @@ def test_a_signal_before_the_loop_stops_the_run_with_nothing_lost(stopped):
         ranks.kill(0, signal.SIGTERM)
         assert ranks.wait(60) == [75, 75]
     assert_stopped(stopped, 2, "SIGTERM on rank 0")
-    assert "SIGUSR1" in (logs / "0001" / "rank-0.log").read_text() or (logs / "0001" / "rank-1.log").exists()
+    assert sorted(path.name for path in logs.glob("*/*")) == [*["rank-0.log"] * 2, *["rank-1.log"] * 2]
 
 
 def test_the_wall_clock_stops_the_run(stopped):
@@ -173,3 +181,26 @@ def test_a_refused_start_leaves_no_folder(inputs, tmp_path):
     with run.start("--checkpoint.resume", "must") as ranks:
         assert ranks.wait(60) == [78, 78]
     assert not run.run_dir.exists()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGUSR1, signal.SIGTERM])
+def test_a_signal_to_torchrun_reaches_its_ranks(inputs, tmp_path, number):
+    """It hands the signal on, waits for the ranks, and ends with 1 whatever they ended with: hence status.json."""
+    run = Run(dataclasses.replace(config_of(inputs, tmp_path / "run"), steps=10000))
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--max-restarts", "0"]
+    launcher += ["--rdzv-backend", "c10d", "--rdzv-endpoint", f"127.0.0.1:{free_port()}"]
+    launcher += ["--signals-to-handle", "SIGTERM,SIGINT,SIGUSR1", "--shutdown-timeout", "60"]
+    process = subprocess.Popen([*launcher, "-m", "nvembed_mcore", "train", str(run.file)], stderr=subprocess.DEVNULL)
+    try:
+        until = time.monotonic() + 60
+        while not (run.run_dir / "metrics.jsonl").exists() or last_step(run.run_dir) < 2:
+            assert process.poll() is None and time.monotonic() < until
+            time.sleep(0.05)
+        process.send_signal(number)
+        assert process.wait(60) == 1
+    finally:
+        process.kill()
+    status = run.status()
+    assert (status.state, status.exit_status) == ("preempted", 75) and status.reason.startswith(number.name)
+    assert find_checkpoint(run.run_dir).step == status.step >= 2
