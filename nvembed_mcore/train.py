@@ -13,6 +13,8 @@ from transformers import MistralConfig
 from nvembed_mcore import device, resume
 from nvembed_mcore.build import build_model, read_architecture
 from nvembed_mcore.checkpoint import store
+from nvembed_mcore.checkpoint.folders import folder_of
+from nvembed_mcore.checkpoint.saver import Saver
 from nvembed_mcore.config import ConfigError, RunConfig
 from nvembed_mcore.data.batch import Batch
 from nvembed_mcore.data.source import BatchSource
@@ -39,6 +41,7 @@ def train(config: RunConfig) -> None:
         ConfigError, DataError, CheckpointError: something that the user gave cannot work; raised on every rank
             before any step is taken (but `step.way: single` at the first batch that needs more than one pack).
         NonFiniteLossError: the loss of a step is not a number.
+        StorageError: a checkpoint cannot be written, or has no room; raised on every rank.
     """
     groups = initialize(config.parallel)
     first_rank_does(lambda: _prepare_run_dir(config))
@@ -59,6 +62,7 @@ def train(config: RunConfig) -> None:
             run.evaluate(metric_log)
         while run.done < last:
             line = run.advance()
+            run.saver.poll()
             if _is_due(run.done, config.log.every_steps, last):
                 metric_log.log(run.done, line)
             # Before saving, so that a kill between the two loses neither: a repeated line replaces the first.
@@ -66,7 +70,8 @@ def train(config: RunConfig) -> None:
                 run.evaluate(metric_log)
             if _is_due(run.done, config.checkpoint.every_steps, last):
                 run.save()
-    log.info("step %d of %d is done and saved in %s", run.done, config.steps, store.folder_of(config.run_dir))
+        run.saver.wait()
+    log.info("step %d of %d is done and saved in %s", run.done, config.steps, folder_of(config.run_dir))
 
 
 class _Run:
@@ -94,6 +99,8 @@ class _Run:
             seed=config.seed,
             retain_tokens=resume.retained_tokens(found, self.facts),
         )
+        self.saver = Saver(config.checkpoint, config.run_dir, groups)
+        self.saver.check_space(self.chunks)
         self.timer = PhaseTimer(device.synchronize)
 
     def advance(self) -> dict[str, float]:
@@ -122,9 +129,7 @@ class _Run:
     def save(self) -> None:
         """Write a checkpoint of the steps done."""
         self.facts["retain_tokens"] = self.step.retain_tokens
-        store.save_checkpoint(
-            self.config.checkpoint, self.config.run_dir, self.done, self.chunks, self.optimizer, self.facts
-        )
+        self.saver.save(self.done, self.chunks, self.optimizer, self.facts)
 
 
 def _is_due(step: int, every: int, last: int) -> bool:
@@ -142,9 +147,9 @@ class _Data:
 
 def _prepare_run_dir(config: RunConfig) -> None:
     """Make the run folder; refuse what must not be mixed with an older run."""
-    found = store.find_checkpoint(config.run_dir)
+    found = store.has_checkpoint(config.run_dir)
     if config.checkpoint.resume == "never" and found:
-        raise ConfigError(f"checkpoint.resume is 'never', but {config.run_dir} has a checkpoint of step {found.step}")
+        raise ConfigError(f"checkpoint.resume is 'never', but {config.run_dir} has a checkpoint")
     if config.checkpoint.resume == "must" and not found:
         raise ConfigError(f"checkpoint.resume is 'must', but {config.run_dir} has no complete checkpoint")
     os.makedirs(config.run_dir, exist_ok=True)
