@@ -306,6 +306,9 @@ class RunConfig:
     """Optimizer steps of the whole run."""
     stop_at: int | None = None
     """Save and end after this step although `steps` is larger: the schedule stays that of the whole run."""
+    max_minutes: float | None = None
+    """Save and end with status 75 when the process is so many minutes old, after the step that it is at; null: no
+    limit."""
     batch_size: int = 128
     """Queries in a global batch, over all ranks and microbatches."""
     data: DataConfig
@@ -333,6 +336,9 @@ class RunConfig:
         require(
             self.stop_at is None or 1 <= self.stop_at <= self.steps,
             f"stop_at must be between 1 and steps ({self.steps}), got {self.stop_at}",
+        )
+        require(
+            self.max_minutes is None or self.max_minutes > 0, f"max_minutes must be above 0, got {self.max_minutes}"
         )
         require(
             self.parallel.pp == 1 or self.step.way in ("auto", "cached"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 from enum import IntEnum
 
 
@@ -45,11 +46,20 @@ class StorageError(OSError):
     exit_status = Exit.STORAGE
 
 
+_OF_STORAGE = (errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.ESTALE, errno.EROFS)
+
+
 def exit_of(error: BaseException) -> Exit:
-    """The exit status that an error means: its own, or CONFIGURATION for what a user can mend."""
+    """The exit status that an error means: its own, STORAGE for a full or broken disk, CONFIGURATION for what a user
+    can mend.
+    """
     own = getattr(error, "exit_status", None)
     if own is not None:
         return own
     if isinstance(error, KeyboardInterrupt):
         return Exit.INTERRUPTED
+    if isinstance(error, OSError) and error.errno in _OF_STORAGE:
+        return Exit.STORAGE
+    if isinstance(error, (ConnectionError, TimeoutError)):
+        return Exit.CRASHED
     return Exit.CONFIGURATION if isinstance(error, (ValueError, OSError)) else Exit.CRASHED

@@ -27,6 +27,8 @@ except ImportError:  # the extra `track` is not installed
 logger = logging.getLogger(__name__)
 
 METRICS_FILE = "metrics.jsonl"
+TO_FILE_ONLY = {"to_file_only": True}
+"""As `extra` of a message: it goes to the rank's file and not to stderr."""
 _PLAIN_INTERVAL_SECONDS = 10.0
 # One console for messages and the progress bar: rich then prints messages above the bar instead of through it.
 _console = Console(stderr=True)
@@ -52,6 +54,7 @@ def setup_logging(rank: int, log_dir: str | Path | None = None) -> logging.Logge
     root.propagate = False
     if rank == 0:
         root.addHandler(_stderr_handler())
+        root.handlers[-1].addFilter(lambda record: not hasattr(record, "to_file_only"))
     if log_dir is not None:
         Path(log_dir).mkdir(parents=True, exist_ok=True)
         handler = logging.FileHandler(Path(log_dir) / f"rank-{rank}.log", encoding="utf-8")
@@ -188,6 +191,10 @@ class MetricLog:
         self._evaluated.add(step)
         self._write(step, values, "eval")
         self._show(step, values)
+
+    def has_evaluation(self, step: int) -> bool:
+        """Whether the file has the numbers of an evaluation after `step` steps; asked of the writer."""
+        return step in self._evaluated
 
     def _write(self, step: int, values: Mapping[str, float], group: str) -> None:
         assert self._file is not None, "MetricLog is used inside its `with` block"

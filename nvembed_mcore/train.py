@@ -5,28 +5,34 @@ from __future__ import annotations
 import dataclasses
 import logging
 import os
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import yaml
 from transformers import MistralConfig
 
 from nvembed_mcore import device, resume
+from nvembed_mcore.attempts import Attempt, next_folder
 from nvembed_mcore.build import build_model, read_architecture
 from nvembed_mcore.checkpoint import store
 from nvembed_mcore.checkpoint.folders import folder_of
 from nvembed_mcore.checkpoint.saver import Saver
 from nvembed_mcore.config import ConfigError, RunConfig
 from nvembed_mcore.data.batch import Batch
+from nvembed_mcore.data.faults import DataError
 from nvembed_mcore.data.source import BatchSource
 from nvembed_mcore.data.tokenizer import load_tokenizer, tokenizer_fingerprint
 from nvembed_mcore.data.tokens import TokenStore
 from nvembed_mcore.evaluation.encode import RetrievalEvaluation
+from nvembed_mcore.exits import Preempted
 from nvembed_mcore.fault_injection import point
 from nvembed_mcore.log import MetricLog, setup_logging
 from nvembed_mcore.metrics import PhaseTimer, StepMetrics, device_peak_flops, pack_flops
 from nvembed_mcore.optim import build_optimizer, learning_rate, set_learning_rate
 from nvembed_mcore.parallel.groups import Groups, first_rank_does, initialize
 from nvembed_mcore.step import ContrastiveStep, StepOutput
+from nvembed_mcore.stop import StopRequests, refuse_if_stopped
 
 log = logging.getLogger(__name__)
 
@@ -34,44 +40,96 @@ RELEASE_EVERY_STEPS = 16
 """Packs differ in length from step to step, so on a CPU the heap fills with gaps and grows unless released."""
 
 
-def train(config: RunConfig) -> None:
+def train(config: RunConfig, stops: StopRequests | None = None) -> None:
     """Train one stage; every rank calls this.
+
+    Args:
+        stops: what listens for signals since the start of the process; None: from now on.
 
     Raises:
         ConfigError, DataError, CheckpointError: something that the user gave cannot work; raised on every rank
             before any step is taken (but `step.way: single` at the first batch that needs more than one pack).
         NonFiniteLossError: the loss of a step is not a number.
         StorageError: a checkpoint cannot be written, or has no room; raised on every rank.
+        Preempted: somebody asked the run to stop, and it is saved.
     """
-    groups = initialize(config.parallel)
-    first_rank_does(lambda: _prepare_run_dir(config))
-    setup_logging(groups.rank, Path(config.run_dir) / "logs")
-    run = _Run(config, groups)
-    # Not before: an older run's file must survive an attempt that was refused.
-    first_rank_does(lambda: _write_config(config))
+    with stops or StopRequests() as stops, Attempt(config, stops.started) as attempt:
+        groups = initialize(config.parallel)
+        attempt.begin(first_rank_does(lambda: _prepare_run_dir(config)), _layout_and_hardware(config, groups))
+        setup_logging(groups.rank, attempt.folder)
+        run = _build(config, groups, stops)
+        # Not before: an older run's file must survive an attempt that was refused.
+        first_rank_does(lambda: _write_config(config))
+        attempt.starts_the_loop(run.done)
+        with MetricLog(
+            config.run_dir,
+            config.log,
+            is_writer=groups.rank == 0,
+            total_steps=config.steps,
+            start_step=run.done,
+            description=f"stage {config.stage}",
+        ) as metric_log:
+            _loop(run, metric_log, stops, attempt)
+        log.info("step %d of %d is done and saved in %s", run.done, config.steps, folder_of(config.run_dir))
+
+
+def _build(config: RunConfig, groups: Groups, stops: StopRequests) -> _Run:
+    """The run, unless a scheduler's signal also ended processes that were reading the data for it."""
+    try:
+        return _Run(config, groups)
+    except DataError as error:
+        if stops.signal is None:
+            raise
+        found = store.find_checkpoint(config.run_dir)
+        raise Preempted(found.step if found else 0, f"{stops.signal} while the data were read") from error
+
+
+def _loop(run: _Run, metric_log: MetricLog, stops: StopRequests, attempt: Attempt) -> None:
+    """From the steps done to the last one, or to where somebody asks to stop."""
+    config = run.config
     last = config.stop_at or config.steps
-    with MetricLog(
-        config.run_dir,
-        config.log,
-        is_writer=groups.rank == 0,
-        total_steps=config.steps,
-        start_step=run.done,
-        description=f"stage {config.stage}",
-    ) as metric_log:
-        if run.done == 0:
-            run.evaluate(metric_log)
-        while run.done < last:
+    _stop_if_asked(run, stops, attempt, last)
+    if run.done == 0 or _is_due(run.done, config.eval.every_steps, last):
+        # A run that was stopped after a step may have been saved before its evaluation.
+        if not first_rank_does(lambda: metric_log.has_evaluation(run.done)):
+            _evaluate(run, metric_log, attempt)
+    while run.done < last:
+        with attempt.does("productive", run.done + 1):
             line = run.advance()
-            run.saver.poll()
-            if _is_due(run.done, config.log.every_steps, last):
-                metric_log.log(run.done, line)
-            # Before saving, so that a kill between the two loses neither: a repeated line replaces the first.
-            if _is_due(run.done, config.eval.every_steps, last):
-                run.evaluate(metric_log)
-            if _is_due(run.done, config.checkpoint.every_steps, last):
-                run.save()
-        run.saver.wait()
-    log.info("step %d of %d is done and saved in %s", run.done, config.steps, folder_of(config.run_dir))
+        _saving(run, attempt, run.saver.poll)
+        if _is_due(run.done, config.log.every_steps, last):
+            metric_log.log(run.done, line)
+        _stop_if_asked(run, stops, attempt, last)
+        # Before saving, so that a kill between the two loses neither: a repeated line replaces the first.
+        if _is_due(run.done, config.eval.every_steps, last):
+            _evaluate(run, metric_log, attempt)
+        if _is_due(run.done, config.checkpoint.every_steps, last):
+            _saving(run, attempt, run.save)
+    _saving(run, attempt, run.saver.wait)
+
+
+def _stop_if_asked(run: _Run, stops: StopRequests, attempt: Attempt, last: int) -> None:
+    """Save and raise `Preempted` on all ranks if any was asked to; after the last step only save, for it is done."""
+    reason = stops.agreed(run.config, run.groups.rank, run.groups.world_size)
+    if reason:
+        _saving(run, attempt, run.save)
+        _saving(run, attempt, run.saver.wait)
+        if run.done < last:
+            raise Preempted(run.done, reason)
+
+
+def _evaluate(run: _Run, metric_log: MetricLog, attempt: Attempt) -> None:
+    with attempt.does("evaluation", run.done):
+        run.evaluate(metric_log)
+
+
+def _saving(run: _Run, attempt: Attempt, work: Callable[[], None]) -> None:
+    """Do something for which the run may have to wait for the disk, and tell of a checkpoint that is complete then."""
+    before = run.saver.published
+    with attempt.does("save_stall", run.done):
+        work()
+    if run.saver.published != before:
+        attempt.has_saved(run.saver.published)
 
 
 class _Run:
@@ -79,6 +137,7 @@ class _Run:
 
     Attributes:
         done: optimizer steps done, those before a resume included.
+        saved: those of the newest save; before the first save of a fresh run 0, of which nothing is to be saved.
     """
 
     def __init__(self, config: RunConfig, groups: Groups) -> None:
@@ -89,7 +148,7 @@ class _Run:
         self.optimizer = build_optimizer(config.optim, self.chunks)
         self.facts = resume.facts_of(config, self.hf_config, self.data.source, self.data.tokenizer, groups)
         found = resume.restore(config, self.chunks, self.optimizer, self.facts)
-        self.done = found.step if found else 0
+        self.done = self.saved = found.step if found else 0
         self.step = ContrastiveStep(
             self.chunks,
             self.optimizer,
@@ -127,9 +186,11 @@ class _Run:
             metric_log.log_eval(self.done, scores)
 
     def save(self) -> None:
-        """Write a checkpoint of the steps done."""
+        """Write a checkpoint of the steps done, unless there is one."""
         self.facts["retain_tokens"] = self.step.retain_tokens
-        self.saver.save(self.done, self.chunks, self.optimizer, self.facts)
+        if self.saved != self.done:
+            self.saver.save(self.done, self.chunks, self.optimizer, self.facts)
+            self.saved = self.done
 
 
 def _is_due(step: int, every: int, last: int) -> bool:
@@ -145,14 +206,26 @@ class _Data:
     tokenizer: str
 
 
-def _prepare_run_dir(config: RunConfig) -> None:
-    """Make the run folder; refuse what must not be mixed with an older run."""
+def _prepare_run_dir(config: RunConfig) -> Path:
+    """Make the run folder and that of this attempt's logs; refuse what must not be mixed with an older run."""
+    refuse_if_stopped(config)
     found = store.has_checkpoint(config.run_dir)
     if config.checkpoint.resume == "never" and found:
         raise ConfigError(f"checkpoint.resume is 'never', but {config.run_dir} has a checkpoint")
     if config.checkpoint.resume == "must" and not found:
         raise ConfigError(f"checkpoint.resume is 'must', but {config.run_dir} has no complete checkpoint")
-    os.makedirs(config.run_dir, exist_ok=True)
+    return next_folder(config.run_dir)
+
+
+def _layout_and_hardware(config: RunConfig, groups: Groups) -> dict[str, Any]:
+    """What `run.json` says of an attempt."""
+    parallel = config.parallel
+    layout = {"tp": groups.tp_size, "pp": groups.pp_size, "dp": groups.dp_size}
+    return {
+        "world_size": groups.world_size,
+        "layout": layout | {"chunks_per_stage": parallel.chunks_per_stage},
+        "hardware": {"device": device.name(), "cores": os.cpu_count()},
+    }
 
 
 def _write_config(config: RunConfig) -> None:

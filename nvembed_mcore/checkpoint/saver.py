@@ -6,9 +6,6 @@ import io
 import json
 import logging
 import threading
-import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -59,12 +56,12 @@ class Saver:
     own. A rank that fails raises the same error on every rank, and nothing of its checkpoint remains.
 
     Attributes:
-        stalled_seconds: how long the run has waited for saving so far.
+        published: step of the newest checkpoint that this saver completed; None before the first.
     """
 
     def __init__(self, config: CheckpointConfig, run_dir: str | Path, groups: Groups) -> None:
         self.config, self.root = config, folders.folder_of(run_dir)
-        self.stalled_seconds = 0.0
+        self.published: int | None = None
         self._groups, self._group = groups, patient_group()
         self._pending: _Pending | None = None
 
@@ -101,15 +98,14 @@ class Saver:
         Raises:
             StorageError: this checkpoint, or the pending one, cannot be written.
         """
-        with self._stalling():
-            self._finish()
-            first_rank_does(lambda: folders.clear_leftovers(self.root), self._group)
-            self._pending = self._stage(step, chunks, optimizer, facts)
-            if self._pending.thread:
-                self._pending.thread.start()
-            else:
-                self._pending.writing.write()
-                self._finish()
+        self.wait()
+        first_rank_does(lambda: folders.clear_leftovers(self.root), self._group)
+        self._pending = self._stage(step, chunks, optimizer, facts)
+        if self._pending.thread:
+            self._pending.thread.start()
+        else:
+            self._pending.writing.write()
+            self.wait()
 
     def poll(self) -> None:
         """Publish what an asynchronous save has written by now; costs nothing when none is pending.
@@ -119,12 +115,11 @@ class Saver:
         """
         if self._pending is None:
             return
-        with self._stalling():
-            is_written, is_well = not self._pending.thread.is_alive(), self._pending.writing.failure is None
-            everywhere = torch.tensor([is_written, is_well], dtype=torch.int32)
-            dist.all_reduce(everywhere, dist.ReduceOp.MIN, self._group)
-            if everywhere[0] or not everywhere[1]:
-                self._finish()
+        is_written, is_well = not self._pending.thread.is_alive(), self._pending.writing.failure is None
+        everywhere = torch.tensor([is_written, is_well], dtype=torch.int32)
+        dist.all_reduce(everywhere, dist.ReduceOp.MIN, self._group)
+        if everywhere[0] or not everywhere[1]:
+            self.wait()
 
     def wait(self) -> None:
         """Finish what is pending.
@@ -132,16 +127,13 @@ class Saver:
         Raises:
             StorageError: as `poll`.
         """
-        with self._stalling():
-            self._finish()
-
-    @contextmanager
-    def _stalling(self) -> Iterator[None]:
-        begin = time.perf_counter()
-        try:
-            yield
-        finally:
-            self.stalled_seconds += time.perf_counter() - begin
+        pending, self._pending = self._pending, None
+        if pending is None:
+            return
+        if pending.thread:
+            pending.thread.join()
+        pending.writing.finish(pending.common, pending.facts, lambda: self._publish(pending))
+        self.published = pending.step
 
     def _stage(
         self, step: int, chunks: list[DistributedDataParallel], optimizer: MegatronOptimizer, facts: dict[str, Any]
@@ -170,15 +162,6 @@ class Saver:
             json.dumps({"step": step, **facts}, indent=1, sort_keys=True).encode(),
             threading.Thread(target=writing.write, name="checkpoint", daemon=True) if self.config.async_save else None,
         )
-
-    def _finish(self) -> None:
-        pending, self._pending = self._pending, None
-        if pending is None:
-            return
-        if pending.thread:
-            pending.thread.join()
-        pending.writing.finish(pending.common, pending.facts, lambda: self._publish(pending))
-        log.debug("checkpoint of step %d written", pending.step)
 
     def _publish(self, pending: _Pending) -> None:
         final = self.root / folders.name_of(pending.step)

@@ -9,25 +9,42 @@ import argparse
 import logging
 import os
 import sys
+import threading
+import traceback
 import warnings
 from collections.abc import Callable
 
 from nvembed_mcore import __version__
-from nvembed_mcore.cli import data, encode, mine, use, weights
+from nvembed_mcore.cli import data, encode, mine, status, use, weights
 from nvembed_mcore.cli.train import train
 from nvembed_mcore.exits import Exit, exit_of
+from nvembed_mcore.stop import StopRequests
 
 log = logging.getLogger(__name__)
+
+LEAVING_SECONDS = 30.0
+"""A process that has not left its groups by then ends without."""
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Run one subcommand; returns the exit status: one of `exits.Exit`, or what its help says."""
-    arguments = sys.argv[1:] if arguments is None else arguments
-    _quiet_libraries()
+    is_program = arguments is None
+    arguments = sys.argv[1:] if is_program else arguments
     if arguments[:1] == ["train"]:
-        return _guarded(lambda: train(arguments[1:]), "; the same command goes on from the newest checkpoint")
+        return _train(arguments[1:], is_program)
+    _quiet_libraries()
     parsed = _parser().parse_args(arguments)
     return _guarded(lambda: parsed.run(parsed))
+
+
+def _train(arguments: list[str], is_program: bool) -> int:
+    # First: imports take seconds, and a signal that comes meanwhile is to stop the run and not to end the process.
+    with StopRequests() as stops:
+        _quiet_libraries()
+        status = _guarded(lambda: train(arguments, stops), "; the same command goes on from the newest checkpoint")
+        if is_program:
+            stops.ignore_signals()
+    return status
 
 
 def _quiet_libraries() -> None:
@@ -38,29 +55,59 @@ def _quiet_libraries() -> None:
 
 
 def _guarded(work: Callable[[], int | None], if_interrupted: str = "") -> int:
-    """The status that `work` returns; what somebody foresaw becomes one message on rank 0 instead of a traceback.
+    """The status that `work` returns, or that its error means; what somebody foresaw becomes one message on rank 0."""
+    try:
+        status = work() or Exit.DONE
+    except KeyboardInterrupt:
+        if _is_first():
+            print(f"nvembed: interrupted{if_interrupted}", file=sys.stderr)
+        status = Exit.INTERRUPTED
+    except Exception as error:
+        status = exit_of(error)
+        _tell(error, status)
+    _leave_groups(status)
+    return status
+
+
+def _is_first() -> bool:
+    return os.environ.get("RANK", "0") == "0"
+
+
+def _tell(error: Exception, status: int) -> None:
+    """Say on stderr what ended the run: rank 0 what was foreseen, or who failed first; a rank that crashed its trace.
 
     What ends another rank stands in that rank's log.
     """
-    is_first = os.environ.get("RANK", "0") == "0"
+    first = getattr(error, "follows", None)
+    if first is None and status == Exit.CRASHED:
+        traceback.print_exception(type(error), error, error.__traceback__)
+    elif _is_first():
+        print(f"nvembed: {'' if status == Exit.PREEMPTED else 'error: '}{first or error}", file=sys.stderr)
+    sys.stderr.flush()
+
+
+def _leave_groups(status: int) -> None:
+    """Leave the process groups, if there are any; with dead ranks in them that may neither hide nor delay the end."""
+    groups = sys.modules.get("nvembed_mcore.parallel.groups")
+    if groups is None:
+        return
+    at_last = threading.Timer(LEAVING_SECONDS, _end_now, [status])
+    at_last.daemon = True
+    at_last.start()
     try:
-        return work() or Exit.DONE
-    except KeyboardInterrupt:
-        if is_first:
-            print(f"nvembed: interrupted{if_interrupted}", file=sys.stderr)
-        return Exit.INTERRUPTED
-    except Exception as error:
-        status = exit_of(error)
-        if status == Exit.CRASHED:
-            raise
-        if is_first:
-            print(f"nvembed: {'' if status == Exit.PREEMPTED else 'error: '}{error}", file=sys.stderr)
-        else:
-            log.info("this rank ends with status %d", status, exc_info=True)
-        return status
+        groups.shutdown()
+    except Exception:
+        log.info("could not leave the process groups", exc_info=True)
     finally:
-        if "nvembed_mcore.parallel.groups" in sys.modules:
-            sys.modules["nvembed_mcore.parallel.groups"].shutdown()
+        at_last.cancel()
+
+
+def _end_now(status: int) -> None:
+    """End the process whatever its other threads wait for."""
+    logging.shutdown()
+    for stream in (sys.stdout, sys.stderr):
+        stream.flush()
+    os._exit(status)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -68,6 +115,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=__version__)
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     commands.add_parser("train", help="train one stage: nvembed train CONFIG.yaml [--field value ...]", add_help=False)
+    status.add(commands)
     weights.add(commands)
     use.add(commands)
     encode.add(commands)

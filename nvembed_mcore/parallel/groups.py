@@ -171,6 +171,13 @@ def _all_do(work: Callable[[], Any], group: dist.ProcessGroup) -> list[Any]:
     return [result for result, _ in outcomes]
 
 
+def largest(value: int) -> int:
+    """The largest of all ranks' values; every rank calls this."""
+    values = torch.tensor(value, dtype=torch.int64, device=device.current())
+    dist.all_reduce(values, dist.ReduceOp.MAX)
+    return int(values.item())
+
+
 def seed_everything(seed: int) -> None:
     """Seed the default generator (equal on all tensor ranks) and Megatron's tracker (different on each)."""
     model_parallel_cuda_manual_seed(seed, force_reset_rng=True)

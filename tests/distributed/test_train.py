@@ -51,7 +51,7 @@ def test_learns_logs_and_evaluates(straight):
         assert steps[0][name] >= 0
     assert all(f"seconds_{phase}" in steps[0] for phase in ("data", "embed", "score", "backward", "optimizer"))
     assert (straight / "config.yaml").is_file()
-    assert (straight / "logs" / "rank-1.log").is_file()
+    assert (straight / "logs" / "0001" / "rank-1.log").is_file()
 
 
 def test_a_resumed_run_has_the_same_losses(world, inputs, straight, tmp_path):

@@ -1,0 +1,251 @@
+"""The attempts of a run: logs of their own, the state for scripts, and which rank failed first.
+
+    RUN/logs/0003/rank-0.log            what rank 0 said in the third attempt
+                  first-failure.json    which rank failed first, if one did: the others' failures follow from it
+    RUN/status.json                     what the newest attempt is at or came to (status.py)
+    RUN/run.json                        all attempts and where their time went (run_record.py, goodput.py)
+
+Nothing of an attempt overwrites the logs of another.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import logging
+import os
+import socket
+import time
+import traceback
+from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager
+from datetime import datetime, timezone
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from nvembed_mcore import goodput
+from nvembed_mcore.config import RunConfig
+from nvembed_mcore.data.faults import DataError
+from nvembed_mcore.exits import Exit, Preempted, exit_of
+from nvembed_mcore.log import TO_FILE_ONLY
+from nvembed_mcore.run_record import RunRecord
+from nvembed_mcore.status import FIRST_FAILURE, STATUS_FILE, Status, read_status, write_json
+
+log = logging.getLogger(__name__)
+
+_STATES = {
+    Exit.DONE: "done",
+    Exit.NON_FINITE: "nonfinite",
+    Exit.CRASHED: "crashed",
+    Exit.STORAGE: "storage_error",
+    Exit.PREEMPTED: "preempted",
+    Exit.HANG: "hang",
+    Exit.CONFIGURATION: "config_error",
+    Exit.INTERRUPTED: "interrupted",
+}
+_OPERATIONS = {
+    "productive": "step",
+    "evaluation": "the evaluation after step",
+    "save_stall": "the checkpoint of step",
+}
+_LOST_CONNECTION = ("closed by peer", "reset by peer", "Broken pipe", "Connection refused", "recvValue failed")
+_LEFT_WITHOUT_A_WORD = "another rank went away before, without a word: killed (out of memory?), or its host is down"
+_TRACEBACK_CHARACTERS = 8000
+_WRITING_SECONDS = 2.0
+
+
+class Attempt(AbstractContextManager):
+    """One attempt at a run as one rank sees it, from the start of its process to its end.
+
+    On the way out it records how the attempt ended. The rank that fails first says so for all. An error on another
+    rank gets the first one's exit status, and an attribute `follows`: which rank it was, and why.
+
+    Attributes:
+        folder: of this attempt's logs; None before it has begun.
+    """
+
+    def __init__(self, config: RunConfig, started: float) -> None:
+        """
+        Args:
+            started: `time.monotonic()` at the start of the process.
+        """
+        self._config, self._run_dir = config, Path(config.run_dir)
+        self._rank = int(os.environ.get("RANK", "0"))
+        self._ledger = goodput.Ledger(time.monotonic, started)
+        self._record: RunRecord | None = None
+        self._step, self._saved, self._saves = 0, None, 0
+        self._in_loop = False
+        self._operation = "the start"
+        self.folder: Path | None = None
+
+    def begin(self, folder: Path, facts: Mapping[str, Any]) -> None:
+        """Every rank, with the folder that rank 0 made (`next_folder`).
+
+        Args:
+            facts: JSON values for `run.json`: layout and hardware.
+        """
+        self.folder = folder
+        before = self._go_on_from_status()
+        if self._rank == 0:
+            ended = before is not None and before.exit_status is not None
+            self._record = RunRecord(self._run_dir)
+            self._record.begin(int(folder.name), self._ledger.elapsed(), before.state if ended else "killed", facts)
+            self._write_status("running", None)
+
+    def _go_on_from_status(self) -> Status | None:
+        """Until the loop begins, the run stands where the attempt before left it."""
+        before = read_status(self._run_dir)
+        if before is not None:
+            self._step, self._saved = before.step, before.checkpoint_step
+        return before
+
+    def starts_the_loop(self, step: int) -> None:
+        """The run is built and goes on after `step`, that of its newest checkpoint, or 0."""
+        self._ledger.starts_the_loop()
+        self._in_loop = True
+        self._step, self._saved = step, step or None
+        if self._record is not None:
+            self._record.go_on_after(self._ledger, step)
+            self._write_status("running", None)
+
+    @contextmanager
+    def does(self, bucket: str, step: int) -> Iterator[None]:
+        """Book the time of the block (goodput.BUCKETS), and know what went on where it fails.
+
+        Args:
+            step: optimizer steps done at its end.
+        """
+        self._operation = f"{_OPERATIONS[bucket]} {step}"
+        with self._ledger.spends(bucket):
+            yield
+        self._operation, self._step = f"after step {step}", step
+
+    def has_saved(self, step: int) -> None:
+        """A checkpoint of `step` is complete."""
+        self._saved, self._saves = step, self._saves + 1
+        if self._record is not None:
+            self._record.update(self._ledger, self._step, self._saves)
+            self._write_status("running", None)
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        try:
+            if error is None:
+                self._end("done", Exit.DONE)
+            elif isinstance(error, Preempted):
+                self._end("preempted", Exit.PREEMPTED, error.reason)
+            else:
+                self._fail(error)
+        except OSError:
+            # The disk may be full. What ends the run matters more than its record.
+            log.warning("could not record in %s how the run ended", self._run_dir, exc_info=True)
+
+    def _fail(self, error: BaseException) -> None:
+        if self._in_loop:
+            _set_status_of_a_running_run(error)
+        if self.folder is None:
+            # Refused before it began: told in a folder that is there, and no reason to make one.
+            if self._rank != 0 or not self._run_dir.is_dir():
+                return
+            self.folder = next_folder(self._run_dir)
+            self._go_on_from_status()
+        status = exit_of(error)
+        first = _claim(self.folder / FIRST_FAILURE, self._failure(error, status))
+        if first["rank"] == self._rank:
+            log.error("this rank fails first, with status %d", status, exc_info=error, extra=TO_FILE_ONLY)
+            self._write_status(first["state"], status, first["error"])
+        else:
+            error.exit_status = status = Exit(first["exit_status"])
+            error.follows = "rank {rank} on {host} failed first, in {operation}: {error}".format(**first)
+            log.error("status %d follows: %s", status, error.follows, exc_info=error, extra=TO_FILE_ONLY)
+        self._end(first["state"], status, first["error"])
+
+    def _failure(self, error: BaseException, status: Exit) -> dict[str, Any]:
+        """What this rank would write as the first that fails."""
+        trace = traceback.format_exception(type(error), error, error.__traceback__)
+        return {
+            "rank": self._rank,
+            "host": socket.gethostname(),
+            "pid": os.getpid(),
+            "step": self._step,
+            "operation": self._operation,
+            "error": f"{type(error).__name__}: {error}",
+            "hint": _LEFT_WITHOUT_A_WORD if _is_lost_connection(error) else "",
+            "state": "data_error" if isinstance(error, DataError) else _STATES[status],
+            "exit_status": int(status),
+            "time": _time(),
+            "traceback": "".join(trace)[-_TRACEBACK_CHARACTERS:].splitlines(),
+        }
+
+    def _end(self, state: str, status: Exit, reason: str = "") -> None:
+        """Rank 0 writes how it ended, even where another rank has: a write of its own may have come in between."""
+        if self._rank == 0:
+            self._write_status(state, status, reason)
+        if self._record is not None:
+            step = self._step if self._in_loop else None
+            self._record.close(self._ledger, step, self._saves, state, status)
+
+    def _write_status(self, state: str, exit_status: Exit | None, reason: str = "") -> None:
+        status = Status(
+            state=state,
+            exit_status=None if exit_status is None else int(exit_status),
+            step=self._step,
+            steps=self._config.steps,
+            samples_seen=self._step * self._config.batch_size,
+            checkpoint_step=self._saved,
+            reason=reason,
+            attempt=int(self.folder.name),
+            host=socket.gethostname(),
+            time=_time(),
+        )
+        write_json(self._run_dir / STATUS_FILE, dataclasses.asdict(status))
+
+
+def next_folder(run_dir: str | Path) -> Path:
+    """Make the folder of the next attempt's logs, and the run's own where it is missing; rank 0 alone calls this."""
+    logs = Path(run_dir) / "logs"
+    logs.mkdir(parents=True, exist_ok=True)
+    number = max((int(path.name) for path in logs.iterdir() if path.name.isdigit()), default=0) + 1
+    folder = logs / f"{number:04d}"
+    folder.mkdir()
+    return folder
+
+
+def _claim(file: Path, failure: dict[str, Any]) -> dict[str, Any]:
+    """Write the first failure unless another rank has; returns the first one's."""
+    try:
+        with open(file, "x", encoding="utf-8") as new:
+            new.write(json.dumps(failure, indent=1) + "\n")
+            new.flush()
+            os.fsync(new.fileno())
+        return failure
+    except FileExistsError:
+        pass
+    until = time.monotonic() + _WRITING_SECONDS
+    while True:
+        try:
+            return json.loads(file.read_text(encoding="utf-8"))
+        except ValueError:  # the first rank is still at it, or its disk was full
+            if time.monotonic() > until:
+                return failure
+            time.sleep(0.01)
+
+
+def _set_status_of_a_running_run(error: BaseException) -> None:
+    """What a user could mend was found at the start; the same classes mean something else in the middle of a run."""
+    if getattr(error, "exit_status", None) is not None or isinstance(error, KeyboardInterrupt):
+        return
+    if isinstance(error, OSError) and not isinstance(error, (ConnectionError, TimeoutError)):
+        error.exit_status = Exit.STORAGE
+    elif not type(error).__module__.startswith("nvembed_mcore."):
+        error.exit_status = Exit.CRASHED
+
+
+def _is_lost_connection(error: BaseException) -> bool:
+    return any(words in str(error) for words in _LOST_CONNECTION)
+
+
+def _time() -> str:
+    return datetime.now(timezone.utc).isoformat(timespec="milliseconds")
