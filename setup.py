@@ -27,6 +27,7 @@ setup(
         "matplotlib>=3.8",
         "bm25s>=0.2.6",
         "pyarrow>=15",
+        "xxhash>=3.4,<4",
     ],
     extras_require={
         "gpu": ["triton"],

@@ -6,6 +6,7 @@ process group and no device live in `__post_init__`, so a wrong value ends a run
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -244,8 +245,19 @@ class CheckpointConfig:
     resume: Literal["auto", "must", "never"] = "auto"
     """`auto`: go on from the newest complete checkpoint, or start. `must`: end with an error when there is none.
     `never`: end with an error when there is one."""
+    async_save: bool = False
+    """Write while training goes on, from a copy: costs host memory of a rank's share of weights and optimizer. What
+    is stored is the same; a failure to write ends the run at the next step."""
+    any_owner: bool = False
+    """Go on from files that belong to another user than this one or root."""
+    manifest_sha256: str | None = None
+    """SHA-256 of the `manifest.json` of the checkpoint that this run must go on from; null: any good one."""
 
     def __post_init__(self) -> None:
+        require(
+            self.manifest_sha256 is None or re.fullmatch("[0-9a-f]{64}", self.manifest_sha256) is not None,
+            f"checkpoint.manifest_sha256 must be 64 hexadecimal digits in lower case, got {self.manifest_sha256!r}",
+        )
         require(self.every_steps >= 1, f"checkpoint.every_steps must be at least 1, got {self.every_steps}")
         require(self.keep >= 2, f"checkpoint.keep must be at least 2 (the newest may be damaged), got {self.keep}")
 

@@ -92,12 +92,13 @@ def changes(saved: dict[str, Any], now: dict[str, Any]) -> list[str]:
 def restore(
     config: RunConfig, chunks: list[DistributedDataParallel], optimizer: MegatronOptimizer, facts: dict[str, Any]
 ) -> store.Checkpoint | None:
-    """Restore the run's newest checkpoint, if there is one, and return it.
+    """Restore the run's newest good checkpoint, if there is one, and return it; every rank calls this.
 
     Raises:
-        CheckpointError: the checkpoint is of a run that would go on differently, or of an older version.
+        CheckpointError: the checkpoint is of a run that would go on differently, or of an older version; or there are
+            checkpoints, but none may be used (`store.newest_good`).
     """
-    found = store.find_checkpoint(config.run_dir)
+    found = store.newest_good(config.checkpoint, config.run_dir)
     if not found:
         return None
     if not {"retain_tokens", "stores"} <= found.facts.keys():

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import logging
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,8 @@ from nvembed_mcore import device, resume
 from nvembed_mcore.attempts import Attempt, next_folder
 from nvembed_mcore.build import build_model, read_architecture
 from nvembed_mcore.checkpoint import store
+from nvembed_mcore.checkpoint.folders import folder_of
+from nvembed_mcore.checkpoint.saver import Saver
 from nvembed_mcore.config import ConfigError, RunConfig
 from nvembed_mcore.data.batch import Batch
 from nvembed_mcore.data.faults import DataError
@@ -47,6 +50,7 @@ def train(config: RunConfig, stops: StopRequests | None = None) -> None:
         ConfigError, DataError, CheckpointError: something that the user gave cannot work; raised on every rank
             before any step is taken (but `step.way: single` at the first batch that needs more than one pack).
         NonFiniteLossError: the loss of a step is not a number.
+        StorageError: a checkpoint cannot be written, or has no room; raised on every rank.
         Preempted: somebody asked the run to stop, and it is saved.
     """
     with stops or StopRequests() as stops, Attempt(config, stops.started) as attempt:
@@ -66,7 +70,7 @@ def train(config: RunConfig, stops: StopRequests | None = None) -> None:
             description=f"stage {config.stage}",
         ) as metric_log:
             _loop(run, metric_log, stops, attempt)
-        log.info("step %d of %d is done and saved in %s", run.done, config.steps, store.folder_of(config.run_dir))
+        log.info("step %d of %d is done and saved in %s", run.done, config.steps, folder_of(config.run_dir))
 
 
 def _build(config: RunConfig, groups: Groups, stops: StopRequests) -> _Run:
@@ -92,6 +96,7 @@ def _loop(run: _Run, metric_log: MetricLog, stops: StopRequests, attempt: Attemp
     while run.done < last:
         with attempt.does("productive", run.done + 1):
             line = run.advance()
+        _saving(run, attempt, run.saver.poll)
         if _is_due(run.done, config.log.every_steps, last):
             metric_log.log(run.done, line)
         _stop_if_asked(run, stops, attempt, last)
@@ -99,14 +104,16 @@ def _loop(run: _Run, metric_log: MetricLog, stops: StopRequests, attempt: Attemp
         if _is_due(run.done, config.eval.every_steps, last):
             _evaluate(run, metric_log, attempt)
         if _is_due(run.done, config.checkpoint.every_steps, last):
-            _save(run, attempt)
+            _saving(run, attempt, run.save)
+    _saving(run, attempt, run.saver.wait)
 
 
 def _stop_if_asked(run: _Run, stops: StopRequests, attempt: Attempt, last: int) -> None:
     """Save and raise `Preempted` on all ranks if any was asked to; after the last step only save, for it is done."""
     reason = stops.agreed(run.config, run.groups.rank, run.groups.world_size)
     if reason:
-        _save(run, attempt)
+        _saving(run, attempt, run.save)
+        _saving(run, attempt, run.saver.wait)
         if run.done < last:
             raise Preempted(run.done, reason)
 
@@ -116,11 +123,13 @@ def _evaluate(run: _Run, metric_log: MetricLog, attempt: Attempt) -> None:
         run.evaluate(metric_log)
 
 
-def _save(run: _Run, attempt: Attempt) -> None:
-    if run.saved != run.done:
-        with attempt.does("save_stall", run.done):
-            run.save()
-        attempt.has_saved(run.saved)
+def _saving(run: _Run, attempt: Attempt, work: Callable[[], None]) -> None:
+    """Do something for which the run may have to wait for the disk, and tell of a checkpoint that is complete then."""
+    before = run.saver.published
+    with attempt.does("save_stall", run.done):
+        work()
+    if run.saver.published != before:
+        attempt.has_saved(run.saver.published)
 
 
 class _Run:
@@ -128,7 +137,7 @@ class _Run:
 
     Attributes:
         done: optimizer steps done, those before a resume included.
-        saved: those in the newest checkpoint; before the first save of a fresh run 0, of which nothing is to be saved.
+        saved: those of the newest save; before the first save of a fresh run 0, of which nothing is to be saved.
     """
 
     def __init__(self, config: RunConfig, groups: Groups) -> None:
@@ -149,6 +158,8 @@ class _Run:
             seed=config.seed,
             retain_tokens=resume.retained_tokens(found, self.facts),
         )
+        self.saver = Saver(config.checkpoint, config.run_dir, groups)
+        self.saver.check_space(self.chunks)
         self.timer = PhaseTimer(device.synchronize)
 
     def advance(self) -> dict[str, float]:
@@ -175,12 +186,11 @@ class _Run:
             metric_log.log_eval(self.done, scores)
 
     def save(self) -> None:
-        """Write a checkpoint of the steps done."""
+        """Write a checkpoint of the steps done, unless there is one."""
         self.facts["retain_tokens"] = self.step.retain_tokens
-        store.save_checkpoint(
-            self.config.checkpoint, self.config.run_dir, self.done, self.chunks, self.optimizer, self.facts
-        )
-        self.saved = self.done
+        if self.saved != self.done:
+            self.saver.save(self.done, self.chunks, self.optimizer, self.facts)
+            self.saved = self.done
 
 
 def _is_due(step: int, every: int, last: int) -> bool:
@@ -199,9 +209,9 @@ class _Data:
 def _prepare_run_dir(config: RunConfig) -> Path:
     """Make the run folder and that of this attempt's logs; refuse what must not be mixed with an older run."""
     refuse_if_stopped(config)
-    found = store.find_checkpoint(config.run_dir)
+    found = store.has_checkpoint(config.run_dir)
     if config.checkpoint.resume == "never" and found:
-        raise ConfigError(f"checkpoint.resume is 'never', but {config.run_dir} has a checkpoint of step {found.step}")
+        raise ConfigError(f"checkpoint.resume is 'never', but {config.run_dir} has a checkpoint")
     if config.checkpoint.resume == "must" and not found:
         raise ConfigError(f"checkpoint.resume is 'must', but {config.run_dir} has no complete checkpoint")
     return next_folder(config.run_dir)

@@ -57,7 +57,7 @@ def inspect_folder(path: str | os.PathLike) -> dict[str, Any]:
     if checkpoint is None:
         raise WeightsError(
             f"{path} is neither a Hugging Face folder (config.json, adapter_config.json) nor a run or checkpoint with "
-            f"a complete checkpoint (run.json, checkpoints/latest)"
+            f"a complete checkpoint (manifest.json, checkpoints/)"
         )
     return _checkpoint(checkpoint)
 
@@ -177,22 +177,10 @@ def _checkpoint(checkpoint: store.Checkpoint) -> dict[str, Any]:
         **described,
         "bytes": sum(files.values()),
         "files": files,
-        "missing": _missing(checkpoint, files),
+        "missing": [],  # a checkpoint that lacks something was refused
         "about": about,
         "trained_from": _chain(model.get("init_from") or model.get("config")),
     }
-
-
-def _missing(checkpoint: store.Checkpoint, files: dict[str, int]) -> list[str]:
-    """What the state's folder lacks: files, or the ends of those that hold tensors (`files`, with their bytes)."""
-    folder = checkpoint.path / "state"
-    missing = [name for name in ("metadata.json", ".metadata", "common.pt") if not (folder / name).is_file()]
-    for name, needed in store.stored_files(checkpoint).items():
-        if name not in files:
-            missing.append(name)
-        elif files[name] < needed:
-            missing.append(f"{name} from byte {files[name]:,} to {needed:,}")
-    return missing
 
 
 def _described(

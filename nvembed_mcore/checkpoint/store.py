@@ -1,18 +1,19 @@
 """Resume checkpoints: Megatron's distributed format inside a folder that becomes visible only when complete.
 
-    RUN/checkpoints/step-00000500/state/    weights and optimizer, loadable into any layout
-                                  run.json  step, configuration, architecture, fingerprints
-    RUN/checkpoints/latest                  name of the newest complete folder; written last
+    RUN/checkpoints/step-00000500/state/         weights and optimizer, loadable into any layout
+                                  run.json       step, configuration, architecture, fingerprints
+                                  manifest.json  sizes and hashes of all of these files; makes the folder a checkpoint
+    RUN/checkpoints/latest                       name of the newest complete folder; written last
 
-Random states are not stored: they follow from seed and step (docs/design.md).
+Random states are not stored: they follow from seed and step (docs/design.md). `saver` writes, this file reads: a
+folder's content is compared with its hashes before any of it is used.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-import os
-import shutil
+import logging
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,21 +21,20 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from megatron.core import dist_checkpointing
-from megatron.core.dist_checkpointing.strategies.cached_metadata_filesystem_reader import (
-    CachedMetadataFileSystemReader,
-)
 from megatron.core.distributed import DistributedDataParallel
 from megatron.core.optimizer import MegatronOptimizer
-from torch.distributed import checkpoint as torch_checkpoint
-from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
+from nvembed_mcore.checkpoint import folders
+from nvembed_mcore.checkpoint.manifest import MANIFEST, CheckpointError, faults, read_manifest
 from nvembed_mcore.checkpoint.names import Entry, name_table
+from nvembed_mcore.checkpoint.reader import StateReader, load_state
 from nvembed_mcore.config import CheckpointConfig, LoraConfig, PoolingConfig
 from nvembed_mcore.model.mistral import mistral_config
+from nvembed_mcore.parallel.groups import every_rank_does, first_rank_does
 
-POINTER = "latest"
+log = logging.getLogger(__name__)
+
 TEMPERATURE = "log_scale"
 """Name of the learned temperature among an encoder's parameters: the log of its inverse."""
 # Megatron stores the norms of its local layers by the names that TransformerEngine's fused layers have, so that a
@@ -43,12 +43,7 @@ _STORED_AS = {
     ".input_layernorm.weight": ".self_attention.linear_qkv.layer_norm_weight",
     ".pre_mlp_layernorm.weight": ".mlp.linear_fc1.layer_norm_weight",
 }
-_SAMPLES, _SAMPLE_BYTES = 64, 4096
 _METADATA = {"distrib_optim_sharding_type": "fully_reshardable", "non_homogeneous_layers": True}
-
-
-class CheckpointError(ValueError):
-    """A checkpoint is missing, incomplete or of another run; the message names the folder."""
 
 
 @dataclass(frozen=True)
@@ -59,46 +54,147 @@ class Checkpoint:
     step: int
     facts: dict[str, Any]
 
-    @property
-    def state_dir(self) -> str:
-        return str(self.path / "state")
+
+def find_checkpoint(path: str | Path) -> Checkpoint | None:
+    """The checkpoint that `path` means: itself, or the newest one of a run folder; None when there is none.
+
+    The content of its tensors' files is not read here but by what loads them.
+
+    Raises:
+        CheckpointError: that checkpoint is damaged; the message says what is wrong and names an older one to use.
+    """
+    path = Path(path)
+    if (path / MANIFEST).is_file() or (path / "state").is_dir():
+        return read_checkpoint(path)
+    found = folders.candidates(folders.folder_of(path))
+    return read_checkpoint(found[0]) if found else None
 
 
-def folder_of(run_dir: str | Path) -> Path:
-    """Where a run's checkpoints live."""
-    return Path(run_dir) / "checkpoints"
+def has_checkpoint(run_dir: str | Path) -> bool:
+    """Whether a run has checkpoint folders, good or not."""
+    return bool(folders.step_folders(folders.folder_of(run_dir)))
 
 
 def read_checkpoint(path: str | Path) -> Checkpoint:
-    """Read the facts of a checkpoint folder.
+    """Read the facts of a checkpoint folder, as `find_checkpoint` does.
 
     Raises:
-        CheckpointError: the folder or its `run.json` is missing or unreadable, or does not describe a model.
+        CheckpointError: a file is missing, has another size, or `run.json` does not describe a model.
     """
     path = Path(path)
+    try:
+        folders.check_place(path)
+        manifest = read_manifest(path)
+        wrong = faults(path, manifest.files, [name for name in manifest.files if not name.endswith(".distcp")])
+    except CheckpointError as error:
+        wrong = [str(error)]
+    if wrong:
+        raise _damaged(path, wrong)
+    return Checkpoint(path, manifest.step, _facts(path, manifest.step))
+
+
+def newest_good(config: CheckpointConfig, run_dir: str | Path) -> Checkpoint | None:
+    """The checkpoint to go on from, its content compared with its hashes; every rank calls this.
+
+    First the one that the pointer names, then the others from new to old. What is wrong with those that are passed
+    over is logged.
+
+    Returns:
+        None: the run has no checkpoint folder at all.
+
+    Raises:
+        CheckpointError: there are folders, but none is good; or the one found belongs to another user, or is not the
+            one that `checkpoint.manifest_sha256` names.
+    """
+    refused = []
+    for path in first_rank_does(lambda: folders.candidates(folders.folder_of(run_dir))):
+        wrong = _wrong_together(path)
+        if not wrong:
+            first_rank_does(lambda path=path: _check_origin(config, path))
+            return first_rank_does(lambda path=path: read_checkpoint(path))
+        refused.append(f"{path}: {'; '.join(wrong)}")
+        log.warning("passing over a damaged checkpoint, %s", refused[-1])
+    if refused:
+        raise CheckpointError(
+            "no checkpoint of this run is good; remove them to start anew:\n  " + "\n  ".join(refused)
+        )
+    if config.manifest_sha256:
+        raise CheckpointError(
+            f"{run_dir} has no checkpoint, and checkpoint.manifest_sha256 asks for {config.manifest_sha256}"
+        )
+    return None
+
+
+def _check_origin(config: CheckpointConfig, path: Path) -> None:
+    if not config.any_owner:
+        folders.check_owner(path)
+    has = fingerprint(Checkpoint(path, 0, {}))
+    if config.manifest_sha256 not in (None, has):
+        raise CheckpointError(
+            f"{path / MANIFEST} has SHA-256 {has}, checkpoint.manifest_sha256 asks for {config.manifest_sha256}"
+        )
+
+
+def check_content(checkpoint: Checkpoint) -> None:
+    """Compare all files of a checkpoint with their hashes. Every rank calls this, if there are several.
+
+    Raises:
+        CheckpointError: it is damaged.
+    """
+    wrong = _wrong_together(checkpoint.path) if dist.is_initialized() else _wrong_with(checkpoint.path)
+    if wrong:
+        raise _damaged(checkpoint.path, wrong)
+
+
+def _wrong_together(path: Path) -> list[str]:
+    """What is wrong with a folder; ranks share its files, the largest first."""
+    parts = every_rank_does(lambda: _wrong_with(path, dist.get_rank(), dist.get_world_size()))
+    return list(dict.fromkeys(line for lines in parts for line in lines))
+
+
+def _wrong_with(path: Path, part: int = 0, parts: int = 1) -> list[str]:
+    """What is wrong with a folder, of whose files every `parts`-th is read."""
+    try:
+        folders.check_place(path)
+        manifest = read_manifest(path)
+        by_size = sorted(manifest.files, key=manifest.files.__getitem__, reverse=True)
+        wrong = faults(path, manifest.files, by_size[part::parts])
+        if not wrong:
+            _facts(path, manifest.step)
+        return wrong
+    except CheckpointError as error:
+        return [str(error)]
+
+
+def _damaged(path: Path, wrong: list[str]) -> CheckpointError:
+    """The error for a damaged folder; it names the newest good one before it of the same run."""
+    if not folders.is_of_run(path):
+        hint = ""
+    else:
+        all = folders.step_folders(path.parent)
+        older = all[all.index(path) + 1 :] if path in all else []
+        good = next((one for one in older if not _wrong_with(one)), None)
+        hint = f"; the newest good one before it is {good}" if good else "; the run has no good one before it"
+    return CheckpointError(f"{path} is damaged: {'; '.join(wrong)}{hint}")
+
+
+def _facts(path: Path, step: int) -> dict[str, Any]:
+    """What `run.json` says.
+
+    Raises:
+        CheckpointError: it does not describe a model, or another step.
+    """
     file = path / "run.json"
     try:
         facts = json.loads(file.read_text(encoding="utf-8"))
-        found = Checkpoint(path, int(facts["step"]), facts)
-        _table(found)
-        return found
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        if type(facts["step"]) is not int or facts["step"] != step:
+            raise ValueError(f"its step is {facts['step']!r}, {MANIFEST} says {step}")
+        if not isinstance(facts["config"]["loss"], dict):
+            raise ValueError("config.loss has no fields")
+        _table(Checkpoint(path, step, facts))
+        return facts
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise CheckpointError(f"{path} is not a complete checkpoint: cannot use {file}: {error!r}") from error
-
-
-def find_checkpoint(path: str | Path) -> Checkpoint | None:
-    """The checkpoint that `path` means: itself, or the newest complete one of a run folder; None when there is none.
-
-    Raises:
-        CheckpointError: the pointer names a folder that is not a complete checkpoint.
-    """
-    path = Path(path)
-    if (path / "state").is_dir():
-        return read_checkpoint(path)
-    pointer = folder_of(path) / POINTER
-    if not pointer.is_file():
-        return None
-    return read_checkpoint(folder_of(path) / pointer.read_text(encoding="utf-8").strip())
 
 
 def differences(saved: Any, now: Any, prefix: str = "") -> list[str]:
@@ -111,49 +207,17 @@ def differences(saved: Any, now: Any, prefix: str = "") -> list[str]:
     return [] if saved == now else [f"{prefix}: {saved!r} -> {now!r}"]
 
 
-def save_checkpoint(
-    config: CheckpointConfig,
-    run_dir: str | Path,
-    step: int,
-    chunks: list[DistributedDataParallel],
-    optimizer: MegatronOptimizer,
-    facts: dict[str, Any],
-) -> Path:
-    """Write a checkpoint; every rank calls this. Returns its folder.
-
-    Args:
-        facts: JSON values stored beside the tensors; `step` is added.
-    """
-    root = folder_of(run_dir)
-    final = root / f"step-{step:08d}"
-    aside = root / f".writing-{final.name}"
-    is_first = dist.get_rank() == 0
-    if is_first:
-        for leftover in root.glob(".writing-*"):
-            shutil.rmtree(leftover)
-        (aside / "state").mkdir(parents=True)
-    dist.barrier()
-    dist_checkpointing.save(_sharded_state(chunks, optimizer, is_loading=False), str(aside / "state"))
-    if is_first:
-        _write_synced(aside / "run.json", json.dumps({"step": step, **facts}, indent=1, sort_keys=True))
-        if final.exists():
-            shutil.rmtree(final)
-        os.replace(aside, final)
-        _write_synced(root / f"{POINTER}.new", final.name + "\n")
-        os.replace(root / f"{POINTER}.new", root / POINTER)
-        # Later steps are of a run that was set back by hand: they must not crowd out the folder just written.
-        complete = sorted(path for path in root.glob("step-*") if path.is_dir() and path.name <= final.name)
-        for old in complete[: -config.keep]:
-            shutil.rmtree(old)
-    dist.barrier()
-    return final
-
-
 def load_checkpoint(
     checkpoint: Checkpoint, chunks: list[DistributedDataParallel], optimizer: MegatronOptimizer
 ) -> None:
-    """Fill weights and optimizer state from a checkpoint written in any layout; every rank calls this."""
-    state = dist_checkpointing.load(_sharded_state(chunks, optimizer, is_loading=True), checkpoint.state_dir)
+    """Fill weights and optimizer state from a checkpoint written in any layout; every rank calls this.
+
+    Its content is not compared with its hashes: `newest_good` did.
+
+    Raises:
+        CheckpointError: it has not the tensors that are needed, or others besides.
+    """
+    state = load_state(checkpoint.path, sharded_state(chunks, optimizer, is_loading=True))
     for number, chunk in enumerate(chunks):
         chunk.module.load_state_dict(state["model"][str(number)])
     optimizer.load_state_dict(state["optimizer"])
@@ -162,19 +226,24 @@ def load_checkpoint(
 def load_weights(checkpoint: Checkpoint, encoders: list[torch.nn.Module], but: Collection[str] = ()) -> None:
     """Fill encoders' weights only, as the next stage of a recipe does; every rank calls this.
 
-    A learned temperature goes on where the stage before learned one, and otherwise starts anew.
+    A learned temperature goes on where the stage before learned one, and otherwise starts anew. Numbers are converted
+    to the encoders' data type.
 
     Args:
         but: global names of parameters that the checkpoint has not; they are left alone.
+
+    Raises:
+        CheckpointError: it is damaged, or has not the tensors that are needed.
     """
+    check_content(checkpoint)
     has_temperature = checkpoint.facts["config"]["loss"].get("learn_temperature", False)
     but = {*but} if has_temperature else {*but, TEMPERATURE}
     left = [encoder.local_names(but) for encoder in encoders]
     sharded = {
-        str(number): {name: value for name, value in _tensors(_weights(encoder)).items() if name not in left[number]}
+        str(number): {name: value for name, value in _tensors(weights_of(encoder)).items() if name not in left[number]}
         for number, encoder in enumerate(encoders)
     }
-    loaded = dist_checkpointing.load(sharded, checkpoint.state_dir)
+    loaded = load_state(checkpoint.path, sharded, is_partial=True)
     for number, encoder in enumerate(encoders):
         missing = _tensors(dict.fromkeys(encoder.load_state_dict(loaded[str(number)], strict=False).missing_keys))
         assert set(missing) <= left[number], missing
@@ -198,28 +267,22 @@ def instruction_of(facts: dict[str, Any]) -> str:
 
 
 def fingerprint(checkpoint: Checkpoint) -> str:
-    """SHA-256 of `run.json`, and of the sizes and samples of the tensors' files: two checkpoints differ in it.
-
-    It says nothing of the numbers between the samples.
-    """
-    digest = hashlib.sha256((checkpoint.path / "run.json").read_bytes())
-    for name, size in stored_files(checkpoint).items():
-        digest.update(f"{name} {size}".encode())
-        with open(Path(checkpoint.state_dir) / name, "rb") as file:
-            for place in range(_SAMPLES):
-                file.seek(size * place // _SAMPLES)
-                digest.update(file.read(_SAMPLE_BYTES))
-    return digest.hexdigest()
+    """SHA-256 of `manifest.json`, which has a hash of every other file."""
+    return hashlib.sha256((checkpoint.path / MANIFEST).read_bytes()).hexdigest()
 
 
 def open_weights(checkpoint: Checkpoint) -> Callable[[str], torch.Tensor]:
     """A function that reads one global tensor by name, for one process and without building the model.
 
     Raises:
-        CheckpointError: a tensor has another shape than `run.json` says; and, by the function, it cannot be read.
+        CheckpointError: the checkpoint is damaged, or a tensor has another shape than `run.json` says; and, by the
+            function, there is no such tensor.
     """
-    reader = _reader(checkpoint)
-    stored = reader.read_metadata().state_dict_metadata
+    wrong = _wrong_with(checkpoint.path)
+    if wrong:
+        raise _damaged(checkpoint.path, wrong)
+    reader = StateReader(checkpoint.path / "state")
+    stored = reader.metadata.state_dict_metadata
     for entry in _table(checkpoint):
         name = stored_name(entry.name)
         if name in stored and tuple(stored[name].size) != entry.shape:
@@ -232,14 +295,7 @@ def open_weights(checkpoint: Checkpoint) -> Callable[[str], torch.Tensor]:
         name = stored_name(name)
         if not isinstance(stored.get(name), TensorStorageMetadata):
             raise CheckpointError(f"{checkpoint.path} has no tensor {name!r}")
-        tensor = torch.empty(stored[name].size, dtype=stored[name].properties.dtype)
-        try:
-            # Not Megatron's load, which reads the metadata again for each call.
-            torch_checkpoint.load({name: tensor}, storage_reader=reader, no_dist=True)
-        except CheckpointException as error:  # not an `Exception`
-            (cause, _), *_ = error.failures.values()
-            raise CheckpointError(f"cannot read tensor {name!r} of {checkpoint.path}: {cause!r}") from error
-        return tensor
+        return reader.read_tensor(name)
 
     return read
 
@@ -252,17 +308,9 @@ def _table(checkpoint: Checkpoint) -> list[Entry]:
     return name_table(hf_config, PoolingConfig(**model["pooling"]), lora if lora.rank else None)
 
 
-def stored_files(checkpoint: Checkpoint) -> dict[str, int]:
-    """The files of all tensors, each with the number of bytes that it must have; only the metadata is read."""
-    needed: dict[str, int] = {}
-    for one in _reader(checkpoint).read_metadata().storage_data.values():
-        needed[one.relative_path] = max(needed.get(one.relative_path, 0), one.offset + one.length)
-    return dict(sorted(needed.items()))
-
-
 def stored_tensors(checkpoint: Checkpoint) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
     """Shape and dtype of every tensor of a checkpoint, the optimizer's too; only its metadata is read."""
-    found = _reader(checkpoint).read_metadata().state_dict_metadata
+    found = StateReader(checkpoint.path / "state").metadata.state_dict_metadata
     return {
         name: (tuple(one.size), one.properties.dtype)
         for name, one in found.items()
@@ -284,39 +332,20 @@ def parameter_name(stored: str) -> str:
     return stored
 
 
-def _reader(checkpoint: Checkpoint) -> CachedMetadataFileSystemReader:
-    """Of the tensors' files.
-
-    Raises:
-        CheckpointError: they are not there in Megatron's format.
-    """
-    if not dist_checkpointing.check_is_distributed_checkpoint(checkpoint.state_dir):
-        raise CheckpointError(f"{checkpoint.path} has no tensors in Megatron's distributed format")
-    reader = CachedMetadataFileSystemReader(checkpoint.state_dir)
-    try:
-        reader.read_metadata()
-    except Exception as error:  # what a damaged file makes of unpickling may be anything
-        raise CheckpointError(f"cannot read the metadata of {checkpoint.path}: {error!r}") from error
-    return reader
-
-
-def _weights(encoder: torch.nn.Module) -> dict:
+def weights_of(encoder: torch.nn.Module) -> dict[str, Any]:
+    """An encoder's state as Megatron describes it to its checkpoints."""
     return encoder.sharded_state_dict(metadata=dict(_METADATA))
+
+
+def sharded_state(
+    chunks: list[DistributedDataParallel], optimizer: MegatronOptimizer, *, is_loading: bool
+) -> dict[str, Any]:
+    """Weights and optimizer, likewise."""
+    weights = {str(number): weights_of(chunk.module) for number, chunk in enumerate(chunks)}
+    state = optimizer.sharded_state_dict(weights, is_loading=is_loading, metadata=dict(_METADATA))
+    return {"model": weights, "optimizer": state}
 
 
 def _tensors(state: dict) -> dict:
     """Without what linears keep of FP8 beside their weights: an imported checkpoint has none, a stage starts anew."""
     return {name: value for name, value in state.items() if not name.endswith("._extra_state")}
-
-
-def _sharded_state(chunks: list[DistributedDataParallel], optimizer: MegatronOptimizer, *, is_loading: bool) -> dict:
-    weights = {str(number): _weights(chunk.module) for number, chunk in enumerate(chunks)}
-    state = optimizer.sharded_state_dict(weights, is_loading=is_loading, metadata=dict(_METADATA))
-    return {"model": weights, "optimizer": state}
-
-
-def _write_synced(path: Path, text: str) -> None:
-    with open(path, "w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())

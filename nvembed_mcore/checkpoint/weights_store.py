@@ -6,27 +6,24 @@ encoder's own state has, so it loads into any layout.
 
 from __future__ import annotations
 
+import io
 import json
 import os
-import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from megatron.core import dist_checkpointing
-from megatron.core.dist_checkpointing import ShardedTensor
-from megatron.core.dist_checkpointing.strategies.base import SaveShardedStrategy
-from torch.distributed import checkpoint as torch_checkpoint
-from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint import DefaultSavePlanner
 from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, MetadataIndex, TensorProperties
 from torch.distributed.checkpoint.planner import SavePlan, TensorWriteData, WriteItem, WriteItemType
 
 from nvembed_mcore import device
-from nvembed_mcore.checkpoint.safetensors_stream import sync_files
+from nvembed_mcore.checkpoint.folders import publish
 from nvembed_mcore.checkpoint.store import stored_name
-from nvembed_mcore.parallel.groups import first_rank_does
+from nvembed_mcore.checkpoint.writing import Writing
+from nvembed_mcore.parallel.groups import first_rank_does, patient_group
 
 Shapes = Mapping[str, tuple[tuple[int, ...], torch.dtype]]
 """Shape and dtype of parameters, by the encoder's names."""
@@ -45,45 +42,34 @@ def save_weights(
 
     Raises:
         FileExistsError: `output` exists.
+        StorageError: it cannot be written.
         Exception: what `make` raises, on every rank.
     """
     output = Path(output)
-    aside = Path(first_rank_does(lambda: _make_aside(output)))
+
+    def give_name() -> None:
+        check_new(output)
+        publish(writing.aside, output)
+
+    group = patient_group()
     try:
-        mine = _share(tensors, dist.get_rank(), dist.get_world_size())
-        state = {
-            name: ShardedTensor.from_rank_offsets(stored_name(name), torch.empty(shape, dtype=dtype, device="meta"))
-            for name, (shape, dtype) in mine.items()
-        }
-        by_stored_name = {stored_name(name): name for name in mine}
-        strategy = _OneAtATime(lambda stored: make(by_stored_name[stored]))
-        dist_checkpointing.save(state, str(aside / "state"), sharded_strategy=strategy)
-        first_rank_does(lambda: _publish(aside, output, facts))
-    except CheckpointException as error:  # no Exception, and holds those of the ranks
-        raise next(iter(error.failures.values()))[0] from error
+        first_rank_does(lambda: check_new(output), group)
+        mine = {stored_name(name): name for name in _share(tensors, dist.get_rank(), dist.get_world_size())}
+        planner = _Planner({stored: tensors[name] for stored, name in mine.items()}, lambda stored: make(mine[stored]))
+        writing = Writing(output.with_name(f".{output.name}.partial"), facts["step"], planner, group)
+        writing.write()
+        content = io.BytesIO()
+        torch.save({}, content)
+        described = json.dumps(facts, indent=1, sort_keys=True).encode()
+        writing.finish(content.getvalue(), described, give_name)
     finally:
-        if dist.get_rank() == 0:
-            shutil.rmtree(aside, ignore_errors=True)
+        dist.destroy_process_group(group)
 
 
 def check_new(output: str | os.PathLike) -> None:
     """Raise a `FileExistsError` when `output` exists."""
     if Path(output).exists():
         raise FileExistsError(f"{output} exists; choose another folder or remove it")
-
-
-def _make_aside(output: Path) -> str:
-    check_new(output)
-    aside = output.with_name(f".{output.name}.partial")
-    shutil.rmtree(aside, ignore_errors=True)  # what a killed process left
-    (aside / "state").mkdir(parents=True)
-    return str(aside)
-
-
-def _publish(aside: Path, output: Path, facts: dict[str, Any]) -> None:
-    (aside / "run.json").write_text(json.dumps(facts, indent=1, sort_keys=True), encoding="utf-8")
-    sync_files(aside)
-    aside.rename(output)
 
 
 def _share(tensors: Shapes, rank: int, num_ranks: int) -> Shapes:
@@ -99,30 +85,16 @@ def _share(tensors: Shapes, rank: int, num_ranks: int) -> Shapes:
     return {name: tensors[name] for name in tensors if name in mine}
 
 
-class _OneAtATime(SaveShardedStrategy):
-    """Megatron's format through torch's writer, which asks for each tensor when it writes it. Megatron's own writer
-    holds them all and starts processes for them."""
-
-    def __init__(self, make: Callable[[str], torch.Tensor]) -> None:
-        super().__init__("torch_dist", 1)
-        self.make = make
-
-    def save(self, sharded_state_dict: dict[str, ShardedTensor], checkpoint_dir: str | Path) -> None:
-        writer = torch_checkpoint.FileSystemWriter(checkpoint_dir, thread_count=1, per_thread_copy_ahead=0)
-        planner = _Planner(list(sharded_state_dict.values()), self.make)
-        torch_checkpoint.save({}, storage_writer=writer, planner=planner)
-
-
-class _Planner(torch_checkpoint.DefaultSavePlanner):
+class _Planner(DefaultSavePlanner):
     """Plans from shapes, and makes a tensor when its turn comes."""
 
-    def __init__(self, tensors: list[ShardedTensor], make: Callable[[str], torch.Tensor]) -> None:
+    def __init__(self, tensors: Shapes, make: Callable[[str], torch.Tensor]) -> None:
         super().__init__(flatten_state_dict=False)
         self.tensors, self.make = tensors, make
         self.last: torch.Tensor | None = None
 
     def create_local_plan(self) -> SavePlan:
-        self.plan = SavePlan([_whole(one) for one in self.tensors])
+        self.plan = SavePlan([_whole(name, *one) for name, one in self.tensors.items()])
         return self.plan
 
     def resolve_data(self, write_item: WriteItem) -> torch.Tensor:
@@ -134,15 +106,13 @@ class _Planner(torch_checkpoint.DefaultSavePlanner):
         return self.last
 
 
-def _whole(tensor: ShardedTensor) -> WriteItem:
+def _whole(name: str, shape: tuple[int, ...], dtype: torch.dtype) -> WriteItem:
     """A tensor that one rank writes in one piece."""
-    origin, size = torch.Size([0] * len(tensor.global_shape)), torch.Size(tensor.global_shape)
+    origin, size = torch.Size([0] * len(shape)), torch.Size(shape)
     return WriteItem(
-        index=MetadataIndex(tensor.key, origin),
+        index=MetadataIndex(name, origin),
         type=WriteItemType.SHARD,
         tensor_data=TensorWriteData(
-            chunk=ChunkStorageMetadata(offsets=origin, sizes=size),
-            properties=TensorProperties(dtype=tensor.dtype),
-            size=size,
+            chunk=ChunkStorageMetadata(offsets=origin, sizes=size), properties=TensorProperties(dtype=dtype), size=size
         ),
     )

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
@@ -102,36 +103,50 @@ def initialize(config: ParallelConfig) -> Groups:
     return groups
 
 
-def first_rank_does(work: Callable[[], Any]) -> Any:
+def patient_group() -> dist.ProcessGroup:
+    """A group of all ranks over gloo that waits for as long as it takes, not `parallel.timeout_minutes` only."""
+    return dist.new_group(backend="gloo", timeout=timedelta(days=7))
+
+
+def first_rank_does(work: Callable[[], Any], group: dist.ProcessGroup | None = None) -> Any:
     """Run `work` on rank 0 while the others wait; all get its (small) result.
 
     What it raises is raised on every rank, so that none hangs. The work may take hours (tokenising a large data set),
-    so the others wait in a group of its own and not under `parallel.timeout_minutes`.
+    so the others wait in `group`, a patient one, or one that is made for it.
     """
-    patient = dist.new_group(backend="gloo", timeout=timedelta(days=7))
     outcome: list[Any] = [None, None]
-    if dist.get_rank() == 0:
-        try:
-            outcome[0] = work()
-        except Exception as caught:
-            outcome[1] = caught
-    dist.broadcast_object_list(outcome, src=0, group=patient)
-    dist.destroy_process_group(patient)
+    with _patience(group) as patient:
+        if dist.get_rank() == 0:
+            try:
+                outcome[0] = work()
+            except Exception as caught:
+                outcome[1] = caught
+        dist.broadcast_object_list(outcome, src=0, group=patient)
     if outcome[1] is not None:
         raise outcome[1]
     return outcome[0]
 
 
-def every_rank_does(work: Callable[[], Any]) -> list[Any]:
+def every_rank_does(work: Callable[[], Any], group: dist.ProcessGroup | None = None) -> list[Any]:
     """Run `work` on every rank; all get all (small) results, by rank.
 
-    What it raises on one rank is raised on every rank, so that none hangs.
+    What it raises on one rank is raised on every rank, so that none hangs. They wait as in `first_rank_does`.
     """
-    patient = dist.new_group(backend="gloo", timeout=timedelta(days=7))
-    try:
+    with _patience(group) as patient:
         return _all_do(work, patient)
+
+
+@contextmanager
+def _patience(group: dist.ProcessGroup | None) -> Iterator[dist.ProcessGroup]:
+    """`group`, or one that is made for the occasion."""
+    if group is not None:
+        yield group
+        return
+    made = patient_group()
+    try:
+        yield made
     finally:
-        dist.destroy_process_group(patient)
+        dist.destroy_process_group(made)
 
 
 def replica_does(work: Callable[[], Any]) -> list[Any]:

@@ -127,6 +127,6 @@ def test_a_resumed_run_keeps_the_limit_of_its_hardware_and_layout():
 
 def test_a_checkpoint_of_an_older_version_is_refused(tmp_path, monkeypatch):
     old = Checkpoint(tmp_path / "step-00000003", 3, {"config": {}})
-    monkeypatch.setattr(store, "find_checkpoint", lambda run_dir: old)
+    monkeypatch.setattr(store, "newest_good", lambda config, run_dir: old)
     with pytest.raises(store.CheckpointError, match="step-00000003 was written by an older version"):
         restore(runs.run_config(tmp_path, tmp_path), [], None, {})

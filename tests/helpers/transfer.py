@@ -14,6 +14,7 @@ from transformers import MistralConfig
 from nvembed_mcore.checkpoint.names import local_shard, name_table
 from nvembed_mcore.config import ModelConfig, PoolingConfig
 from tests.helpers.cases import layout
+from tests.helpers.checkpoints import seal
 
 Tensors = dict[str, torch.Tensor]
 INDEX = "model.safetensors.index.json"
@@ -120,10 +121,11 @@ def import_and_save(folder: Path, output: Path, pooling: PoolingConfig, dtype: s
     if groups.rank == 0:
         (output / "state").mkdir(parents=True)
     dist.barrier()
-    dist_checkpointing.save({"0": store._weights(encoder)}, str(output / "state"))
+    dist_checkpointing.save({"0": store.weights_of(encoder)}, str(output / "state"))
     if groups.rank == 0:
         facts = {"step": 0, "config": {"loss": {}, "model": {"pooling": vars(pooling)}}, "hf_config": config.to_dict()}
         (output / "run.json").write_text(json.dumps(facts), encoding="utf-8")
+        seal(output, 0)
     return missing
 
 

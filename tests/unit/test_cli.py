@@ -17,6 +17,7 @@ from nvembed_mcore.cli import main
 from nvembed_mcore.log import close_logging, read_metrics
 from nvembed_mcore.resume import plain
 from tests.helpers import runs
+from tests.helpers.checkpoints import rewrite
 
 
 @pytest.fixture(autouse=True)
@@ -275,15 +276,14 @@ def test_resume_with_a_changed_setting(capsys, inputs, finished, field, value, s
 def test_resume_under_another_version_of_transformers(inputs, finished):
     """The architecture's dictionary names the library's version, which is no setting of the run."""
     (found,) = finished.glob("checkpoints/step-*/run.json")
-    stored = found.read_text(encoding="utf-8")
-    facts = json.loads(stored)
-    facts["hf_config"]["transformers_version"] = "5.0.0"
-    found.write_text(json.dumps(facts), encoding="utf-8")
+    stored = json.loads(found.read_text())
+    other = stored | {"hf_config": stored["hf_config"] | {"transformers_version": "5.0.0"}}
+    rewrite(found, other)
     try:
         path = write_yaml(inputs, finished, {"eval.path": None, "steps": 2})
         assert main(["train", str(path)]) == 0
     finally:
-        found.write_text(stored, encoding="utf-8")
+        rewrite(found, stored)
     assert [line["step"] for line in read_metrics(finished / "metrics.jsonl")] == [1, 2]
 
 

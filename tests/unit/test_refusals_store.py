@@ -22,6 +22,7 @@ from nvembed_mcore.log import close_logging
 from nvembed_mcore.resume import restore
 from nvembed_mcore.train import train
 from tests.helpers import runs
+from tests.helpers.checkpoints import seal
 
 GOOD = [json.dumps({"query": f"question {i}", "pos": [f"answer {i}"]}) for i in range(5)]
 BAD = ["{", '{"query": "a"}', '{"query": "a", "pos": [" "]}']
@@ -266,6 +267,7 @@ def test_a_checkpoint_without_the_stores(finished, tmp_path):
     shutil.copytree(config.run_dir, tmp_path / "run")
     lacking = {key: value for key, value in saved.items() if key != "stores"}
     (tmp_path / "run/checkpoints/step-00000001/run.json").write_text(json.dumps(lacking))
+    seal(tmp_path / "run/checkpoints/step-00000001")
     config = dataclasses.replace(config, run_dir=str(tmp_path / "run"))
     found = message(tmp_path, lambda: restore(config, [], None, saved), CheckpointError)
     assert found == (
