@@ -18,7 +18,7 @@ import socket
 import time
 import traceback
 from collections.abc import Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, suppress
 from datetime import datetime, timezone
 from pathlib import Path
 from types import TracebackType
@@ -95,7 +95,11 @@ class Attempt(AbstractContextManager):
 
     def _go_on_from_status(self) -> Status | None:
         """Until the loop begins, the run stands where the attempt before left it."""
-        before = read_status(self._run_dir)
+        try:
+            before = read_status(self._run_dir)
+        except ValueError as error:
+            log.warning("%s", error)
+            return None
         if before is not None:
             self._step, self._saved = before.step, before.checkpoint_step
         return before
@@ -131,13 +135,17 @@ class Attempt(AbstractContextManager):
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        if error is None:
+            self._end("done", Exit.DONE)
+        elif isinstance(error, Preempted):
+            self._end("preempted", Exit.PREEMPTED, error.reason)
+        else:
+            self.fail(error)
+
+    def fail(self, error: BaseException) -> None:
+        """Record that this rank fails; also for a thread that is about to end the process."""
         try:
-            if error is None:
-                self._end("done", Exit.DONE)
-            elif isinstance(error, Preempted):
-                self._end("preempted", Exit.PREEMPTED, error.reason)
-            else:
-                self._fail(error)
+            self._fail(error)
         except OSError:
             # The disk may be full. What ends the run matters more than its record.
             log.warning("could not record in %s how the run ended", self._run_dir, exc_info=True)
@@ -224,13 +232,13 @@ def _claim(file: Path, failure: dict[str, Any]) -> dict[str, Any]:
     except FileExistsError:
         pass
     until = time.monotonic() + _WRITING_SECONDS
-    while True:
-        try:
-            return json.loads(file.read_text(encoding="utf-8"))
-        except ValueError:  # the first rank is still at it, or its disk was full
-            if time.monotonic() > until:
-                return failure
-            time.sleep(0.01)
+    while time.monotonic() < until:
+        with suppress(ValueError):  # the first rank is still at it
+            first = json.loads(file.read_text(encoding="utf-8"))
+            if failure.keys() <= first.keys():
+                return first
+        time.sleep(0.01)
+    return failure  # its disk was full
 
 
 def _set_status_of_a_running_run(error: BaseException) -> None:
