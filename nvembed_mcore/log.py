@@ -17,6 +17,7 @@ from rich.console import Console
 from rich.logging import RichHandler
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
+from nvembed_mcore import redact
 from nvembed_mcore.config import LogConfig
 
 try:
@@ -60,6 +61,8 @@ def setup_logging(rank: int, log_dir: str | Path | None = None) -> logging.Logge
         handler = logging.FileHandler(Path(log_dir) / f"rank-{rank}.log", encoding="utf-8")
         handler.setFormatter(logging.Formatter(f"%(asctime)s %(levelname)s rank {rank} %(name)s: %(message)s"))
         root.addHandler(handler)
+    for handler in root.handlers:
+        handler.addFilter(redact.Filter())
     return root
 
 
@@ -90,7 +93,11 @@ def read_metrics(path: str | Path) -> list[dict[str, float]]:
         ValueError: a line is not a JSON object with a `step`; the message names file and line.
     """
     lines = []
-    for number, text in enumerate(Path(path).read_text(encoding="utf-8").split("\n")[:-1], 1):
+    try:
+        whole = Path(path).read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"cannot read {path}: {error}") from error
+    for number, text in enumerate(whole.split("\n")[:-1], 1):
         try:
             line = json.loads(text)
         except json.JSONDecodeError as error:
