@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import random
 
 import pytest
 
@@ -44,19 +45,22 @@ def unharmed(inputs, tmp_path_factory):
     return run_dir
 
 
-def test_a_run_killed_everywhere_ends_with_the_same_bits(inputs, unharmed, tmp_path):
+@pytest.mark.parametrize("seed", [7])
+def test_a_run_killed_everywhere_ends_with_the_same_bits(inputs, unharmed, tmp_path, seed):
     run_dir = tmp_path / "run"
     config = runs.write_config(config_of(inputs, run_dir))
-    plan = list(kills.schedule(7, RANKS, STEPS, EVERY, KEEP))
-    plan = [kill for kill in plan if kill.point in ("", *kills.STEP_POINTS)]
-    reached, saved = 0, set()
+    plan = list(kills.schedule(random.Random(seed), RANKS, STEPS, EVERY, KEEP))
+    assert {blow.point for blow in plan} == {"", *kills.STEP_POINTS, *kills.IN_VAIN, "after_pointer", "during_prune"}
+    attempts, saved = [], set()
     for attempt in kills.supervise([str(config)], run_dir, RANKS, plan):
         print(attempt)
-        assert attempt.began >= reached - EVERY, "more than one save interval was lost"
+        lost = attempts[-1].reached - attempt.began if attempts else 0
+        assert lost <= EVERY, f"{lost} steps were lost by {attempts[-1].blow}"
+        attempts.append(attempt)
         saved |= {*attempt.checkpoints}
-        assert len(attempt.checkpoints) >= min(KEEP, len(saved)), "a promised checkpoint is gone"
-        reached = attempt.reached
-    assert kills.files(run_dir) == {"latest", "step-00000009", "step-00000012"}
+        assert len(attempt.checkpoints) >= min(KEEP, len(saved)), f"after {attempt.blow} a promised checkpoint is gone"
+    assert [attempt.blow for attempt in attempts] == [*plan, None]
+    assert kills.files(run_dir) == kills.files(unharmed) == {"latest", "step-00000009", "step-00000012"}
     assert kills.curve(run_dir) == kills.curve(unharmed)
     assert [step for step, *_ in kills.curve(run_dir)] == list(range(1, STEPS + 1))
     assert kills.digest(run_dir) == kills.digest(unharmed)
