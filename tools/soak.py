@@ -1,9 +1,9 @@
 """Strike tiny runs at seeded moments until enough of them were killed, and compare how they end; see tools/soak.sh.
 
-Every round is a run of one case. It is killed at each point of a save and of a step, between that at random moments
-killed, asked to stop, frozen or paused, and started again after each until it is done. Its weights, optimizer state and
-losses must be those of the case's run that nobody struck, no start may lose more than it is allowed to, and nothing
-half-written may remain.
+Every round is a run of one case. It is killed at each point of a save and of a step, and between that, at random
+moments, killed, asked to stop, frozen or paused; after each it is started again, until it is done. Its weights, its
+optimizer state and its losses must be those of the case's run that nobody struck, no start may lose more than it is
+allowed to, and nothing half-written may remain.
 """
 
 from __future__ import annotations
