@@ -28,7 +28,7 @@ from tests.helpers.kills import Attempt, Blow
 from tests.helpers.supervisor import Ranks
 
 STEPS, EVERY, KEEP = 15, 3, 2
-TIMED = ("SIGKILL", "SIGTERM", "SIGUSR1", "STOP file", "pause")
+TIMED = ("SIGKILL", "SIGTERM", "SIGUSR1", "STOP file")
 FREEZE_EVERY_ROUNDS = 6
 """A rank that is frozen for good costs the whole timeout of the watchdog."""
 TIMEOUT_SECONDS = 12
@@ -81,16 +81,16 @@ CASES = [
 
 
 def blows_of(draw: random.Random, case: Case, has_freeze: bool) -> Iterator[Blow]:
-    """The schedule of SIGKILLs, and before every second of them something at a random moment."""
+    """The schedule of SIGKILLs, some after a pause, and before every second of them something at a random moment."""
     freeze_at = draw.randint(1, 9) if has_freeze and case.ranks > 1 else None
     for number, blow in enumerate(kills.schedule(draw, case.ranks, STEPS, EVERY, KEEP)):
-        # Until the first checkpoint each start begins anew anyway.
-        moment = dict(rank=draw.randrange(case.ranks), seconds=draw.uniform(0.2, 1.5))
+        moment = dict(rank=draw.randrange(case.ranks), seconds=draw.uniform(0.2, 1.0))
         if number == freeze_at:
             yield Blow("SIGSTOP", **moment)
         elif draw.random() < 0.5:
             yield Blow(draw.choice(TIMED), **moment)
-        yield blow
+        pause = blow.point != "" and draw.random() < 0.3
+        yield dataclasses.replace(blow, pause=True, seconds=draw.uniform(0.2, 1.0)) if pause else blow
 
 
 class Soak:
@@ -144,6 +144,7 @@ class Soak:
         self.counts["attempts"] += 1
         if attempt.blow and any(attempt.codes):
             self.counts[attempt.blow.what] += 1
+            self.counts["pauses"] += attempt.blow.pause
         if before:
             lost = before.reached - attempt.began
             self.counts["lost"] += max(lost, 0)
@@ -194,7 +195,7 @@ def report(soak: Soak, seconds: float, options: argparse.Namespace) -> int:
     print()
     for case, hashes in soak.hashes.items():
         print(f"{case}: {' '.join(sorted(hashes))}")
-    others = ", ".join(f"{counts[what]} {what}" for what in (*TIMED[1:], "SIGSTOP"))
+    others = ", ".join(f"{counts[what]} {what}" for what in (*TIMED[1:], "SIGSTOP", "pauses"))
     print(
         f"{counts['SIGKILL']} kills ({others}) in {counts['rounds']} runs and {counts['attempts']} starts; "
         f"{counts['lost']} steps taken again; {seconds:.0f} s"
@@ -202,7 +203,7 @@ def report(soak: Soak, seconds: float, options: argparse.Namespace) -> int:
     for fault in soak.faults:
         print(f"FAULT: {fault}", file=sys.stderr)
     if options.json:
-        figures = {what.replace(" ", "_"): counts[what] for what in (*TIMED, "SIGSTOP")}
+        figures = {what.replace(" ", "_"): counts[what] for what in (*TIMED, "SIGSTOP", "pauses")}
         figures |= {name: counts[name] for name in ("rounds", "attempts", "lost")}
         figures |= {"seconds": round(seconds, 1), "seed": options.seed, "faults": len(soak.faults)}
         figures |= {f"hash {case}": " ".join(sorted(hashes)) for case, hashes in soak.hashes.items()}
@@ -215,7 +216,7 @@ def parse() -> argparse.Namespace:
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         epilog=(
-            "Figures: `SIGKILL` and so on: blows that ended an attempt (`pause` ends none); `rounds`: runs to their "
+            "Figures: `SIGKILL` and so on: blows that ended an attempt; `pauses`: before them; `rounds`: runs to their "
             "end; `attempts`: starts; `lost`: steps taken again; `hash CASE`: SHA-256 of the final weights and "
             "optimizer state. Exits with 1 on any difference."
         ),

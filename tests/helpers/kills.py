@@ -32,11 +32,11 @@ class Blow:
     """What happens to an attempt: SIGKILL at a point of a step or of its save, or anything at a moment.
 
     Attributes:
-        what: `SIGKILL`; `SIGTERM`, `SIGUSR1` or `STOP file`, which ask the run to stop; `pause`, SIGSTOP and soon
-            SIGCONT; `SIGSTOP` for good.
+        what: `SIGKILL`; `SIGTERM`, `SIGUSR1` or `STOP file`, which ask the run to stop; `SIGSTOP`, which freezes.
         rank: whom it hits; the file hits all.
         point, step: of `fault_injection`.
         seconds: since the start, where there is no point.
+        pause: whether the rank of a blow at a point is frozen for a moment before, `seconds` after the start.
     """
 
     what: str = "SIGKILL"
@@ -44,10 +44,12 @@ class Blow:
     point: str = ""
     step: int = 0
     seconds: float = 0.0
+    pause: bool = False
 
     def __str__(self) -> str:
         when = f"{self.point} of step {self.step}" if self.point else f"{self.seconds:.2f} s"
-        return f"{self.what} to rank {self.rank} at {when}"
+        pause = f" after a pause at {self.seconds:.2f} s" if self.pause else ""
+        return f"{self.what} to rank {self.rank} at {when}{pause}"
 
     @property
     def fault(self) -> dict[str, str]:
@@ -55,17 +57,17 @@ class Blow:
         return {"NVEMBED_FAULT": f"kill@{self.point}:{self.rank}:{self.step}"} if self.point else {}
 
     def strike(self, ranks: Ranks, run_dir: Path) -> None:
-        """Wait for the moment, then strike; nothing where `fault` does it."""
-        if self.point:
+        """Wait for the moment, then strike; what `fault` does is not done here."""
+        if self.point and not self.pause:
             return
         time.sleep(self.seconds)
-        if self.what == "STOP file":
-            run_dir.mkdir(exist_ok=True)
-            (run_dir / "STOP").touch()
-        elif self.what == "pause":
+        if self.pause:
             ranks.kill(self.rank, signal.SIGSTOP)
             time.sleep(PAUSE_SECONDS)
             ranks.kill(self.rank, signal.SIGCONT)
+        elif self.what == "STOP file":
+            run_dir.mkdir(exist_ok=True)
+            (run_dir / "STOP").touch()
         else:
             ranks.kill(self.rank, signal.Signals[self.what])
 
