@@ -35,12 +35,22 @@ class BatchSource:
         self.blend = make_blend(config, self.sizes, batch_size, seed, stage, self.fingerprint)
 
     def batch(self, step: int) -> Batch:
-        """The batch of optimizer step `step`, counted from 0."""
+        """The batch of optimizer step `step`, counted from 0.
+
+        Raises:
+            StorageError: a store cannot be read, or is not the one that was opened.
+        """
+        for store in self.stores:
+            store.check()
         return make_batch([self._sample(drawn) for drawn in self.blend.samples(step)])
+
+    def record_of(self, drawn: blend.Sample) -> int:
+        """Number of a drawn record in the store of its data set."""
+        return chosen_record(drawn.index, self.sizes[drawn.dataset], len(self.stores[drawn.dataset]))
 
     def _sample(self, drawn: blend.Sample) -> Sample:
         dataset, store = self.datasets[drawn.dataset], self.stores[drawn.dataset]
-        example = store.example(chosen_record(drawn.index, self.sizes[drawn.dataset], len(store)))
+        example = store.example(self.record_of(drawn))
         chance = dict(seed=self.seed, stage=self.stage, sample=drawn)
         positives = choose_positives(len(example.positives), dataset.num_positives, **chance)
         negatives = choose_negatives(len(example.negatives), dataset.num_negatives, **chance)
