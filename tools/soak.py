@@ -216,8 +216,8 @@ def parse() -> argparse.Namespace:
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         epilog=(
-            "Figures: `SIGKILL` and so on: blows that ended an attempt; `pauses`: before them; `rounds`: runs to their "
-            "end; `attempts`: starts; `lost`: steps taken again; `hash CASE`: SHA-256 of the final weights and "
+            "Figures: `SIGKILL` and so on: blows that ended an attempt; `pauses`: before them; `rounds`: runs to "
+            "their end; `attempts`: starts; `lost`: steps taken again; `hash CASE`: SHA-256 of the final weights and "
             "optimizer state. Exits with 1 on any difference."
         ),
     )
