@@ -24,7 +24,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from nvembed_mcore import goodput
+from nvembed_mcore import goodput, redact
 from nvembed_mcore.config import RunConfig
 from nvembed_mcore.data.faults import DataError
 from nvembed_mcore.exits import Exit, Preempted, exit_of
@@ -165,7 +165,7 @@ class Attempt(AbstractContextManager):
     def _failure(self, error: BaseException, status: Exit) -> dict[str, Any]:
         """What this rank would write as the first that fails."""
         trace = traceback.format_exception(type(error), error, error.__traceback__)
-        return {
+        failure = {
             "rank": self._rank,
             "host": socket.gethostname(),
             "pid": os.getpid(),
@@ -176,8 +176,9 @@ class Attempt(AbstractContextManager):
             "state": "data_error" if isinstance(error, DataError) else _STATES[status],
             "exit_status": int(status),
             "time": _time(),
-            "traceback": "".join(trace)[-_TRACEBACK_CHARACTERS:].splitlines(),
+            "traceback": redact.text("".join(trace))[-_TRACEBACK_CHARACTERS:].splitlines(),
         }
+        return redact.tree(failure)
 
     def _end(self, state: str, status: Exit, reason: str = "") -> None:
         """Rank 0 writes how it ended, even where another rank has: a write of its own may have come in between."""

@@ -17,6 +17,7 @@ from rich.console import Console
 from rich.logging import RichHandler
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
+from nvembed_mcore import redact
 from nvembed_mcore.config import LogConfig
 
 try:
@@ -60,6 +61,8 @@ def setup_logging(rank: int, log_dir: str | Path | None = None) -> logging.Logge
         handler = logging.FileHandler(Path(log_dir) / f"rank-{rank}.log", encoding="utf-8")
         handler.setFormatter(logging.Formatter(f"%(asctime)s %(levelname)s rank {rank} %(name)s: %(message)s"))
         root.addHandler(handler)
+    for handler in root.handlers:
+        handler.addFilter(redact.Filter())
     return root
 
 

@@ -18,6 +18,8 @@ from typing import Any
 
 import numpy as np
 
+from nvembed_mcore import redact
+
 _COLORS = ("#3f83d0", "#d9613a", "#3f9a56", "#9467bd", "#b58900", "#17a0a8")
 _INK = "#010203"  # matplotlib knows no `currentColor`: it draws in this, which is replaced
 
@@ -123,12 +125,12 @@ def histogram(
 
 
 def save(path: str | Path, text: str) -> None:
-    """Write a text file aside, then rename it, so that nobody sees half a file."""
+    """Write a text file aside, then rename it, so that nobody sees half a file. Secrets are left out."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     aside = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}")
     try:
-        aside.write_text(text, encoding="utf-8")
+        aside.write_text(redact.text(text), encoding="utf-8")
         os.replace(aside, path)
     finally:
         aside.unlink(missing_ok=True)

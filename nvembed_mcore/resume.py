@@ -11,7 +11,7 @@ from megatron.core.distributed import DistributedDataParallel
 from megatron.core.optimizer import MegatronOptimizer
 from transformers import MistralConfig
 
-from nvembed_mcore import device
+from nvembed_mcore import device, redact
 from nvembed_mcore.checkpoint import store
 from nvembed_mcore.config import RunConfig
 from nvembed_mcore.data.source import BatchSource
@@ -31,15 +31,17 @@ def plain(config: RunConfig) -> dict[str, Any]:
 def facts_of(
     config: RunConfig, hf_config: MistralConfig, source: BatchSource, tokenizer: str, groups: Groups
 ) -> dict[str, Any]:
-    """What a checkpoint says of its run, as JSON values."""
-    return {
-        "config": plain(config),
-        "hf_config": hf_config.to_dict(),
-        "data": source.fingerprint,
-        "stores": [store.identity for store in source.stores],
-        "tokenizer": tokenizer,
-        "hardware": {"device": device.name(), "world_size": groups.world_size},
-    }
+    """What a checkpoint says of its run, as JSON values, without secrets: a resumed run compares what is left."""
+    return redact.tree(
+        {
+            "config": plain(config),
+            "hf_config": hf_config.to_dict(),
+            "data": source.fingerprint,
+            "stores": [store.identity for store in source.stores],
+            "tokenizer": tokenizer,
+            "hardware": {"device": device.name(), "world_size": groups.world_size},
+        }
+    )
 
 
 def retained_tokens(found: store.Checkpoint | None, facts: dict[str, Any]) -> int | None:

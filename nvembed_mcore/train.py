@@ -12,7 +12,7 @@ from typing import Any
 import yaml
 from transformers import MistralConfig
 
-from nvembed_mcore import device, resume
+from nvembed_mcore import device, redact, resume
 from nvembed_mcore.attempts import Attempt, next_folder
 from nvembed_mcore.build import build_model, read_architecture
 from nvembed_mcore.checkpoint import store
@@ -230,7 +230,7 @@ def _layout_and_hardware(config: RunConfig, groups: Groups) -> dict[str, Any]:
 
 def _write_config(config: RunConfig) -> None:
     """The resolved configuration, in the run folder."""
-    text = yaml.safe_dump(resume.plain(config), sort_keys=False)
+    text = yaml.safe_dump(redact.tree(resume.plain(config)), sort_keys=False)
     (Path(config.run_dir) / "config.yaml").write_text(text, encoding="utf-8")
 
 

@@ -12,6 +12,7 @@ from typing import Any
 
 from transformers import MistralConfig
 
+from nvembed_mcore import redact
 from nvembed_mcore.checkpoint.hf_folder import read_json
 from nvembed_mcore.config import PoolingConfig
 from nvembed_mcore.data.prompts import query_prompt
@@ -147,6 +148,7 @@ def tokenizer_files(tokenizer_dir: Path, max_tokens: int) -> dict[str, dict[str,
     special = {
         name: settings[name] for name in ("bos_token", "eos_token", "pad_token", "unk_token") if name in settings
     }
+    settings = redact.tree(settings)
     return {"tokenizer.json": backend, "tokenizer_config.json": settings, "special_tokens_map.json": special}
 
 
@@ -218,7 +220,7 @@ def model_card(
         "Queries carry an instruction, which is attended to and not pooled; documents carry none. "
         "A prompt of your own should keep the form `Instruct: ...\\nQuery: `, the space at the end included.",
     ]
-    for title, fact in facts.items():
+    for title, fact in redact.tree(facts).items():
         sections += [f"## {str(title).replace('_', ' ').capitalize()}", _table(fact)]
     return "\n\n".join(sections) + "\n"
 

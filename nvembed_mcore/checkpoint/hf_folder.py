@@ -20,6 +20,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 
+from nvembed_mcore import paths
 from nvembed_mcore.checkpoint.names import BACKBONE
 from nvembed_mcore.checkpoint.safetensors_stream import INDEX_FILE, SINGLE_FILE, SUMS_FILE
 
@@ -155,6 +156,10 @@ def read_headers(path: Path) -> dict[str, StoredTensor]:
         WeightsError: as for `open_hf_folder`.
     """
     if (path / INDEX_FILE).is_file():
+        if (path / SINGLE_FILE).is_file():
+            raise WeightsError(
+                f"{path} has both {SINGLE_FILE} and {INDEX_FILE}: remove one, libraries differ in which"
+            )
         return _indexed_tensors(path)
     if (path / SINGLE_FILE).is_file():
         return read_header(path / SINGLE_FILE)
@@ -281,7 +286,8 @@ def read_index(index: Path) -> dict[str, str]:
     if not isinstance(files, dict):
         raise WeightsError(f"{index}: weight_map must map tensors to files, got {type(files).__name__}")
     for file in sorted({str(file) for file in files.values()}):
-        if file != os.path.basename(file) or not file.endswith(".safetensors"):
+        paths.member(index.parent, file, index, WeightsError)
+        if "/" in file or not file.endswith(".safetensors"):
             raise WeightsError(f"{index} names {file!r}, which is not a safetensors file of the folder")
     return files
 

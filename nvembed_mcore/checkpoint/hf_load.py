@@ -10,6 +10,8 @@ from nvembed_mcore.checkpoint.hf_folder import WeightsError, check_sums, read_js
 from nvembed_mcore.checkpoint.hf_model import check_token_ids, open_hf_model
 from nvembed_mcore.checkpoint.names import BACKBONE
 
+ADAPTERS = "adapter_config.json"
+
 if TYPE_CHECKING:
     from nvembed_mcore.checkpoint.hf_files.modeling_nvembed import NVEmbedModel
 
@@ -27,6 +29,8 @@ def load_exported(directory: str | os.PathLike, device: str = "cpu") -> NVEmbedM
 
     directory = Path(directory)
     found = open_hf_model(directory)
+    if (directory / ADAPTERS).exists():
+        raise WeightsError(f"{directory} has an {ADAPTERS}: transformers would load its adapters too")
     config = read_json(directory / "config.json")
     settings: dict[str, Any] = {}
     if config.get("model_type") == "mistral" and "is_causal" in config and (directory / "modules.json").is_file():

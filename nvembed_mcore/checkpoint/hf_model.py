@@ -79,9 +79,10 @@ def open_hf_model(path: str | os.PathLike) -> HfModel:
     folder = open_hf_folder(path)
     hf_config = read_mistral_config(path)
     check_modules(folder.path / "modules.json")
-    raw = read_json(folder.path / "config.json")
-    pooling = _pooling(raw, folder.path)
     file = folder.path / "config.json"
+    raw = read_json(file)
+    check_implementations(raw, file)
+    pooling = _pooling(raw, folder.path)
     is_causal = raw.get("is_causal", raw.get("model_type") == "mistral")
     if not isinstance(is_causal, bool):
         raise WeightsError(f"{file}: is_causal must be true or false, got {is_causal!r}")
@@ -195,6 +196,16 @@ def check_modules(file: Path) -> bool:
                 f"sentence_transformers and {SENTENCE_MODULE!r} are accepted"
             )
     return True
+
+
+def check_implementations(values: Any, file: Path, name: str = "") -> None:
+    """Refuse a `config.json` that names code on a hub: transformers fetches and runs what stands as `owner/name` under
+    `attn_implementation` and its like, whatever else it was told (CVE-2026-4372)."""
+    if isinstance(values, dict):
+        for key, value in values.items():
+            check_implementations(value, file, name if "_implementation" in name else str(key))
+    elif "_implementation" in name and "/" in str(values):
+        raise WeightsError(f"{file}: {name} is {values!r}, which is code on a hub; nothing of it is fetched or run")
 
 
 def _check_tensors(model: HfModel) -> None:

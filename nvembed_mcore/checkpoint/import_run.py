@@ -12,7 +12,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from nvembed_mcore import device
+from nvembed_mcore import device, redact
 from nvembed_mcore.checkpoint.hf_export import DTYPES
 from nvembed_mcore.checkpoint.hf_folder import WeightsError, read_json
 from nvembed_mcore.checkpoint.hf_import import verify_sums
@@ -60,7 +60,7 @@ def import_hf(source: str, output: str, *, tokenizer: str | None = None, dtype: 
     check_new(output)
     initialize(ParallelConfig())
     model = every_rank_does(lambda: open_hf_model(source))[dist.get_rank()]
-    facts = describe(model, tokenizer)
+    facts = redact.tree(describe(model, tokenizer))
     num_checked = verify_sums(model.folder)
     entries = {entry.name: entry for entry in model.entries()}
     tensors = {name: (entry.shape, _dtype(model, list(entry.hf), dtype)) for name, entry in entries.items()}

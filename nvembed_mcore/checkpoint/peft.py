@@ -20,6 +20,7 @@ from typing import Any
 import torch
 from transformers import MistralConfig
 
+from nvembed_mcore import redact
 from nvembed_mcore.checkpoint.hf_export import DTYPES, written_aside
 from nvembed_mcore.checkpoint.hf_folder import HfFolder, WeightsError, check_sums, read_header, read_json
 from nvembed_mcore.checkpoint.hf_import import RandomWeights
@@ -188,7 +189,7 @@ def export_peft(
         ExportError: `output_dir` exists.
         ValueError: a number is not finite, or does not fit `dtype`.
     """
-    output_dir = Path(output_dir)
+    output_dir, base_name = Path(output_dir), redact.tree(base_name)
     with written_aside(output_dir) as aside:
         table, sums = name_table(hf_config, pooling, lora), ""
         for part, file in (("adapters", ADAPTERS_FILE), ("head", HEAD_FILE)):

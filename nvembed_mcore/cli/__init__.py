@@ -14,7 +14,7 @@ import traceback
 import warnings
 from collections.abc import Callable
 
-from nvembed_mcore import __version__
+from nvembed_mcore import __version__, redact
 from nvembed_mcore.cli import data, encode, mine, status, use, weights
 from nvembed_mcore.cli.train import train
 from nvembed_mcore.exits import Exit, exit_of
@@ -30,6 +30,7 @@ def main(arguments: list[str] | None = None) -> int:
     """Run one subcommand; returns the exit status: one of `exits.Exit`, or what its help says."""
     is_program = arguments is None
     arguments = sys.argv[1:] if is_program else arguments
+    os.umask(os.umask(0o077) | 0o027)  # others on a shared file system must not plant what is read back
     if arguments[:1] == ["train"]:
         return _train(arguments[1:], is_program)
     _quiet_libraries()
@@ -80,9 +81,11 @@ def _tell(error: Exception, status: int) -> None:
     """
     first = getattr(error, "follows", None)
     if first is None and status == Exit.CRASHED:
-        traceback.print_exception(type(error), error, error.__traceback__)
+        trace = traceback.format_exception(type(error), error, error.__traceback__)
+        sys.stderr.write(redact.text("".join(trace)))
     elif _is_first():
-        print(f"nvembed: {'' if status == Exit.PREEMPTED else 'error: '}{first or error}", file=sys.stderr)
+        message = redact.text(str(first or error))
+        print(f"nvembed: {'' if status == Exit.PREEMPTED else 'error: '}{message}", file=sys.stderr)
     sys.stderr.flush()
 
 

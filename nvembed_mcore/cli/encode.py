@@ -16,6 +16,8 @@ _TEXTS = (
     "a line"
 )
 
+_TRUST = "st: run code that lies beside the model; a model of the hub needs its @REVISION (40 hex digits)"
+
 LINE_EVERY_SECONDS = 30.0
 
 
@@ -38,7 +40,8 @@ def add_embedder(command: argparse.ArgumentParser) -> None:
     command.add_argument(
         "model",
         metavar="MODEL",
-        help="run, checkpoint or export folder, any Mistral or NV-Embed folder, or st:NAME for sentence-transformers",
+        help="run, checkpoint or export folder, any Mistral or NV-Embed folder, or st:NAME[@REVISION] for "
+        "sentence-transformers",
     )
     command.add_argument("--instruction", help="task of the queries; default: the one the model was trained with")
     command.add_argument("--max-length", type=int, metavar="N", help="longest text in tokens; default: the model's")
@@ -50,7 +53,7 @@ def add_embedder(command: argparse.ArgumentParser) -> None:
     command.add_argument("--pp", type=int, default=1, metavar="N", help="pipeline-parallel size (default 1)")
     command.add_argument("--query-prompt", metavar="TEXT", help="st: what stands before queries, word for word")
     command.add_argument("--document-prompt", metavar="TEXT", help="st: what stands before documents, word for word")
-    command.add_argument("--trust-remote-code", action="store_true", help="st: run code that lies beside the model")
+    command.add_argument("--trust-remote-code", action="store_true", help=_TRUST)
 
 
 def open_named(arguments: argparse.Namespace) -> Embedder:

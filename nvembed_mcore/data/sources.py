@@ -13,13 +13,15 @@ named. Nothing of it is run: only data files are loaded, and a name is looked up
 from __future__ import annotations
 
 import hashlib
+import json
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from itertools import chain
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
+from nvembed_mcore import paths
 from nvembed_mcore.data import files
 from nvembed_mcore.data.beir import beir_blocks, beir_files, read_texts
 from nvembed_mcore.data.faults import DataError, Fault, document_text
@@ -206,6 +208,7 @@ def _load(path: str | Path) -> datasets.Dataset:
         if str(path).startswith(_HUB):
             loaded = datasets.load_dataset(name, config or None, keep_in_memory=False)
         else:
+            _check_saved(Path(path))
             loaded = datasets.load_from_disk(str(path), keep_in_memory=False)
     # It says with a RuntimeError that it runs no scripts.
     except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError, pyarrow.ArrowException) as error:
@@ -216,6 +219,28 @@ def _load(path: str | Path) -> datasets.Dataset:
     if wanted not in loaded:
         raise DataError(f"{path} has no split {wanted!r} but {', '.join(loaded)}: name one as hf:NAME:CONFIG:SPLIT")
     return loaded[wanted]
+
+
+def _check_saved(folder: Path) -> None:
+    """Raise a `DataError` where what `datasets` saved names files or folders outside of it."""
+    file, folders = folder / _SAVED_SPLITS, [folder]
+    if file.is_file():
+        folders = [paths.member(folder, name, file, DataError) for name in _listed(file, "splits")]
+    for one in folders:
+        state = one / _SAVED
+        for entry in _listed(state, "_data_files"):
+            name = entry.get("filename") if isinstance(entry, dict) else entry
+            paths.member(one, name, state, DataError)
+
+
+def _listed(file: Path, key: str) -> list[Any]:
+    try:
+        found = json.loads(file.read_text(encoding="utf-8"))[key]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise DataError(f"cannot read {file}: {error!r}") from error
+    if not isinstance(found, list):
+        raise DataError(f"{file}: {key} must be a list, got {found!r}")
+    return found
 
 
 def _hash_of_all(named: Sequence[tuple[str, Path]]) -> str:

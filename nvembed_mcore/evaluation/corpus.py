@@ -21,6 +21,7 @@ from typing import Any, overload
 import numpy as np
 import pyarrow
 
+from nvembed_mcore import redact
 from nvembed_mcore.data.faults import DataError, Fault, Problems, document_text, required_text
 from nvembed_mcore.data.files import blocks, hash_of_file, kind_of_file, line_blocks, numbered_lines, rows
 
@@ -106,7 +107,7 @@ class Corpus:
         folder.mkdir(parents=True, exist_ok=True)
         aside = folder / ".writing-texts.arrow"
         try:
-            facts = identity | {"source": str(source)} | _write(source, aside)
+            facts = identity | {"source": redact.text(str(source))} | _write(source, aside)
             os.replace(aside, folder / "texts.arrow")
         except BaseException:
             aside.unlink(missing_ok=True)

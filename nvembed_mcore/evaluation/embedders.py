@@ -92,7 +92,8 @@ def open_embedder(
 
     Args:
         model: a run or checkpoint folder of ours; a Hugging Face folder of ours, of NV-Embed or of a Mistral base
-            model (whose states are averaged); or `st:` and what sentence-transformers loads.
+            model (whose states are averaged); or `st:` and what sentence-transformers loads, a folder or the name of a
+            model, perhaps with `@` and the 40 hex digits of a revision.
         instruction: task of the queries in one sentence; None takes what the model was trained or exported with.
         max_length: longest text in tokens, prompt and special tokens included; None takes the model's own limits.
         parallel: the layout; None: each process holds a whole model.
@@ -100,7 +101,8 @@ def open_embedder(
         tokenizer: folder of the tokenizer; None takes the model's own.
         query_prompt, document_prompt: what stands in front, for `st:` only; None: that of `instruction`, or what the
             model has.
-        trust_remote_code: let sentence-transformers run code that lies beside the model, for `st:` only.
+        trust_remote_code: let sentence-transformers run code that lies beside the model, for `st:` only; what is not a
+            folder needs a revision then.
 
     Raises:
         EmbedderError: an option does not suit the model.

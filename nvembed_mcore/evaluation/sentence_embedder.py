@@ -3,19 +3,26 @@
 from __future__ import annotations
 
 import hashlib
+import json
+import re
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
 from nvembed_mcore import device
+from nvembed_mcore.checkpoint.hf_folder import read_json
+from nvembed_mcore.checkpoint.hf_model import check_implementations
 from nvembed_mcore.config import ConfigError, ParallelConfig
 from nvembed_mcore.data import prompts
 from nvembed_mcore.data.tokenizer import tokenizer_fingerprint
 from nvembed_mcore.evaluation.embedders import EmbedderError, fingerprint_of
 from nvembed_mcore.parallel.groups import every_rank_does, initialize
+from nvembed_mcore.paths import member
 
 _SAMPLE = 4096
+_PINNED = re.compile(r"(.+)@([0-9a-f]{40})")
 
 
 class SentenceEmbedder:
@@ -38,9 +45,18 @@ class SentenceEmbedder:
             raise ConfigError(
                 f"st:{model} is whole in each process: --tp and --pp must be 1, got {parallel.tp} and {parallel.pp}"
             )
+        pinned = None if Path(model).is_dir() else _PINNED.fullmatch(model)
+        self._name, revision = pinned.groups() if pinned else (model, None)
+        self._code = None
+        if trust_remote_code:
+            self._code = "of the folder" if Path(model).is_dir() else revision
+            if self._code is None:
+                raise EmbedderError(
+                    f"st:{model} --trust-remote-code would run any code that the hub has by then: name a revision "
+                    f"that you have read, as st:{model}@ and its 40 hex digits"
+                )
         groups = initialize(parallel)
-        self._name = model
-        every_rank_does(lambda: self._load(trust_remote_code, max_length))
+        every_rank_does(lambda: self._load(revision, trust_remote_code, max_length))
         own = self._model.prompts or {}
         if query_prompt is None:
             query_prompt = own.get("query") or "" if instruction is None else prompts.query_prompt(instruction)
@@ -55,15 +71,17 @@ class SentenceEmbedder:
         self.num_replicas, self.replica, self.is_writer = groups.dp_size, groups.dp_rank, True
         self.tokens = self.positions = 0
 
-    def _load(self, trust_remote_code: bool, max_length: int | None) -> None:
+    def _load(self, revision: str | None, trust_remote_code: bool, max_length: int | None) -> None:
         try:
             from sentence_transformers import SentenceTransformer
         except ImportError as error:
             raise EmbedderError(
                 f"st:{self._name} needs sentence-transformers: pip install nvembed_mcore[eval]"
             ) from error
-        where = {"device": str(device.current()), "trust_remote_code": trust_remote_code}
+        where = {"device": str(device.current()), "trust_remote_code": trust_remote_code, "revision": revision}
         try:
+            if not trust_remote_code:
+                _check_code(self._name, revision)
             self._model = SentenceTransformer(self._name, **where).eval()
         except Exception as error:  # of transformers, the hub or the model's own code: anything
             raise EmbedderError(f"sentence-transformers cannot load {self._name}: {error}") from error
@@ -107,12 +125,35 @@ class SentenceEmbedder:
             "precision": str(next(self._model.parameters()).dtype).removeprefix("torch."),
             "prompt": self._prompts[is_query],
             "max_tokens": self._model.max_seq_length,
+            "remote_code": self._code,
         }
 
     @property
     def fingerprint(self) -> str:
         """See `Embedder.fingerprint`."""
         return fingerprint_of(self)
+
+
+def _check_code(name: str, revision: str | None) -> None:
+    """Refuse a model that names code which sentence-transformers before 6, or transformers before 5.3, would run
+    although nobody trusts it: classes in `modules.json`, and what `check_implementations` finds.
+
+    Raises:
+        ValueError: it says which file names what.
+    """
+    from sentence_transformers.util import load_file_path
+
+    file = load_file_path(name, "modules.json", revision=revision)
+    modules = json.loads(Path(file).read_text(encoding="utf-8")) if file else []
+    for module in modules:
+        if not str(module["type"]).startswith("sentence_transformers."):
+            raise ValueError(f"{file} names {module['type']!r}, a class of its own: --trust-remote-code would run it")
+        if module["path"]:
+            member(Path(file).parent, module["path"], Path(file))
+    for place in {"", *(module["path"] for module in modules)}:
+        settings = load_file_path(name, "config.json", subfolder=place, revision=revision)
+        if settings:
+            check_implementations(read_json(Path(settings)), Path(settings))
 
 
 def _fingerprint(model: torch.nn.Module) -> str:

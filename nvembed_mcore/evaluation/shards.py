@@ -22,7 +22,7 @@ import numpy as np
 import pyarrow
 import pyarrow.parquet
 
-from nvembed_mcore import device
+from nvembed_mcore import device, redact
 from nvembed_mcore.checkpoint.store import differences
 from nvembed_mcore.evaluation.corpus import Corpus, fingerprint_of, read_json, source_file, write_json
 from nvembed_mcore.evaluation.embedders import Embedder
@@ -169,7 +169,7 @@ def encode_shards(
     wanted = _check_arguments(texts, ids, shard_size, format, dtype) | {
         "dim": embedder.dim,
         "are_queries": are_queries,
-        "embedder": embedder.facts(are_queries),
+        "embedder": redact.tree(embedder.facts(are_queries)),
     }
     manifest, missing = first_rank_does(
         lambda: _begin(folder, wanted | {"texts": fingerprint or fingerprint_of(ids, texts)}, ids)
@@ -200,7 +200,7 @@ def open_shards(folder: str | Path) -> Shards:
             f"{folder} lacks {len(missing)} of {len(shards)} shards, or they are damaged: "
             f"{shards.file_of(missing[0]).name} is the first; the command that wrote it makes them"
         )
-    if not manifest["complete"]:
+    if manifest.get("complete") is not True:
         raise ShardsError(f"{folder / MANIFEST} does not say that it is complete; run what wrote it once more")
     return shards
 
@@ -313,6 +313,13 @@ def _read_manifest(folder: Path) -> dict[str, Any] | None:
     found = read_json(file)
     if found.get("version") != _VERSION:
         raise ShardsError(f"{file} is of version {found.get('version')}, this program reads {_VERSION}")
+    # They become names and sizes of files.
+    for name, known in (("format", FORMATS), ("dtype", DTYPES)):
+        if found.get(name) not in known:
+            raise ShardsError(f"{file}: {name} must be {' or '.join(known)}, got {found.get(name)!r}")
+    for name in ("count", "dim", "shard_size"):
+        if type(found.get(name)) is not int or found[name] < 1:
+            raise ShardsError(f"{file}: {name} must be an integer of at least 1, got {found.get(name)!r}")
     return found
 
 

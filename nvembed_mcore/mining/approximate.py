@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from nvembed_mcore.data.files import hash_of_file
 from nvembed_mcore.mining.search import Candidates, Rows, Search
 
 if TYPE_CHECKING:
@@ -79,7 +80,28 @@ def build_index(shards: Sequence[np.ndarray], factory: str, path: Path, *, seed:
         index.add(np.ascontiguousarray(shard, dtype=np.float32))
     aside = path.with_name(f".{path.name}.partial")
     faiss.write_index(index, str(aside))
+    _sum_file(path).write_text(hash_of_file(aside), encoding="ascii")
     os.replace(aside, path)
+
+
+def _sum_file(path: Path) -> Path:
+    return path.with_name(f"{path.name}.sha256")
+
+
+def _check_sum(path: Path) -> None:
+    """FAISS's reader takes sizes and offsets from the file as they are, so it gets only what `build_index` wrote.
+
+    Raises:
+        ValueError: the file is another one, or nothing says which it was.
+    """
+    sums = _sum_file(path)
+    wanted = sums.read_text(encoding="ascii", errors="replace") if sums.is_file() else "no file"
+    found = hash_of_file(path)
+    if found != wanted:
+        raise ValueError(
+            f"{path} is not the index that was written: its SHA-256 is {found}, {sums.name} says {wanted}; remove it, "
+            f"and it is made again"
+        )
 
 
 def approximate_search(path: Path, shards: Sequence[np.ndarray]) -> Search:
@@ -91,6 +113,7 @@ def approximate_search(path: Path, shards: Sequence[np.ndarray]) -> Search:
     import faiss
 
     rows = Rows(shards)
+    _check_sum(path)
     try:
         index = faiss.read_index(str(path))
     except RuntimeError as error:

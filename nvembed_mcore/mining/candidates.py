@@ -6,6 +6,7 @@ Letters: `Q` queries of a shard, `D` embedding size, `k` candidates of each quer
 from __future__ import annotations
 
 import os
+import zipfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -106,8 +107,7 @@ class CandidateShards:
         """The negatives of one shard's records, whose queries have these ids."""
         records = self._records(number)
         own = self.inputs.own(records)
-        with np.load(self._file(number)) as file:
-            found, scores = Candidates(file["scores"], file["documents"]), file["own_scores"]
+        found, scores = self._read(number, len(records))
         own_scores = np.split(scores, np.cumsum([len(documents) for documents in own])[:-1])
         limit = self._limits(records, own_scores)
         is_barred, is_allowed = self._judge(found, records, limit)
@@ -123,6 +123,24 @@ class CandidateShards:
             own_scores=own_scores,
             num_positives=self.inputs.num_positives[records],
         )
+
+    def _read(self, number: int, num_records: int) -> tuple[Candidates, np.ndarray]:
+        """A shard's candidates and the scores of its records' own documents.
+
+        Raises:
+            ValueError: the file is damaged, or names documents that the corpus has not.
+        """
+        file, size = self._file(number), len(self.inputs.documents)
+        try:
+            with np.load(file) as arrays:
+                scores, documents, own_scores = (arrays[name] for name in ("scores", "documents", "own_scores"))
+            if not scores.shape == documents.shape == (num_records, documents.shape[-1]):
+                raise ValueError(f"it holds {list(scores.shape)} scores of {list(documents.shape)} documents")
+            if documents.dtype.kind != "i" or ((documents < -1) | (documents >= size)).any():
+                raise ValueError(f"it names documents outside of 0 to {size - 1}")
+        except (OSError, EOFError, ValueError, KeyError, IndexError, zipfile.BadZipFile) as error:
+            raise ValueError(f"{file} cannot be used ({error}); remove it, and it is made again") from error
+        return Candidates(scores, documents), own_scores
 
     def _file(self, number: int) -> Path:
         return self.folder / f"shard-{number:05d}.npz"

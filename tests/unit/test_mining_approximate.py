@@ -19,7 +19,7 @@ def clustered(count: int, seed: int, clusters: int = 20, width: int = 32) -> np.
 
 def searched(tmp_path, shards, factory, queries, k):
     build_index(shards, factory, tmp_path / "index")
-    assert [path.name for path in tmp_path.iterdir()] == ["index"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["index", "index.sha256"]
     return approximate_search(tmp_path / "index", shards)(queries, k)
 
 

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from nvembed_mcore.cli import main, mine
+from nvembed_mcore.data.files import hash_of_file
 from nvembed_mcore.mining.approximate import build_index
 from tests.helpers.mining import WordEmbedder, make_data, write_json_lines
 
@@ -97,8 +98,11 @@ def test_an_index_that_is_not_of_the_documents(capsys, folder, damage):
     (folder / "out" / "records.jsonl").unlink()
     (index,) = (folder / "out" / "work").glob("*.faiss")
     if damage == "short":
-        index.write_bytes(index.read_bytes()[:-100])
-        expected = "is no index that FAISS can read; remove it, and it is made again"
+        had, _ = hash_of_file(index), index.write_bytes(index.read_bytes()[:-100])
+        expected = (
+            f"is not the index that was written: its SHA-256 is {hash_of_file(index)}, {index.name}.sha256 says {had}; "
+            f"remove it, and it is made again"
+        )
     else:
         build_index([np.ones((3, 64), np.float32)], "Flat", index)
         expected = "is an index of 3 documents in 64 dimensions, there are 244 in 64; remove it, and it is made again"
