@@ -93,7 +93,11 @@ def read_metrics(path: str | Path) -> list[dict[str, float]]:
         ValueError: a line is not a JSON object with a `step`; the message names file and line.
     """
     lines = []
-    for number, text in enumerate(Path(path).read_text(encoding="utf-8").split("\n")[:-1], 1):
+    try:
+        whole = Path(path).read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"cannot read {path}: {error}") from error
+    for number, text in enumerate(whole.split("\n")[:-1], 1):
         try:
             line = json.loads(text)
         except json.JSONDecodeError as error:

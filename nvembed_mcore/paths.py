@@ -2,7 +2,7 @@
 
 A path that a user gives may lie anywhere, and may be a link or hold links: Hugging Face's cache is made of links to
 `../../blobs`. A name that stands *in a file* says which of the folder's files is meant, nothing else, whoever wrote
-that file. So it is judged as text. Only in folders that this program alone writes links are refused too.
+that file. So it is judged as text; a link that has a good name is the folder's owner's.
 """
 
 from __future__ import annotations
@@ -14,23 +14,18 @@ from typing import Any
 _LONGEST = 255
 
 
-def member(
-    folder: Path, name: Any, named_in: Path, error: type[ValueError] = ValueError, *, is_ours: bool = False
-) -> Path:
+def member(folder: Path, name: Any, named_in: Path, error: type[ValueError] = ValueError) -> Path:
     """The file of a folder that another file names.
 
     Args:
         folder: where the file must lie; it itself may be anything.
         name: what stands in `named_in`: a file name, or several with `/` between them.
         error: the class of the error.
-        is_ours: whether only this program writes into the folder, so that a link in it is somebody else's.
 
     Raises:
         ValueError (`error`): the name is no such thing, or leads out of the folder; the message has both.
     """
     reason = why_unsafe(name)
-    if reason is None and is_ours and not (folder / name).resolve().is_relative_to(folder.resolve()):
-        reason = f"it is a link to {(folder / name).resolve()}"
     if reason is not None:
         raise error(f"{named_in} names {name!r}, which is no file of {folder}: {reason}")
     return folder / name

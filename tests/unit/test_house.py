@@ -146,13 +146,80 @@ def nothing_unsafe(path: str, tree: ast.AST) -> Breaches:
             continue
         if is_within(name, *modules) or name in ("yaml.load", "yaml.unsafe_load", "yaml.full_load"):
             yield line, f"{name} runs what it reads"
-    forbidden = {"weights_only": False, "shell": True, "allow_pickle": True}
+    only = {"weights_only": True, "shell": False, "allow_pickle": False}
     for node in ast.walk(tree):
-        if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id in ("eval", "exec"):
-            yield node.lineno, f"{node.func.id}()"
-        if isinstance(node, ast.keyword) and isinstance(node.value, ast.Constant):
-            if node.arg in forbidden and node.value.value is forbidden[node.arg]:
-                yield node.lineno, f"{node.arg}={node.value.value}"
+        if isinstance(node, ast.Call) and dotted(node.func) in ("eval", "exec", "compile", "__import__"):
+            yield node.lineno, f"{dotted(node.func)}()"
+        if isinstance(node, ast.keyword) and node.arg in only:
+            if not (isinstance(node.value, ast.Constant) and node.value.value is only[node.arg]):
+                yield node.lineno, f"{node.arg} is not {only[node.arg]}"
+
+
+def nothing_is_read_or_run_without_care(path: str, tree: ast.AST) -> Breaches:
+    """Calls that are safe only in one form."""
+    for line, name in uses(tree):
+        if name in _FORBIDDEN:
+            yield line, name
+        # Sizes and offsets in the file are taken as they are: its hash is compared before.
+        if name.endswith("faiss.read_index") and path != "nvembed_mcore/mining/approximate.py":
+            yield line, name
+    for node in ast.walk(tree):
+        if not isinstance(node, ast.Call):
+            continue
+        name, first = dotted(node.func), node.args[0] if node.args else None
+        if name == "torch.load" and "weights_only" not in [one.arg for one in node.keywords]:
+            yield node.lineno, "torch.load without weights_only=True"
+        if name.endswith("import_module") and not isinstance(first, ast.Constant):
+            yield node.lineno, f"{name} of a name that is made while running"
+        if name.startswith("subprocess.") and isinstance(first, (ast.Constant, ast.JoinedStr)):
+            yield node.lineno, f"{name} of a text instead of words"
+
+
+_FORBIDDEN = {
+    *("tempfile.mktemp", "os.popen", "subprocess.getoutput", "subprocess.getstatusoutput"),
+    *("runpy.run_path", "runpy.run_module", "pandas.read_pickle", "numpy.fromregex", "yaml.Loader"),
+    *("yaml.UnsafeLoader", "yaml.FullLoader", "yaml.load_all", "yaml.unsafe_load_all"),
+    *("importlib.util.spec_from_file_location", "torch.hub.load", "ssl._create_unverified_context"),
+}
+
+
+TRUSTING = {
+    "tools/compat/published.py": "the published code, in a folder of its own that the caller wrote",
+    "tools/compat/probe.py": "an export that the caller wrote; run with the network off",
+    "tools/bench/sides.py": "an export that the benchmark wrote, as a user of it would load it",
+}
+"""Where code of a model's folder is run: it is ours, and the call is what is measured."""
+
+
+def code_of_models_is_trusted_in_few_places(path: str, tree: ast.AST) -> Breaches:
+    if path in TRUSTING:
+        return
+    for node in ast.walk(tree):
+        named = [node.arg] if isinstance(node, ast.keyword) else []
+        if isinstance(node, ast.Dict):
+            named = [getattr(key, "value", None) for key, value in _pairs(node) if _is_true(value)]
+        if isinstance(node, ast.Assign):
+            named = [getattr(getattr(one, "slice", None), "value", None) for one in node.targets]
+        if "trust_remote_code" in named and (isinstance(node, ast.Dict) or _is_true(node.value)):
+            yield node.lineno, "trust_remote_code is true"
+
+
+def _pairs(node: ast.Dict) -> Iterator[tuple[ast.AST | None, ast.AST]]:
+    return zip(node.keys, node.values, strict=True)
+
+
+def _is_true(node: ast.AST) -> bool:
+    return isinstance(node, ast.Constant) and node.value is True
+
+
+def nothing_phones_home(path: str, tree: ast.AST) -> Breaches:
+    """No tracker, no server, no client of a network; what loads models and data sets by name does that itself."""
+    network = ("wandb", "mlflow", "comet_ml", "neptune", "clearml", "sentry_sdk", "requests", "urllib", "httpx")
+    for line, name in uses(tree) if path.startswith(LIBRARY) else ():
+        if is_within(
+            name, *network, "http", "socketserver", "smtplib", "ftplib", "huggingface_hub", "flask", "gradio"
+        ):
+            yield line, f"{name} in the library"
 
 
 def _restricts(tree: ast.AST) -> bool:
@@ -184,6 +251,9 @@ CHECKS: list[Check] = [
     prints_only_in_cli,
     cuda_only_in_device,
     nothing_unsafe,
+    nothing_is_read_or_run_without_care,
+    code_of_models_is_trusted_in_few_places,
+    nothing_phones_home,
     functions_fit_a_screen,
 ]
 
@@ -230,6 +300,21 @@ def test_the_house_keeps_its_rules(check):
         (nothing_unsafe, "tools/a.py", "torch.load(path, weights_only=False)"),
         (nothing_unsafe, "tools/a.py", "subprocess.run(x, shell=True)"),
         (nothing_unsafe, "tools/a.py", "eval(x)"),
+        (nothing_unsafe, "tools/a.py", "np.load(x, allow_pickle=allowed)"),
+        (nothing_is_read_or_run_without_care, "tools/a.py", "torch.load(x)"),
+        (nothing_is_read_or_run_without_care, "tools/a.py", "import importlib\nimportlib.import_module(name)"),
+        (nothing_is_read_or_run_without_care, "tools/a.py", "import subprocess\nsubprocess.run(f'ls {x}')"),
+        (nothing_is_read_or_run_without_care, "tools/a.py", "from tempfile import mktemp"),
+        (nothing_is_read_or_run_without_care, "nvembed_mcore/a.py", "import faiss\nfaiss.read_index(x)"),
+        (
+            code_of_models_is_trusted_in_few_places,
+            "tools/a.py",
+            "Model.from_pretrained(x, trust_remote_code=True)",
+        ),
+        (code_of_models_is_trusted_in_few_places, "tools/a.py", "f(**{'trust_remote_code': True})"),
+        (code_of_models_is_trusted_in_few_places, "tools/a.py", "settings['trust_remote_code'] = True"),
+        (nothing_phones_home, "nvembed_mcore/a.py", "import wandb"),
+        (nothing_phones_home, "nvembed_mcore/a.py", "from urllib.request import urlopen"),
         (functions_fit_a_screen, "tools/a.py", "def f():\n" + "    x = 1\n" * 60),
     ],
 )
@@ -245,6 +330,12 @@ def test_a_breach_is_seen(check, path, source):
             "tools/a.py",
             "import yaml\nmodel.eval()\nyaml.safe_load(x)\ntorch.load(x, weights_only=True)",
         ),
+        (
+            nothing_is_read_or_run_without_care,
+            "tools/a.py",
+            "torch.load(x, weights_only=True)\nsubprocess.run(['ls', x])\nimportlib.import_module('faiss')",
+        ),
+        (code_of_models_is_trusted_in_few_places, "tools/a.py", "f(x, trust_remote_code=given)"),
         (cuda_only_in_device, "nvembed_mcore/train.py", "if tensor.is_cuda: x = torch.device('cuda')"),
         (functions_fit_a_screen, "tools/a.py", "def f():\n" + "    x = 1\n" * 59),
     ],

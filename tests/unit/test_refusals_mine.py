@@ -100,8 +100,8 @@ def test_an_index_that_is_not_of_the_documents(capsys, folder, damage):
     if damage == "short":
         had, _ = hash_of_file(index), index.write_bytes(index.read_bytes()[:-100])
         expected = (
-            f"is not the index that was written: its SHA-256 is {hash_of_file(index)}, {index.name}.sha256 says {had}; "
-            f"remove it, and it is made again"
+            f"is not the index that was written: its SHA-256 is {hash_of_file(index)}, {index.name}.sha256 says "
+            f"{had}; remove it, and it is made again"
         )
     else:
         build_index([np.ones((3, 64), np.float32)], "Flat", index)
