@@ -23,7 +23,8 @@ _VARIABLE = re.compile(rf"{_WORDS}|(?:^|_)TOKEN$", re.IGNORECASE)
 # A path library makes one slash of two.
 _USER = re.compile(r"(?P<kept>\b[a-z][a-z0-9+.-]*:/{1,3})[^\s/@'\"]+(?=@)", re.IGNORECASE)
 _ASSIGNED = re.compile(
-    rf"(?P<kept>(?:\b|_)(?:[\w-]*(?:{_WORDS}|{_TOKENS})[\w-]*|(?<=[?&])[\w-]*(?:token|key|signature|sig))=)[^\s&'\",;]+",
+    rf"(?P<kept>(?:\b|_)(?:[\w-]*(?:{_WORDS}|{_TOKENS})[\w-]*|(?<=[?&])[\w-]*(?:token|key|signature|sig))=)"
+    r"[^\s&'\",;]+",
     re.IGNORECASE,
 )
 _HEADER = re.compile(r"(?P<kept>\bauthorization\b['\"]?\s*[:=]\s*['\"]?(?:bearer|basic|token)\s+)\S+", re.IGNORECASE)

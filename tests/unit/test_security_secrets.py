@@ -140,7 +140,6 @@ def test_a_run_and_its_export(environment, tmp_path, capsys):
     with _closed_log():
         assert main([*train, "--stop_at", "1"]) == 0
         assert main(train) == 0, capsys.readouterr().err  # what was stored compares equal
-        assert main([*train, "--seed", "7"]) == 78
         assert main([*train, "--eval.path", str(secret / "missing")]) == 78
         assert main([*train, "--steps", SECRETS["HF_TOKEN"]]) == 78
         assert main(["export-hf", str(run), str(tmp_path / "export")]) == 0
