@@ -20,18 +20,21 @@ _WORDS = r"secret|passw(?:or)?d|credential|api[_-]?key|access[_-]?key|private[_-
 _TOKENS = r"(?:auth|access|api|hf|hub|hugging_?face|refresh|bearer|github|wandb)[_-]?token"
 _KEY = re.compile(rf"{_WORDS}|{_TOKENS}", re.IGNORECASE)
 _VARIABLE = re.compile(rf"{_WORDS}|(?:^|_)TOKEN$", re.IGNORECASE)
+# Values end before what may close a string or a tag around them. Lengths are bounded so that no text takes long.
 # A path library makes one slash of two.
-_USER = re.compile(r"(?P<kept>\b[a-z][a-z0-9+.-]*:/{1,3})[^\s/@'\"]+(?=@)", re.IGNORECASE)
+_USER = re.compile(r"(?P<kept>\b[a-z][a-z0-9+.-]{0,20}:/{1,3})[^\s/@'\"<>\\]+(?=@)", re.IGNORECASE)
 _ASSIGNED = re.compile(
-    rf"(?P<kept>(?:\b|_)(?:[\w-]*(?:{_WORDS}|{_TOKENS})[\w-]*|(?<=[?&])[\w-]*(?:token|key|signature|sig))=)"
-    r"[^\s&'\",;]+",
+    rf"(?P<kept>(?:[\w-]{{0,40}}(?:{_WORDS}|{_TOKENS})[\w-]{{0,40}}|[?&][\w-]{{0,40}}(?:token|key|signature|sig))=)"
+    r"[^\s&'\",;<>\\]+",
     re.IGNORECASE,
 )
-_HEADER = re.compile(r"(?P<kept>\bauthorization\b['\"]?\s*[:=]\s*['\"]?(?:bearer|basic|token)\s+)\S+", re.IGNORECASE)
+_HEADER = re.compile(
+    r"(?P<kept>\bauthorization\b['\"]?\s{0,2}[:=]\s{0,2}['\"]?(?:bearer|basic|token)\s)[^\s'\",<>\\]+", re.IGNORECASE
+)
 _PREFIXED = re.compile(
     r"(?P<kept>(?<![A-Za-z0-9]))"
     r"(?:hf_[A-Za-z0-9]{20,}"  # Hugging Face
-    r"|sk-(?:[a-z0-9]+-)*[A-Za-z0-9_]{20,}"  # OpenAI and others
+    r"|sk-(?:[a-z0-9]{1,20}-){0,3}[A-Za-z0-9_]{20,}"  # OpenAI and others
     r"|gh[pousr]_[A-Za-z0-9]{20,}|github_pat_[A-Za-z0-9_]{20,}|glpat-[A-Za-z0-9_-]{20,}"
     r"|(?:AKIA|ASIA)[A-Z0-9]{16}|AIza[A-Za-z0-9_-]{35}|xox[abeoprs]-[A-Za-z0-9-]{10,}|nvapi-[A-Za-z0-9_-]{20,})"
 )

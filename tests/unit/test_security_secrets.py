@@ -8,6 +8,7 @@ import logging
 import os
 import stat
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -71,6 +72,21 @@ def test_texts(environment, text, expected):
 )
 def test_what_is_no_secret_stays(text):
     assert redact.text(text) == text
+
+
+def test_what_stands_around_a_secret_stays_whole():
+    """Files are JSON and HTML behind it too."""
+    values = {"a": 'password=CANARY"b', "b": ["https://u:CANARY@h", "Authorization: Basic CANARY"], "c": "token"}
+    hidden = redact.text(json.dumps(values))
+    assert "CANARY" not in hidden and json.loads(hidden)["a"] == 'password=[redacted]"b'
+    assert redact.text("<td>api_key=CANARY</td><td>x</td>") == "<td>api_key=[redacted]</td><td>x</td>"
+
+
+@pytest.mark.parametrize("piece", ["_", "a.", "a-", "sk-", "https://", "api_key", "?", "a:/"])
+def test_no_text_takes_long(piece):
+    start = time.process_time()
+    redact.text(piece * 5000)
+    assert time.process_time() - start < 1
 
 
 def test_trees(tmp_path):
