@@ -13,10 +13,14 @@ from pathlib import Path
 
 import pytest
 
+from nvembed_mcore import train
 from nvembed_mcore.checkpoint.store import find_checkpoint
 from nvembed_mcore.config import CheckpointConfig, RunConfig
+from nvembed_mcore.data.faults import DataError
+from nvembed_mcore.exits import Preempted
 from nvembed_mcore.log import read_metrics
 from nvembed_mcore.status import read_status
+from nvembed_mcore.stop import StopRequests
 from tests.helpers import runs
 from tests.helpers.supervisor import Ranks, last_step
 from tests.helpers.world import free_port
@@ -181,6 +185,21 @@ def test_a_refused_start_leaves_no_folder(inputs, tmp_path):
     with run.start("--checkpoint.resume", "must") as ranks:
         assert ranks.wait(60) == [78, 78]
     assert not run.run_dir.exists()
+
+
+def test_a_signal_that_ended_readers_of_the_data_too_is_a_stop(monkeypatch, inputs, tmp_path):
+    """A scheduler signals every process of a job, also those that tokenise."""
+
+    def build(config, groups):
+        raise DataError("a process that read the data was ended from outside")
+
+    monkeypatch.setattr(train, "_Run", build)
+    stops, config = StopRequests(), config_of(inputs, tmp_path / "run")
+    with pytest.raises(DataError):
+        train._build(config, None, stops)
+    stops.signal = "SIGTERM"
+    with pytest.raises(Preempted, match="stopped after step 0: SIGTERM while the data were read"):
+        train._build(config, None, stops)
 
 
 @pytest.mark.slow

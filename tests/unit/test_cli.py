@@ -243,8 +243,8 @@ def test_resume_must_find_a_checkpoint(capsys, inputs, tmp_path):
 
 
 def again_message(capsys, inputs, finished, changes: dict[str, Any]) -> str:
-    """The message of a run that must not go on in a finished run's folder, and leaves it as it was."""
-    kept = [path for path in finished.rglob("*") if path.is_file() and path.parent.name != "logs"]
+    """The message of a run that must not go on in a finished run's folder, and leaves all but its record as it was."""
+    kept = [one for one in [*finished.glob("checkpoints/**/*"), *finished.glob("*[!n]")] if one.is_file()]
     before = [path.read_bytes() for path in kept]
     message = message_of(capsys, ["train", write_yaml(inputs, finished, {"eval.path": None, "steps": 2} | changes)])
     assert [path.read_bytes() for path in kept] == before

@@ -100,6 +100,22 @@ def test_the_first_failure_stands_and_the_others_take_its_status(tmp_path, monke
     assert json.loads((tmp_path / "run.json").read_text())["attempts"][0]["state"] == "storage_error"
 
 
+@pytest.mark.parametrize(("text", "killed"), [("Connection closed by peer [127.0.0.1]:1", True), ("no number", False)])
+def test_a_rank_that_was_killed_leaves_no_word_of_its_own(tmp_path, text, killed):
+    with pytest.raises(RuntimeError):
+        attempt_that_ends_with(RuntimeError(text), tmp_path)
+    failure = json.loads((tmp_path / "logs" / "0001" / "first-failure.json").read_text())
+    assert ("another rank went away before" in failure["hint"]) == killed
+    assert failure["operation"] == "after step 3"
+
+
+def test_a_damaged_status_refuses_no_start(tmp_path):
+    (tmp_path / "status.json").write_text("{")
+    (tmp_path / "run.json").write_text("{")
+    attempt_that_ends_with(None, tmp_path)
+    assert read_status(tmp_path).state == "done"
+
+
 def test_an_attempt_has_a_folder_of_its_own(tmp_path):
     assert [next_folder(tmp_path / "run").name for _ in range(3)] == ["0001", "0002", "0003"]
     (tmp_path / "run" / "logs" / "0002").rmdir()
