@@ -15,8 +15,8 @@ from nvembed_mcore.config import OptimConfig
 class FusedAdam(torch.optim.Optimizer):
     """torch's fused AdamW in the shape of Apex's: moments in the state, the step in the group.
 
-    Megatron treats torch's own Adam as a special case whose `step` tensor its fully reshardable checkpoint format
-    saves but cannot load.
+    torch's own Adam counts steps for each parameter; checkpoints, like Apex and TransformerEngine, have one count a
+    group (checkpoint/optimizer_state.py).
     """
 
     def __init__(

@@ -48,7 +48,7 @@ def retained_tokens(found: store.Checkpoint | None, facts: dict[str, Any]) -> in
         return None
     saved, now = found.facts, facts
     same = saved["hardware"] == now["hardware"] and all(
-        saved["config"][key] == now["config"][key] for key in ("parallel", "step")
+        saved["config"][key] == now["config"][key] for key in ("parallel", "step", "optim")
     )
     return saved["retain_tokens"] if same else None
 
@@ -66,7 +66,9 @@ def _identity(facts: dict[str, Any]) -> dict[str, Any]:
         for number, (dataset, tokens) in enumerate(zip(config["data"]["datasets"], facts["stores"], strict=True))
     }
     return {
-        **{key: config[key] for key in ("stage", "seed", "steps", "batch_size", "loss", "optim")},
+        **{key: config[key] for key in ("stage", "seed", "steps", "batch_size", "loss")},
+        # Whether its state is sharded is a matter of the layout.
+        "optim": {key: value for key, value in config["optim"].items() if key != "distributed"},
         "data.datasets": datasets,
         **{f"data.{key}": config["data"][key] for key in of_all},
         "model.attention_mask": config["model"]["attention_mask"],

@@ -25,7 +25,7 @@ from megatron.core.distributed import DistributedDataParallel
 from megatron.core.optimizer import MegatronOptimizer
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
-from nvembed_mcore.checkpoint import folders
+from nvembed_mcore.checkpoint import folders, optimizer_state
 from nvembed_mcore.checkpoint.manifest import MANIFEST, CheckpointError, faults, read_manifest
 from nvembed_mcore.checkpoint.names import Entry, name_table
 from nvembed_mcore.checkpoint.reader import StateReader, load_state
@@ -43,7 +43,7 @@ _STORED_AS = {
     ".input_layernorm.weight": ".self_attention.linear_qkv.layer_norm_weight",
     ".pre_mlp_layernorm.weight": ".mlp.linear_fc1.layer_norm_weight",
 }
-_METADATA = {"distrib_optim_sharding_type": "fully_reshardable", "non_homogeneous_layers": True}
+_METADATA = {"non_homogeneous_layers": True}
 
 
 @dataclass(frozen=True)
@@ -220,7 +220,7 @@ def load_checkpoint(
     state = load_state(checkpoint.path, sharded_state(chunks, optimizer, is_loading=True))
     for number, chunk in enumerate(chunks):
         chunk.module.load_state_dict(state["model"][str(number)])
-    optimizer.load_state_dict(state["optimizer"])
+    optimizer_state.load(optimizer, _weights_of(chunks), state["optimizer"])
 
 
 def load_weights(checkpoint: Checkpoint, encoders: list[torch.nn.Module], but: Collection[str] = ()) -> None:
@@ -341,9 +341,12 @@ def sharded_state(
     chunks: list[DistributedDataParallel], optimizer: MegatronOptimizer, *, is_loading: bool
 ) -> dict[str, Any]:
     """Weights and optimizer, likewise."""
-    weights = {str(number): weights_of(chunk.module) for number, chunk in enumerate(chunks)}
-    state = optimizer.sharded_state_dict(weights, is_loading=is_loading, metadata=dict(_METADATA))
-    return {"model": weights, "optimizer": state}
+    weights = _weights_of(chunks)
+    return {"model": weights, "optimizer": optimizer_state.sharded_state(optimizer, weights, is_loading=is_loading)}
+
+
+def _weights_of(chunks: list[DistributedDataParallel]) -> dict[str, Any]:
+    return {str(number): weights_of(chunk.module) for number, chunk in enumerate(chunks)}
 
 
 def _tensors(state: dict) -> dict:

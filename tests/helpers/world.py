@@ -12,11 +12,10 @@ from collections.abc import Callable
 TIMEOUT_SECONDS = 180
 
 
-def _serve(rank: int, world_size: int, pipe) -> None:
+def _serve(rank: int, pipe) -> None:
     os.environ.update(
         RANK=str(rank),
         LOCAL_RANK=str(rank),
-        WORLD_SIZE=str(world_size),
         MASTER_ADDR="127.0.0.1",
         OMP_NUM_THREADS="1",
     )
@@ -29,8 +28,8 @@ def _serve(rank: int, world_size: int, pipe) -> None:
         job = pipe.recv()
         if job is None:
             return
-        port, function, args, kwargs = job
-        os.environ["MASTER_PORT"] = str(port)
+        port, size, function, args, kwargs = job
+        os.environ.update(MASTER_PORT=str(port), WORLD_SIZE=str(size))
         try:
             pipe.send((True, function(*args, **kwargs)))
         except BaseException:
@@ -54,20 +53,30 @@ class World:
         self.pipes, self.processes = [], []
         for rank in range(world_size):
             here, there = context.Pipe()
-            process = context.Process(target=_serve, args=(rank, world_size, there), daemon=False)
+            process = context.Process(target=_serve, args=(rank, there), daemon=False)
             process.start()
             there.close()
             self.pipes.append(here)
             self.processes.append(process)
 
-    def run(self, function: Callable, *args, timeout_seconds: float = TIMEOUT_SECONDS, **kwargs) -> list:
-        """Call `function` on every rank; return each rank's result, or raise with the first failing rank's trace."""
-        port = free_port()
-        for pipe in self.pipes:
-            pipe.send((port, function, args, kwargs))
+    def run(
+        self,
+        function: Callable,
+        *args,
+        timeout_seconds: float = TIMEOUT_SECONDS,
+        ranks: int | None = None,
+        **kwargs,
+    ) -> list:
+        """Call `function` on every rank; return each rank's result, or raise with the first failing rank's trace.
+
+        `ranks`: run a smaller world on the first so many processes.
+        """
+        port, pipes = free_port(), self.pipes[:ranks]
+        for pipe in pipes:
+            pipe.send((port, len(pipes), function, args, kwargs))
         deadline = time.monotonic() + timeout_seconds
         results, failures = [], []
-        for rank, pipe in enumerate(self.pipes):
+        for rank, pipe in enumerate(pipes):
             # A failed rank leaves the others inside a collective: do not wait for them as long.
             if not pipe.poll(
                 max(0.0, (min(deadline, time.monotonic() + 5) if failures else deadline) - time.monotonic())
