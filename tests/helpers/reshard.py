@@ -57,7 +57,7 @@ class Trial:
     def facts(self) -> dict[str, Any]:
         lora = dataclasses.asdict(lora_config(self.model.targets)) if self.model.targets else None
         model = {"pooling": dataclasses.asdict(pooling_config(self.model.kind)), "lora": lora}
-        return {"config": {"model": model}, "hf_config": self.config.to_dict()}
+        return {"config": {"model": model, "loss": self.model.loss}, "hf_config": self.config.to_dict()}
 
     def save(self, folder: Path) -> None:
         from nvembed_mcore.checkpoint.saver import Saver
