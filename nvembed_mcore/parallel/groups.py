@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -17,6 +16,11 @@ from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 
 from nvembed_mcore import device
 from nvembed_mcore.config import ConfigError, ParallelConfig
+from nvembed_mcore.parallel import rendezvous
+
+_MARGIN = timedelta(seconds=30)
+_SHORTEST_MEETING = timedelta(minutes=1)
+_store: dist.Store | None = None
 
 
 @dataclass(frozen=True)
@@ -62,29 +66,28 @@ def initialize(config: ParallelConfig) -> Groups:
     """Join the other processes (those of `torchrun`, or none) and lay out the groups.
 
     Raises:
-        ConfigError: TP x PP does not divide the number of processes.
+        ConfigError: TP x PP does not divide the number of processes, or the launcher's variables are wrong.
+        RendezvousError: the processes could not meet.
     """
     device.prepare()
-    # Some clusters set WORLD_SIZE for every process, launched or not; RANK comes only from a launcher.
-    world_size = int(os.environ.get("WORLD_SIZE", "1")) if "RANK" in os.environ else 1
+    here = rendezvous.place()
+    world_size = here.world_size if here else 1
     if world_size % (config.tp * config.pp):
         raise ConfigError(
             f"parallel.tp x parallel.pp = {config.tp} x {config.pp} = {config.tp * config.pp} does not divide the "
             f"{world_size} process(es) of this run; start a multiple of it with torchrun --nproc-per-node"
         )
-    timeout = timedelta(minutes=config.timeout_minutes)
+    # Later than the watchdog, which knows who is late: this is for what it cannot see.
+    timeout = timedelta(minutes=config.timeout_minutes) + min(timedelta(minutes=config.timeout_minutes / 2), _MARGIN)
     if not dist.is_initialized():
-        if "RANK" in os.environ:
-            dist.init_process_group(device.backend(), timeout=timeout)
-        else:
-            dist.init_process_group(device.backend(), store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
+        _join(here, timeout)
     if parallel_state.is_initialized():
         parallel_state.destroy_model_parallel()
     parallel_state.initialize_model_parallel(
         config.tp,
         config.pp,
         virtual_pipeline_model_parallel_size=config.chunks_per_stage if config.chunks_per_stage > 1 else None,
-        distributed_timeout_minutes=config.timeout_minutes,
+        distributed_timeout_minutes=timeout.total_seconds() / 60,
         create_gloo_process_groups=True,
     )
     groups = Groups(
@@ -101,6 +104,21 @@ def initialize(config: ParallelConfig) -> Groups:
     # Megatron's layers fork its random tracker even where nothing is drawn, so it must know its states.
     seed_everything(0)
     return groups
+
+
+def _join(here: rendezvous.Place | None, timeout: timedelta) -> None:
+    global _store
+    if here is None or here.is_single_node:
+        rendezvous.listen_on_loopback_only()
+    # Processes start seconds apart, however short the timeout of a collective is.
+    _store = rendezvous.open_store(here, max(timeout, _SHORTEST_MEETING)) if here else dist.HashStore()
+    rank, world_size = (here.rank, here.world_size) if here else (0, 1)
+    dist.init_process_group(device.backend(), store=_store, rank=rank, world_size=world_size, timeout=timeout)
+
+
+def own_connection() -> dist.Store:
+    """The store of the run over a connection of its own, which another thread may use."""
+    return _store.clone()
 
 
 def patient_group() -> dist.ProcessGroup:
@@ -186,7 +204,9 @@ def seed_everything(seed: int) -> None:
 
 def shutdown() -> None:
     """Leave the process groups; collectives still queued elsewhere are not waited for."""
+    global _store
     if parallel_state.is_initialized():
         parallel_state.destroy_model_parallel()
     if dist.is_initialized():
         dist.destroy_process_group()
+    _store = None
