@@ -128,6 +128,10 @@ class Attempt(AbstractContextManager):
             self._record.update(self._ledger, self._step, self._saves)
             self._write_status("running", None)
 
+    def hangs(self, error: Exception) -> None:
+        """The watchdog ends this process, whose main thread may never come back: record why."""
+        self.__exit__(type(error), error, None)
+
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:

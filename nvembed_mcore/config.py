@@ -127,7 +127,7 @@ class ParallelConfig:
     bucket_size: int | None = None
     """Parameters of one bucket at least (with `overlap_grad_reduce`); null: Megatron's choice, 40 million or more."""
     timeout_minutes: float = 10.0
-    """A collective that waits longer ends the run."""
+    """A rank that is silent for longer, or longer in one phase of a step, ends the run; so does a collective."""
 
     def __post_init__(self) -> None:
         for name in ("tp", "pp", "chunks_per_stage"):
@@ -287,9 +287,13 @@ class LogConfig:
     """Write TensorBoard events when the package is installed."""
     progress: bool = True
     """Show a progress bar on rank 0."""
+    straggler_window: int = 50
+    """Steps over which ranks' own seconds are summed and compared; a rank that takes 1.5 times the median in three
+    windows in a row is named. 0: never."""
 
     def __post_init__(self) -> None:
         require(self.every_steps >= 1, f"log.every_steps must be at least 1, got {self.every_steps}")
+        require(self.straggler_window >= 0, f"log.straggler_window must not be negative, got {self.straggler_window}")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -8,7 +8,7 @@ a step it happens at the first. Points:
     before_publish, before_pointer, after_pointer, during_prune     on rank 0, when all files are written
 
 Actions: `kill` (SIGKILL to this process), `stop` (SIGSTOP), `sleep=SECONDS`, `full` (`No space left on device`),
-`error` (a plain RuntimeError).
+`error` (a plain RuntimeError), `barrier` (one that only the ranks of the fault enter).
 """
 
 from __future__ import annotations
@@ -17,6 +17,8 @@ import errno
 import os
 import signal
 import time
+
+import torch
 
 VARIABLE = "NVEMBED_FAULT"
 _done: set[str] = set()
@@ -41,6 +43,8 @@ def _fail(action: str, fault: str) -> None:
         os.kill(os.getpid(), signal.SIGSTOP)
     elif kind == "sleep":
         time.sleep(float(value))
+    elif kind == "barrier":
+        torch.distributed.barrier()
     elif kind == "full":
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
     elif kind == "error":

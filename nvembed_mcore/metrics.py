@@ -137,9 +137,15 @@ class PhaseTimer:
         seconds = timer.lap()  # {"embed": ..., "total": ...}, and the timer starts over
     """
 
-    def __init__(self, synchronize: Callable[[], None] = lambda: None) -> None:
-        """Args: synchronize: waits for the device, so that work still queued counts for the phase that queued it."""
-        self._synchronize = synchronize
+    def __init__(
+        self, synchronize: Callable[[], None] = lambda: None, entered: Callable[[str], None] = lambda phase: None
+    ) -> None:
+        """
+        Args:
+            synchronize: waits for the device, so that work still queued counts for the phase that queued it.
+            entered: is told of each phase that begins.
+        """
+        self._synchronize, self._entered = synchronize, entered
         self._open: str | None = None
         self._start_over()
 
@@ -153,6 +159,7 @@ class PhaseTimer:
         assert self._open is None, f"phase {phase!r} inside phase {self._open!r} would be counted twice"
         assert phase != "total", "`total` is the whole step"
         self._open = phase
+        self._entered(phase)
         self._synchronize()
         start = time.perf_counter()
         try:

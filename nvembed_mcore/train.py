@@ -33,6 +33,8 @@ from nvembed_mcore.optim import build_optimizer, learning_rate, set_learning_rat
 from nvembed_mcore.parallel.groups import Groups, first_rank_does, initialize
 from nvembed_mcore.step import ContrastiveStep, StepOutput
 from nvembed_mcore.stop import StopRequests, refuse_if_stopped
+from nvembed_mcore.stragglers import Stragglers
+from nvembed_mcore.watchdog import Watch
 
 log = logging.getLogger(__name__)
 
@@ -52,31 +54,33 @@ def train(config: RunConfig, stops: StopRequests | None = None) -> None:
         NonFiniteLossError: the loss of a step is not a number.
         StorageError: a checkpoint cannot be written, or has no room; raised on every rank.
         Preempted: somebody asked the run to stop, and it is saved.
+        LostRankError: another rank is gone. A hang ends the process (watchdog.py).
     """
     with stops or StopRequests() as stops, Attempt(config, stops.started) as attempt:
         groups = initialize(config.parallel)
         attempt.begin(first_rank_does(lambda: _prepare_run_dir(config)), _layout_and_hardware(config, groups))
         setup_logging(groups.rank, attempt.folder)
-        run = _build(config, groups, stops)
-        # Not before: an older run's file must survive an attempt that was refused.
-        first_rank_does(lambda: _write_config(config))
-        attempt.starts_the_loop(run.done)
-        with MetricLog(
-            config.run_dir,
-            config.log,
-            is_writer=groups.rank == 0,
-            total_steps=config.steps,
-            start_step=run.done,
-            description=f"stage {config.stage}",
-        ) as metric_log:
-            _loop(run, metric_log, stops, attempt)
+        with Watch(groups, 60 * config.parallel.timeout_minutes, attempt.folder, attempt.hangs) as watch:
+            run = _build(config, groups, stops, watch)
+            # Not before: an older run's file must survive an attempt that was refused.
+            first_rank_does(lambda: _write_config(config))
+            attempt.starts_the_loop(run.done)
+            with MetricLog(
+                config.run_dir,
+                config.log,
+                is_writer=groups.rank == 0,
+                total_steps=config.steps,
+                start_step=run.done,
+                description=f"stage {config.stage}",
+            ) as metric_log:
+                _loop(run, metric_log, stops, attempt)
         log.info("step %d of %d is done and saved in %s", run.done, config.steps, folder_of(config.run_dir))
 
 
-def _build(config: RunConfig, groups: Groups, stops: StopRequests) -> _Run:
+def _build(config: RunConfig, groups: Groups, stops: StopRequests, watch: Watch) -> _Run:
     """The run, unless a scheduler's signal also ended processes that were reading the data for it."""
     try:
-        return _Run(config, groups)
+        return _Run(config, groups, watch)
     except DataError as error:
         if stops.signal is None:
             raise
@@ -140,8 +144,8 @@ class _Run:
         saved: those of the newest save; before the first save of a fresh run 0, of which nothing is to be saved.
     """
 
-    def __init__(self, config: RunConfig, groups: Groups) -> None:
-        self.config, self.groups = config, groups
+    def __init__(self, config: RunConfig, groups: Groups, watch: Watch) -> None:
+        self.config, self.groups, self.watch = config, groups, watch
         self.hf_config = read_architecture(config.model)
         self.data = open_data(config, self.hf_config)
         self.chunks = build_model(config, self.hf_config, groups)
@@ -160,11 +164,13 @@ class _Run:
         )
         self.saver = Saver(config.checkpoint, config.run_dir, groups)
         self.saver.check_space(self.chunks)
-        self.timer = PhaseTimer(device.synchronize)
+        self.timer = PhaseTimer(device.synchronize, watch.enter)
+        self.stragglers = Stragglers(config.log.straggler_window, groups)
 
     def advance(self) -> dict[str, float]:
         """Take the next step; returns its line of `metrics.jsonl`."""
         self.timer.lap()
+        self.watch.enter("begin", self.done + 1)
         point("step_begin", self.done + 1)
         with self.timer("data"):
             point("data", self.done + 1)
@@ -176,17 +182,21 @@ class _Run:
         if self.done % RELEASE_EVERY_STEPS == 0:
             device.release_unused_memory()
         seconds = self.timer.lap()
+        self.watch.enter("end")
         point("step_end", self.done)
+        self.stragglers.add(seconds)
         return _metrics(self.config, self.hf_config, self.groups, batch, output, self.done, rate, seconds)
 
     def evaluate(self, metric_log: MetricLog) -> None:
         """Score the test set, if there is one, and log it."""
+        self.watch.enter("evaluation", self.done)
         if self.data.evaluation:
             scores = self.data.evaluation(self.chunks, self.groups, self.config.step.tokens_per_microbatch)
             metric_log.log_eval(self.done, scores)
 
     def save(self) -> None:
         """Write a checkpoint of the steps done, unless there is one."""
+        self.watch.enter("checkpoint", self.done)
         self.facts["retain_tokens"] = self.step.retain_tokens
         if self.saved != self.done:
             self.saver.save(self.done, self.chunks, self.optimizer, self.facts)

@@ -84,3 +84,11 @@ def smallest_on_all(value: float, where: torch.device) -> float:
     found = torch.tensor([value], dtype=torch.float64, device=where)
     dist.all_reduce(found, op=dist.ReduceOp.MIN)
     return float(found)
+
+
+def numbers_of_all(values: Sequence[float]) -> torch.Tensor:
+    """A few numbers of every rank of the run on every rank: float64 [ranks, numbers], over gloo."""
+    own = torch.tensor(values, dtype=torch.float64, device="cpu")
+    found = torch.empty(dist.get_world_size(), len(own), dtype=torch.float64, device="cpu")
+    dist.all_gather(list(found.unbind()), own)
+    return found

@@ -1,0 +1,143 @@
+"""Ranks that freeze, stall, part ways or die: the others end in time, non-zero, and name them."""
+
+from __future__ import annotations
+
+import ipaddress
+import os
+import re
+import signal
+from pathlib import Path
+
+import pytest
+
+from nvembed_mcore.config import CheckpointConfig, EvalConfig, ParallelConfig
+from nvembed_mcore.exits import Exit
+from tests.helpers import runs
+from tests.helpers.supervisor import Ranks, last_step
+
+TIMEOUT_SECONDS = 2.5
+"""`parallel.timeout_minutes` of these runs; the promise is that they end 3 seconds later at most."""
+
+
+@pytest.fixture(scope="module")
+def inputs(tmp_path_factory):
+    return runs.write_inputs(tmp_path_factory.mktemp("inputs"))
+
+
+@pytest.fixture
+def start(inputs, tmp_path):
+    """Starts two ranks on a run that would go on for minutes; ends whatever is left of them."""
+    config = runs.run_config(
+        inputs,
+        tmp_path / "run",
+        steps=5000,
+        parallel=ParallelConfig(timeout_minutes=TIMEOUT_SECONDS / 60),
+        checkpoint=CheckpointConfig(every_steps=5000),
+        eval=EvalConfig(),
+    )
+    started = []
+
+    def begin(**env: str) -> Ranks:
+        file = runs.write_config(config)
+        started.append(Ranks([str(file)], 2, tmp_path / "output", env=env, kill_others_after=None))
+        return started[-1]
+
+    yield begin
+    for ranks in started:
+        ranks.stop()
+
+
+def wait_for(ranks: Ranks, rank: int, seconds: float) -> int:
+    """The exit status of one rank, which must come within `seconds`."""
+    process = ranks.processes[rank]
+    process.join(timeout=seconds)
+    assert process.exitcode is not None, f"rank {rank} still runs after {seconds} s\n{ranks.outputs()}"
+    return process.exitcode
+
+
+def written(tmp_path, name: str) -> str:
+    (file,) = (tmp_path / "run" / "logs").rglob(name)
+    return file.read_text(encoding="utf-8")
+
+
+def log(tmp_path, rank: int) -> str:
+    return written(tmp_path, f"rank-{rank}.log")
+
+
+def stacks(tmp_path, rank: int) -> str:
+    return written(tmp_path, f"stacks-rank-{rank}.txt")
+
+
+@pytest.mark.parametrize("frozen", [0, 1])
+def test_a_frozen_rank_is_named_by_the_other(start, tmp_path, frozen):
+    ranks = start()
+    ranks.wait_for_step(2)
+    ranks.kill(frozen, signal.SIGSTOP)
+    alive = 1 - frozen
+    assert wait_for(ranks, alive, TIMEOUT_SECONDS + 3) == Exit.HANG
+    text, pid = log(tmp_path, alive), ranks.processes[frozen].pid
+    assert f"rank {frozen} (host {os.uname().nodename}, pid {pid}) has been silent for" in text, ranks.outputs()
+    assert "of step" in text
+    assert "in advance" in stacks(tmp_path, alive)
+
+
+def test_a_rank_that_stalls_is_named_by_both(start, tmp_path):
+    ranks = start(NVEMBED_FAULT="sleep=60@data:1:3")
+    ranks.wait_for_step(2)
+    assert [wait_for(ranks, rank, TIMEOUT_SECONDS + 3) for rank in (0, 1)] == [Exit.HANG, Exit.HANG]
+    for rank in (0, 1):
+        assert re.search(
+            r"rank 1 \(host \S+, pid \d+\) has been in 'data' of step 3 \(fault_injection.py:\d+ in _fail\) for \d+ s "
+            r"while rank 0 waits in 'score' of step 3 \(gather.py:\d+ in gather_rows\)",
+            log(tmp_path, rank),
+        ), ranks.outputs()
+    assert "in _fail" in stacks(tmp_path, 1)
+    assert "in gather_rows" in stacks(tmp_path, 0)
+    assert "has been in 'data'" in written(tmp_path, "first-failure.json")
+
+
+def test_ranks_in_different_collectives_are_both_named(start, tmp_path):
+    ranks = start(NVEMBED_FAULT="barrier@step_end:0:2")
+    ranks.wait_for_step(1)
+    assert [wait_for(ranks, rank, TIMEOUT_SECONDS + 3) for rank in (0, 1)] == [Exit.HANG, Exit.HANG]
+    assert re.search(
+        r"rank 0 \(\S+ \S+ pid \d+\) has been in 'end' of step 2 .* while rank 1 waits in 'score' of step 3",
+        log(tmp_path, 1),
+    ), ranks.outputs()
+
+
+@pytest.mark.parametrize("killed", [0, 1])
+def test_a_killed_rank_is_named_within_seconds(start, tmp_path, killed):
+    ranks = start(NVEMBED_FAULT=f"kill@data:{killed}:3")
+    ranks.wait_for_step(2)
+    assert wait_for(ranks, 1 - killed, 3) not in (Exit.DONE, Exit.HANG)
+    assert f"lost rank {killed} (host {os.uname().nodename}, pid" in ranks.output(1 - killed)
+    assert re.search(r"last seen in '\w+' of step \d", ranks.output(1 - killed))
+
+
+def test_on_one_host_nothing_listens_beyond_it_and_stacks_are_written_on_demand(start, tmp_path):
+    ranks = start()
+    ranks.wait_for_step(1)
+    listening = [address for process in ranks.processes for address in listeners(process.pid)]
+    assert len(listening) >= 3  # the store, and gloo in both
+    assert all(address.is_loopback for address in listening), listening
+    ranks.kill(1, signal.SIGUSR2)
+    ranks.wait_until(lambda: "in advance" in stacks(tmp_path, 1), 5)
+    assert ranks.exit_codes() == [None, None]
+    done = last_step(tmp_path / "run")
+    ranks.wait_for_step(done + 2)
+
+
+def listeners(pid: int) -> list[ipaddress.IPv4Address | ipaddress.IPv6Address]:
+    """Addresses of the sockets that a process listens on."""
+    own = {os.readlink(file) for file in Path(f"/proc/{pid}/fd").iterdir() if file.is_symlink()}
+    found = []
+    for table in ("tcp", "tcp6"):
+        for line in Path(f"/proc/{pid}/net/{table}").read_text(encoding="utf-8").splitlines()[1:]:
+            _, local, _, state, *rest = line.split()
+            if state == "0A" and f"socket:[{rest[5]}]" in own:
+                # Words of four bytes, each in the order of this machine.
+                raw = bytes.fromhex(local.partition(":")[0])
+                words = [raw[i : i + 4][::-1] for i in range(0, len(raw), 4)]
+                found.append(ipaddress.ip_address(b"".join(words)))
+    return found
