@@ -145,7 +145,7 @@ class Table:
             by_line.setdefault(self.beats[rank].line, []).append(rank)
         if len(by_line) == 1:
             return f"{self.beats[ranks[0]].what} ({next(iter(by_line))})"
-        lines = "; ".join(f"rank {spans(some)}: {line}" for line, some in by_line.items())
+        lines = "; ".join(f"{ranks_of(some)}: {line}" for line, some in by_line.items())
         return f"{self.beats[ranks[0]].what} ({lines})"
 
     def _waiting(self, ranks: list[int]) -> str:
@@ -153,8 +153,7 @@ class Table:
         for rank in ranks:
             by_what.setdefault(self.beats[rank].what, []).append(rank)
         return " and ".join(
-            f"{'ranks' if len(some) > 1 else 'rank'} {spans(some)} {'wait' if len(some) > 1 else 'waits'} in "
-            f"{self._where(some)}"
+            f"{ranks_of(some)} {'wait' if len(some) > 1 else 'waits'} in {self._where(some)}"
             for some in by_what.values()
         )
 
@@ -183,12 +182,13 @@ def _more(ranks: Sequence[int]) -> str:
     return f" and {len(ranks) - 3} more" if len(ranks) > 3 else ""
 
 
-def spans(numbers: Sequence[int]) -> str:
-    """`0-2, 5` of 0, 1, 2, 5."""
+def ranks_of(numbers: Sequence[int]) -> str:
+    """`ranks 0-2, 5` of 0, 1, 2, 5; `rank 7` of 7."""
     parts: list[list[int]] = []
     for number in sorted(numbers):
         if parts and number == parts[-1][-1] + 1:
             parts[-1] = [parts[-1][0], number]
         else:
             parts.append([number])
-    return ", ".join("-".join(map(str, part)) for part in parts)
+    word = "ranks" if len(numbers) > 1 else "rank"
+    return f"{word} {', '.join('-'.join(map(str, part)) for part in parts)}"

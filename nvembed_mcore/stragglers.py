@@ -13,7 +13,7 @@ import socket
 from collections.abc import Mapping, Sequence
 from statistics import median_low
 
-from nvembed_mcore.beats import spans
+from nvembed_mcore.beats import ranks_of
 from nvembed_mcore.parallel.gather import numbers_of_all
 from nvembed_mcore.parallel.groups import Groups, every_rank_does
 
@@ -27,10 +27,11 @@ OWN_PHASES = ("data", "embed")
 
 
 class Findings:
-    """Replicas that are slow `WINDOWS` windows in a row. Each is told of once, and again if it was well in between."""
+    """Replicas that are slow `WINDOWS` windows in a row. Each is told of once, and again if it was well as long."""
 
     def __init__(self, replicas: int) -> None:
-        self._streak = [0] * replicas
+        self._is_slow = [False] * replicas
+        self._in_a_row = [0] * replicas  # windows that say the opposite
 
     def add(self, seconds: Sequence[float]) -> list[tuple[int, float]]:
         """One window.
@@ -45,9 +46,13 @@ class Findings:
         middle = median_low(seconds)
         told = []
         for replica, own in enumerate(seconds):
-            self._streak[replica] = self._streak[replica] + 1 if own > FACTOR * middle else 0
-            if self._streak[replica] == WINDOWS:
-                told.append((replica, own / middle))
+            is_other = (own > FACTOR * middle) != self._is_slow[replica]
+            self._in_a_row[replica] = self._in_a_row[replica] + 1 if is_other else 0
+            if self._in_a_row[replica] == WINDOWS:
+                self._in_a_row[replica] = 0
+                self._is_slow[replica] = not self._is_slow[replica]
+                if self._is_slow[replica]:
+                    told.append((replica, own / middle))
         return told
 
 
@@ -85,9 +90,8 @@ class Stragglers:
             ranks = [rank for rank, number in enumerate(self._replica) if number == replica]
             hosts = sorted({self._host[rank] for rank in ranks})
             log.warning(
-                "%s %s (%s %s) take%s %.1f x the median time for %s own work for %d steps",
-                "rank" if len(ranks) == 1 else "ranks",
-                spans(ranks),
+                "%s (%s %s) take%s %.1f x the median time for %s own work for %d steps",
+                ranks_of(ranks),
                 "host" if len(hosts) == 1 else "hosts",
                 ", ".join(hosts),
                 "s" if len(ranks) == 1 else "",
