@@ -32,7 +32,7 @@ def test_noise_names_nobody(replicas):
 def test_a_slow_replica_is_named_once_after_three_windows(replicas):
     for seed in range(200):
         seconds = windows(seed, replicas)
-        seconds[10:, 1] *= 2
+        seconds[10:, 1] *= 3
         assert told(seconds) == [(10 + WINDOWS - 1, 1)]
 
 
