@@ -9,15 +9,13 @@ and its verdict, so traffic grows with the number of ranks only.
 from __future__ import annotations
 
 import faulthandler
-import json
 import logging
 import os
 import signal
 import sys
 import threading
 import time
-from contextlib import suppress
-from datetime import datetime, timezone
+from collections.abc import Callable
 from pathlib import Path
 from types import TracebackType
 
@@ -38,7 +36,7 @@ _PACKAGE = str(Path(__file__).parent)
 
 
 class LostRankError(RuntimeError):
-    """A collective failed, and this is why: another rank is gone, or failed itself."""
+    """Why the ranks cannot go on together: one is silent, late, gone, or has failed."""
 
     def __init__(self, verdict: Verdict) -> None:
         super().__init__(verdict.message)
@@ -53,13 +51,16 @@ class Watch:
     block as `LostRankError`.
     """
 
-    def __init__(self, groups: Groups, timeout_seconds: float, folder: Path) -> None:
+    def __init__(
+        self, groups: Groups, timeout_seconds: float, folder: Path, record: Callable[[LostRankError], None]
+    ) -> None:
         """
         Args:
             timeout_seconds: that an operation of a step may last, and a rank may be silent.
-            folder: for the stacks; it exists.
+            folder: of the attempt's logs, for the stacks.
+            record: keeps why the process ends, where its main thread cannot.
         """
-        self.rank, self.folder = groups.rank, folder
+        self.rank, self.folder, self._record = groups.rank, folder, record
         self.timeout, self.interval = timeout_seconds, min(LONGEST_INTERVAL, timeout_seconds / 10)
         self._now = ("start", 0, time.monotonic())
         self._count, self._state, self._error = 0, RUNNING, ""
@@ -191,7 +192,7 @@ class Watch:
             self.folder / "stacks-rank-*.txt",
             verdict.status,
         )
-        _record_first_failure(self.folder, self.rank, verdict)
+        self._record(LostRankError(verdict))
         self._say(ENDED)
         if self.rank == 0 and self._store is not None:
             self._linger()
@@ -243,15 +244,3 @@ def _line_of_main_thread() -> str:
     if frame is None:
         return "outside nvembed_mcore"
     return f"{Path(frame.f_code.co_filename).name}:{frame.f_lineno} in {frame.f_code.co_name}"
-
-
-def _record_first_failure(folder: Path, rank: int, verdict: Verdict) -> None:
-    facts = {
-        "rank": rank,
-        "host": host(),
-        "status": "hang",
-        "message": verdict.message,
-        "time": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-    }
-    with suppress(OSError), (folder / "first-failure.json").open("x", encoding="utf-8") as file:
-        json.dump(facts, file, indent=1)
