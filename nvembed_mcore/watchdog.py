@@ -223,8 +223,8 @@ class Watch:
     def _explain(self, error: BaseException) -> Verdict:
         """Which rank is behind a failed collective; the main thread calls this."""
         text = str(error).partition("\n")[0]
-        log.error("a collective failed: %s. Finding out which rank is behind it", text)
         if not self._decided.is_set():
+            log.error("a collective failed: %s. Finding out which rank is behind it", text)
             self._say(DISTRESS, text)
         self._decided.wait((PATIENCE_BEATS + 2) * self.interval)
         self._taken.set()

@@ -1,36 +1,23 @@
-"""A slow rank of a real run is named in its log; a fast run's log names nobody."""
+"""A slow rank of a real run is named in its log."""
 
 from __future__ import annotations
 
 import os
-import time
 
-from nvembed_mcore.config import EvalConfig, LogConfig, RunConfig
-from nvembed_mcore.data.source import BatchSource
-from nvembed_mcore.train import train
+from nvembed_mcore.config import EvalConfig, LogConfig
+from nvembed_mcore.exits import Exit
 from tests.helpers import runs
+from tests.helpers.supervisor import Ranks
 
 
-def train_with_a_slow_rank(config: RunConfig, slow: str) -> None:
-    """Reading a batch takes the slow rank 0.4 s longer: many times its step."""
-    batch = BatchSource.batch
-
-    def slow_batch(self: BatchSource, step: int):
-        time.sleep(0.4)
-        return batch(self, step)
-
-    BatchSource.batch = slow_batch if os.environ["RANK"] == slow else batch
-    try:
-        train(config)
-    finally:
-        BatchSource.batch = batch
-
-
-def test_a_slow_rank_is_named_once(world, tmp_path):
+def test_a_slow_rank_is_named_once(tmp_path):
     inputs = runs.write_inputs(tmp_path)
     log = LogConfig(progress=False, tensorboard=False, straggler_window=2)
     config = runs.run_config(inputs, tmp_path / "run", steps=8, eval=EvalConfig(), log=log)
-    world(2).run(train_with_a_slow_rank, config, "1")
+    # Reading a batch takes rank 1 many times as long as a step.
+    slow = ",".join(f"sleep=0.3@data:1:{step}" for step in range(1, 9))
+    with Ranks([str(runs.write_config(config))], 2, tmp_path / "output", env={"NVEMBED_FAULT": slow}) as ranks:
+        assert ranks.wait(60) == [Exit.DONE, Exit.DONE], ranks.outputs()
     (file,) = (tmp_path / "run" / "logs").rglob("rank-0.log")
     (line,) = [line for line in file.read_text(encoding="utf-8").splitlines() if "own work" in line]
     assert f"rank 1 (host {os.uname().nodename}) takes " in line

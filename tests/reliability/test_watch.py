@@ -101,7 +101,8 @@ def test_ranks_in_different_collectives_are_both_named(start, tmp_path):
     ranks.wait_for_step(1)
     assert [wait_for(ranks, rank, TIMEOUT_SECONDS + 3) for rank in (0, 1)] == [Exit.HANG, Exit.HANG]
     assert re.search(
-        r"rank 0 \(\S+ \S+ pid \d+\) has been in 'end' of step 2 .* while rank 1 waits in 'score' of step 3",
+        r"rank 0 \(.*\) and rank 1 \(.*\) have been in 'end' of step 2 "
+        r"\(rank 0: fault_injection.py:\d+ in _fail; rank 1: groups.py:\d+ in largest\) for \d+ s",
         log(tmp_path, 1),
     ), ranks.outputs()
 
