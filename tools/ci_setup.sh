@@ -1,8 +1,21 @@
 #!/usr/bin/env bash
-# What a bare Debian or Ubuntu machine needs before tools/test.sh: the venv module, where Python comes without it.
+# What a bare Debian or Ubuntu machine needs before tools/test.sh: the venv module, where Python comes without it, and
+# SLURM for the tests of examples/slurm/, which are skipped where it cannot be installed.
 set -euo pipefail
-if python3 -c 'import ensurepip' 2>/dev/null && command -v git >/dev/null; then
-    exit 0
+
+packages=()
+python3 -c 'import ensurepip' 2>/dev/null || packages+=(python3-venv)
+command -v git >/dev/null || packages+=(git)
+for_slurm=()
+for program in slurmctld slurmd munged sbatch shellcheck; do
+    command -v "$program" >/dev/null || for_slurm=(slurmctld slurmd slurm-client munge shellcheck)
+done
+if [ ${#packages[@]} = 0 ] && [ ${#for_slurm[@]} = 0 ]; then exit 0; fi
+export DEBIAN_FRONTEND=noninteractive
+updated=0
+apt-get update -q || updated=$?
+if [ ${#packages[@]} -gt 0 ]; then apt-get install -y -q --no-install-recommends "${packages[@]}"; fi
+if [ ${#for_slurm[@]} -gt 0 ]; then
+    apt-get install -y -q --no-install-recommends "${for_slurm[@]}" ||
+        echo "ci_setup: SLURM could not be installed (user $(id -un), apt-get update ended with $updated): its tests will be skipped" >&2
 fi
-apt-get update -q
-apt-get install -y -q python3-venv git

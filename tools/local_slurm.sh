@@ -125,22 +125,25 @@ processes_of_jobs() {
     done
 }
 
-end_process() {
-    local pid=$1 deadline=$((SECONDS + 5))
-    kill "$pid" 2>/dev/null || return 0
-    while kill -0 "$pid" 2>/dev/null && [ "$SECONDS" -lt "$deadline" ]; do sleep 0.1; done
-    kill -KILL "$pid" 2>/dev/null || true
+# Ask, wait up to 3 s, kill.
+end_processes() {
+    local deadline=$((SECONDS + 3))
+    kill "$@" 2>/dev/null || true
+    while kill -0 "$@" 2>/dev/null && [ "$SECONDS" -lt "$deadline" ]; do sleep 0.1; done
+    kill -KILL "$@" 2>/dev/null || true
 }
 
 down() {
     [ -e "$dir/slurm.conf" ] || { echo "local_slurm: not up in $dir"; return 0; }
-    local file pid
-    timeout 5 scancel --full --signal=KILL --state=RUNNING 2>/dev/null || true
-    for file in "$dir"/slurmd-n[12].pid "$dir"/slurmctld.pid; do
-        [ -e "$file" ] && end_process "$(cat "$file")"
+    local file pids=()
+    for file in "$dir"/slurmctld.pid "$dir"/slurmd-n[12].pid "$dir/munged.pid"; do
+        if [ -e "$file" ]; then pids+=("$(cat "$file")"); fi
     done
-    for pid in $(processes_of_jobs); do kill -KILL "$pid" 2>/dev/null || true; done
-    [ -e "$dir/munged.pid" ] && end_process "$(cat "$dir/munged.pid")"
+    # The controller first, or it would start waiting jobs; then the jobs, or their nodes would wait for them.
+    end_processes "${pids[0]:-}"
+    mapfile -t jobs < <(processes_of_jobs)
+    kill -KILL "${jobs[@]}" 2>/dev/null || true
+    end_processes "${pids[@]:1}"
     remove_names
     rm -rf "$dir"
 }
