@@ -45,6 +45,8 @@ hosts_of() {
 rendezvous() {
     local hosts
     hosts=$(scontrol show hostnames "$SLURM_JOB_NODELIST" 2>/dev/null) || hosts=$(hosts_of "$SLURM_JOB_NODELIST")
+    # The pre-flight check names a node that is silent from this list.
+    export NVEMBED_HOSTS="${hosts//$'\n'/ }"
     export MASTER_ADDR=${hosts%%$'\n'*} MASTER_PORT=$((20000 + SLURM_JOB_ID % 10000))
 }
 

@@ -16,6 +16,7 @@ from collections.abc import Callable
 
 from nvembed_mcore import __version__
 from nvembed_mcore.cli import data, encode, mine, status, use, weights
+from nvembed_mcore.cli.preflight import preflight
 from nvembed_mcore.cli.train import train
 from nvembed_mcore.exits import Exit, exit_of
 from nvembed_mcore.stop import StopRequests
@@ -33,6 +34,8 @@ def main(arguments: list[str] | None = None) -> int:
     if arguments[:1] == ["train"]:
         return _train(arguments[1:], is_program)
     _quiet_libraries()
+    if arguments[:1] == ["preflight"]:
+        return _guarded(lambda: preflight(arguments[1:]))
     parsed = _parser().parse_args(arguments)
     return _guarded(lambda: parsed.run(parsed))
 
@@ -116,6 +119,7 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     commands.add_parser("train", help="train one stage: nvembed train CONFIG.yaml [--field value ...]", add_help=False)
     status.add(commands)
+    commands.add_parser("preflight", help="check the surroundings of `train` before a job", add_help=False)
     weights.add(commands)
     use.add(commands)
     encode.add(commands)
