@@ -1,8 +1,8 @@
 """The check before a job: what would end a run hours later, or on one node of many, found in seconds.
 
-Every rank of the job calls `check`. What it finds out alone (preflight_rank.py) and whether it can reduce goes over the
-key-value store of the rendezvous to rank 0, which judges and tells all. So a rank that cannot talk to the others, or is
-not there, is named by the rest.
+Every rank of the job calls `check`. What it finds out alone (preflight_rank.py) and whether it can reduce goes over
+the key-value store of the rendezvous to rank 0, which judges and tells all. So a rank that cannot talk to the others,
+or is not there, is named by the rest.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ from nvembed_mcore.preflight_rank import Rank, look_around, remove_probe
 
 LARGEST_SKEW_SECONDS = 5.0
 _SHARED_SECONDS = 5.0  # a network file system may show a new file late
+_GRACE_SECONDS = 5.0  # for what a rank does after a limit that all have
 _POLL_SECONDS = 0.05
 
 
@@ -84,14 +85,24 @@ class _Exchange:
 
     def findings(self) -> list[Finding]:
         try:
-            store = next(iter(dist.rendezvous("env://", timeout=timedelta(seconds=self.timeout))))[0]
-            store = dist.PrefixStore("preflight", store)
+            store = dist.PrefixStore("preflight", self._open_store())
             store.set(f"rank/{self.here.rank}", json.dumps(dataclasses.asdict(self.here)))
             return self._lead(store) if self.here.rank == 0 else self._follow(store)
         except (RuntimeError, OSError) as error:  # torch's DistError is a RuntimeError
             where = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
             text = f"rank {self.here.rank} on {self.here.host} cannot talk to rank 0 at {where}: {_first_line(error)}"
             return [*_own(self.here), Finding(Exit.HANG, "network", text)]
+
+    def _open_store(self) -> dist.TCPStore:
+        """Rank 0 serves it, or torchrun does. Not `dist.rendezvous`, which waits for all ranks and names none."""
+        return dist.TCPStore(
+            os.environ["MASTER_ADDR"],
+            int(os.environ["MASTER_PORT"]),
+            self.world_size,
+            is_master=self.here.rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True",
+            timeout=timedelta(seconds=self.timeout),
+            wait_for_workers=False,
+        )
 
     def _lead(self, store: dist.Store) -> list[Finding]:
         facts = self._collect(store, "rank", self.timeout)
@@ -105,13 +116,15 @@ class _Exchange:
             findings = self._results(store, ranks)
         store.set("report", json.dumps([dataclasses.astuple(one) for one in findings]))
         # The store ends with this process, so not before the others have read.
-        self._collect(store, "bye", 5.0, among=facts.keys())
+        self._collect(store, "bye", _GRACE_SECONDS, among=facts.keys())
         return findings
 
     def _results(self, store: dist.Store, ranks: list[Rank]) -> list[Finding]:
         own = self._reduce(store)
         store.set("result/0", json.dumps(own))
-        results = {r: json.loads(one) for r, one in self._collect(store, "result", self.timeout + 5).items()}
+        results = {
+            r: json.loads(one) for r, one in self._collect(store, "result", self.timeout + _GRACE_SECONDS).items()
+        }
         findings = judge(ranks, [result["time"] for result in results.values() if not result["network"]])
         silent = sorted(set(range(self.world_size)) - results.keys())
         if silent:
@@ -122,13 +135,13 @@ class _Exchange:
         return findings
 
     def _follow(self, store: dist.Store) -> list[Finding]:
-        probe = json.loads(_get(store, "next", self.timeout + 10))
+        probe = json.loads(_get(store, "next", self.timeout + _GRACE_SECONDS))
         if probe is not None:
             result = self._reduce(store)
             if self.here.probe and probe:
                 result["storage"] = _sees(*probe)
             store.set(f"result/{self.here.rank}", json.dumps(result))
-        report = json.loads(_get(store, "report", self.timeout + 20))
+        report = json.loads(_get(store, "report", self.timeout + 3 * _GRACE_SECONDS))
         store.set(f"bye/{self.here.rank}", "")
         return [Finding(Exit(status), what, text) for status, what, text in report]
 
