@@ -57,10 +57,9 @@ def check(read: Callable[[], RunConfig], timeout_seconds: float = 60.0) -> tuple
         ranks cannot talk to each other or a GPU is broken, 74 where the disk cannot be used, 0 otherwise. Where rank 0
         cannot be reached, what this rank alone knows.
     """
-    rank, world_size = int(os.environ.get("RANK", "0")), 1
-    if "RANK" in os.environ:
-        world_size = int(os.environ["WORLD_SIZE"])
-    here = look_around(read, rank)
+    # Some clusters set WORLD_SIZE for every process, launched or not; RANK comes only from a launcher.
+    world_size = int(os.environ["WORLD_SIZE"]) if "RANK" in os.environ else 1
+    here = look_around(read, int(os.environ.get("RANK", "0")))
     try:
         if world_size == 1:
             findings = judge([here], [time.time()])

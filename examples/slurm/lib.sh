@@ -64,13 +64,15 @@ pass_on() {
     if [ -n "$child" ]; then kill -USR1 "$child" 2>/dev/null || true; fi
 }
 
-# Runs a command in the background and sets `status`. A signal ends `wait` but not the command: wait again. One that came
-# before the command could get it counts as the command's answer.
-run_child() {
+# Runs ranks in the background and sets `status`. A signal ends `wait` but not srun: wait again. One that came before
+# the ranks could get it counts as their answer.
+run_ranks() {
     local before
     status=75
     if [ "$signals" -gt 0 ]; then return; fi
-    "$@" &
+    set_flags
+    # srun itself and no function, whose shell would get the signal in its place.
+    srun "${flags[@]}" "$@" &
     child=$!
     while :; do
         before=$signals status=0
@@ -82,10 +84,10 @@ run_child() {
 
 # --- The run ---
 
-# srun as every script here needs it. One rank that ends badly ends all; so does the first that ends well, a minute
-# later. CPUs are given again: a step does not inherit them since SLURM 22.05.
-srun_all() {
-    srun --kill-on-bad-exit=1 --wait=60 --export=ALL --cpus-per-task="${SLURM_CPUS_PER_TASK:-1}" "${CONTAINER[@]}" "$@"
+# What every srun here is told. One rank that ends badly ends all; so does the first that ends well, a minute later.
+# CPUs are given again: a step does not inherit them since SLURM 22.05.
+set_flags() {
+    flags=(--kill-on-bad-exit=1 --wait=60 --export=ALL --cpus-per-task="${SLURM_CPUS_PER_TASK:-1}" "${CONTAINER[@]}")
 }
 
 # status_of NAME: a value of RUN/status.json, which has one key a line; nothing where there is none.
@@ -97,8 +99,9 @@ samples_seen() { local samples; samples=$(status_of samples_seen); echo "${sampl
 begin() {
     pass_on_signals
     rendezvous
+    set_flags
     status=0
-    run_dir=$(srun_all --nodes=1 --ntasks=1 python -m nvembed_mcore preflight "$@" --show run_dir) || status=$?
+    run_dir=$(srun "${flags[@]}" --nodes=1 --ntasks=1 python -m nvembed_mcore preflight "$@" --show run_dir) || status=$?
     if [ "$status" -ne 0 ]; then
         say "cannot read the configuration (status $status): $*"
         exit "$status"
@@ -112,7 +115,7 @@ begin() {
 # preflight CONFIG.yaml [--field value ...]: the check before the job, by the same ranks; ends the job where it fails.
 preflight() {
     if [ "${PREFLIGHT:-1}" = 0 ]; then return; fi
-    run_child srun_all --output="$ATTEMPT_DIR/preflight-%t.out" examples/slurm/rank.sh python -m nvembed_mcore preflight "$@"
+    run_ranks --output="$ATTEMPT_DIR/preflight-%t.out" examples/slurm/rank.sh python -m nvembed_mcore preflight "$@"
     cat "$ATTEMPT_DIR/preflight-0.out" 2>/dev/null || true
     if [ "$status" -ne 0 ]; then finish; fi
 }
@@ -163,8 +166,8 @@ requeue() {
     fi
     scontrol requeue "$job"
     # SLURM now ends this shell; an exit before that would look like the job's own end.
-    sleep 60 &
-    wait $! || true
+    trap 'exit 143' TERM
+    for _ in {1..300}; do sleep 0.2; done
 }
 
 # Failures of one job over its restarts, a line each: when, which status, which rank and host.
