@@ -164,9 +164,9 @@ requeue() {
         say "not requeued: the job was cancelled or its time is over"
         return
     fi
-    scontrol requeue "$job"
-    # SLURM now ends this shell; an exit before that would look like the job's own end.
+    # SLURM ends this shell then; an exit before that would look like the job's own end.
     trap 'exit 143' TERM
+    scontrol requeue "$job"
     for _ in {1..300}; do sleep 0.2; done
 }
 
