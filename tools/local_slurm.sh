@@ -34,7 +34,7 @@ free_ports() {
     echo "$port"
 }
 
-# cred_expire is also how long a requeued job waits before it starts again: 2 minutes unless set.
+# cred_expire is also how long a requeued job waits before it starts again: 2 minutes unless set, 5 seconds at least.
 write_configuration() {
     local host port
     host=$(hostname -s)
@@ -44,7 +44,7 @@ ClusterName=local
 SlurmctldHost=$host(127.0.0.1)
 SlurmctldPort=$port
 AuthType=auth/munge
-AuthInfo=socket=$dir/munge.socket,cred_expire=3
+AuthInfo=socket=$dir/munge.socket,cred_expire=5
 CredType=cred/munge
 ProctrackType=proctrack/linuxproc
 TaskPlugin=task/none
@@ -52,7 +52,7 @@ JobAcctGatherType=jobacct_gather/none
 SelectType=select/cons_tres
 SelectTypeParameters=CR_Core
 SlurmdParameters=config_overrides
-SchedulerParameters=sched_interval=1,batch_sched_delay=0
+SchedulerParameters=sched_interval=1,sched_min_interval=200000,batch_sched_delay=0
 ReturnToService=2
 KillWait=5
 JobRequeue=1
