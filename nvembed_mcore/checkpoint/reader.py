@@ -91,7 +91,7 @@ class StateReader(FileSystemReader):
         state = mcore_to_pyt_state_dict(dict(wanted), is_loading=True)
         planner = _Planner(flatten_state_dict=False, flatten_sharded_tensors=False)
         planner.set_up_planner(state, self.metadata, is_coordinator=False)
-        self.read_data(planner.create_local_plan(), planner).wait()
+        self._read(planner, "the tensors")
         for key, pieces in wanted.items():
             if isinstance(pieces[0], ShardedObject):
                 for piece, content in zip(pieces, planner.state_dict[key], strict=True):
@@ -103,8 +103,14 @@ class StateReader(FileSystemReader):
         tensor = torch.empty(stored.size, dtype=stored.properties.dtype)
         planner = _Planner(flatten_state_dict=False, flatten_sharded_tensors=False)
         planner.set_up_planner({key: tensor}, self.metadata, is_coordinator=False)
-        self.read_data(planner.create_local_plan(), planner).wait()
+        self._read(planner, f"tensor {key!r}")
         return tensor
+
+    def _read(self, planner: MCoreLoadPlanner, what: str) -> None:
+        try:
+            self.read_data(planner.create_local_plan(), planner).wait()
+        except Exception as error:  # what a damaged file makes of unpickling may be anything
+            raise CheckpointError(f"cannot read {what} of {self.path}: {error}") from error
 
 
 class _Planner(MCoreLoadPlanner):
