@@ -114,9 +114,7 @@ class Bench:
         )
 
     def load_unchecked(self) -> float:
-        return seconds_of(
-            lambda: store.load_checkpoint(store.find_checkpoint(self.room), self.chunks, self.optimizer)
-        )
+        return seconds_of(lambda: store.load_checkpoint(store.find_checkpoint(self.room), self.chunks, self.optimizer))
 
 
 def bench(room: Path, layers: int, repeats: int) -> dict[str, float]:
