@@ -137,7 +137,7 @@ def test_a_failure_of_one_rank_is_raised_on_all_and_leaves_nothing(world, inputs
     """`full` is `No space left on device` where a write would give it."""
     first, second = world(2).run(with_faults, inputs, tmp_path, BEFORE + AFTER)
     assert first == second and len(first) == 9 + 4
-    for asked, error, folders, good, later in first:
+    for number, (asked, error, folders, good, later) in enumerate(first):
         if asked.startswith("error"):
             assert error == f"RuntimeError: the failure that {asked} asked for"
         else:
@@ -147,7 +147,7 @@ def test_a_failure_of_one_rank_is_raised_on_all_and_leaves_nothing(world, inputs
         kept = ["step-00000001"] if asked in BEFORE else ["step-00000001", "step-00000002"]
         assert folders == ["latest", *kept]
         assert good == (2 if asked == "full@after_pointer:0" else 1)
-        assert later in (folders, ["latest", kept[-1], "step-00000003"])
+        assert later == (["latest", kept[-1], "step-00000003"] if number < 9 else folders)
 
 
 def saved_twice(inputs: Path, root: Path) -> tuple[list[bool], float, float]:
