@@ -158,7 +158,7 @@ def prune(newest: Path, keep: int) -> None:
 
 
 def _remove(path: Path, step: int | None = None) -> None:
-    """Remove a folder, after the save of `step`; one that is partly removed has no name that anybody takes for a checkpoint's."""
+    """Remove a folder after the save of `step`; a part of one has no name that anybody takes for a checkpoint's."""
     if path.is_symlink():
         path.unlink()
         return
