@@ -17,6 +17,7 @@ import stat
 from pathlib import Path
 
 from nvembed_mcore.checkpoint.manifest import CheckpointError, faults, read_manifest, sync_folder, write_file
+from nvembed_mcore.exits import StorageError
 from nvembed_mcore.fault_injection import point
 
 log = logging.getLogger(__name__)
@@ -107,13 +108,18 @@ def check_owner(path: Path) -> None:
 
 
 def clear_leftovers(root: Path) -> None:
-    """Remove what saves and removals left that were cut short."""
-    for pattern in (".writing-*", ".removing-*"):
-        for path in root.glob(pattern):
+    """Remove what saves and removals left that were cut short.
+
+    Raises:
+        StorageError: something cannot be removed.
+    """
+    left = [path for pattern in (".writing-*", ".removing-*") for path in root.glob(pattern)]
+    left += [path for path in root.glob(f"{_REPLACED}*") if (root / path.name.removeprefix(_REPLACED)).exists()]
+    for path in left:
+        try:
             shutil.rmtree(path)
-    for path in root.glob(f"{_REPLACED}*"):
-        if (root / path.name.removeprefix(_REPLACED)).exists():
-            shutil.rmtree(path)
+        except OSError as error:
+            raise StorageError(f"cannot remove {path}, which an interrupted save left: {error}") from error
 
 
 def publish(aside: Path, final: Path) -> None:
@@ -125,7 +131,7 @@ def publish(aside: Path, final: Path) -> None:
         os.rename(final, replaced)
     os.rename(aside, final)
     sync_folder(final.parent)
-    if replaced.exists():
+    if os.path.lexists(replaced):
         _remove(replaced)
 
 
@@ -146,17 +152,17 @@ def prune(newest: Path, keep: int) -> None:
     whole = 0
     for path in folders[folders.index(newest) :]:
         if whole >= keep:
-            _remove(path)
+            _remove(path, int(newest.name.removeprefix("step-")))
         elif looks_whole(path):
             whole += 1
 
 
-def _remove(path: Path) -> None:
-    """Remove a folder; one that is partly removed has no name that anybody takes for a checkpoint's."""
+def _remove(path: Path, step: int | None = None) -> None:
+    """Remove a folder after the save of `step`; a part of one has no name that anybody takes for a checkpoint's."""
     if path.is_symlink():
         path.unlink()
         return
     going = path.with_name(f".removing-{path.name.lstrip('.')}")
     os.rename(path, going)
-    point("during_prune")
+    point("during_prune", step)
     shutil.rmtree(going)

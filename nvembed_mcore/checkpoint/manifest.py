@@ -53,7 +53,7 @@ class HashingFile(io.RawIOBase):
     """
 
     def __init__(self, path: str | os.PathLike, when_begun: Callable[[], None] | None = None) -> None:
-        self._file = open(path, "wb", buffering=0)
+        self._file = open(path, "wb", buffering=_BLOCK_BYTES)
         self._hash = xxhash.xxh3_128()
         self._when_begun, self._failure = when_begun, None
         self.size = 0
@@ -76,11 +76,10 @@ class HashingFile(io.RawIOBase):
         return len(view)
 
     def _write(self, view: memoryview) -> None:
-        done = 0
-        while done < len(view):
-            done += self._file.write(view[done:])
+        self._file.write(view)
         self._hash.update(view)
         if self.size == 0 and self._when_begun:
+            self._file.flush()
             self._when_begun()
 
     def tell(self) -> int:
@@ -94,6 +93,7 @@ class HashingFile(io.RawIOBase):
     def sync(self) -> None:
         """Wait until all is on the disk."""
         self.tell()
+        self._file.flush()
         os.fsync(self._file.fileno())
 
     def close(self) -> None:

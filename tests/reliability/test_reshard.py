@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import json
-
 import numpy as np
 import pytest
 
-from nvembed_mcore.resume import changes, plain
-from tests.helpers import reshard, runs
+from tests.helpers import reshard
 from tests.helpers.cases import Case
 from tests.helpers.grid import ALL_TARGETS
 from tests.helpers.reshard import Model
@@ -146,16 +143,3 @@ def test_one_wrong_bit_would_be_seen(shop):
     spoiled[moment].view(np.uint32)[0, 0] ^= 1
     with pytest.raises(AssertionError, match="linear_fc2"):
         same_bits(spoiled, expected)
-
-
-def test_a_resumed_run_may_change_its_layout_but_not_its_arithmetic(tmp_path):
-    tokens = {"format": 1, "query_prompt": "", "document_prompt": "", "rejected": "", "data": "d"}
-    config = plain(runs.run_config(tmp_path, tmp_path / "run"))
-    facts = {"config": config, "hf_config": {}, "data": "f", "tokenizer": "t", "stores": [tokens]}
-    changed = json.loads(json.dumps(facts))
-    changed["config"]["parallel"].update(tp=2, pp=2, chunks_per_stage=2, sequence_parallel=False, bucket_size=1000)
-    changed["config"]["optim"]["distributed"] = False
-    changed["config"]["step"].update(way="cached", tokens_per_microbatch=7)
-    assert changes(facts, changed) == []
-    changed["config"]["optim"]["clip_norm"] = 0.5
-    assert changes(facts, changed) == ["optim.clip_norm: 1.0 -> 0.5"]
