@@ -6,7 +6,8 @@ import math
 
 import torch
 from megatron.core.distributed import DistributedDataParallel
-from megatron.core.optimizer import MegatronOptimizer, OptimizerConfig, get_megatron_optimizer
+from megatron.core.optimizer import ChainedOptimizer, OptimizerConfig, get_megatron_optimizer
+from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
 from torch.optim.adamw import adamw
 
 from nvembed_mcore.config import OptimConfig
@@ -75,7 +76,7 @@ def _use_fused_adam() -> None:
         distrib_optimizer.USING_APEX_OPTIMIZER = True
 
 
-def build_optimizer(config: OptimConfig, chunks: list[DistributedDataParallel]) -> MegatronOptimizer:
+def build_optimizer(config: OptimConfig, chunks: list[DistributedDataParallel]) -> ChainedOptimizer:
     """Adam with decoupled weight decay on everything but vectors (norms, biases), and clipping by the global norm."""
     _use_fused_adam()
     dtype = chunks[0].module.config.params_dtype
@@ -102,6 +103,27 @@ def build_optimizer(config: OptimConfig, chunks: list[DistributedDataParallel]) 
     return optimizer
 
 
+@torch.no_grad()
+def gradient_norm(optimizer: ChainedOptimizer) -> float:
+    """Norm of the whole gradient, the same on every rank that shares it; changes no weight, moment or step.
+
+    This and `update` are `ChainedOptimizer.step` of Megatron in two: it looks at the norm only to clip, and a norm
+    that is not a number would go into every weight.
+    """
+    optimizer.prepare_grads()
+    return float(optimizer.get_grad_norm())
+
+
+@torch.no_grad()
+def update(optimizer: ChainedOptimizer, norm: float) -> None:
+    """Clip the gradients of which `gradient_norm` found the finite `norm`, and take the step."""
+    for one in optimizer.chained_optimizers:
+        # A pipeline stage without trained weights has none, nor has a rank without a share of the state.
+        if not one.is_stub_optimizer and one.get_parameters():
+            clip_grad_by_total_norm_fp32(one.get_parameters(), one.config.clip_grad, norm)
+    optimizer.step_with_ready_grads()
+
+
 def learning_rate(config: OptimConfig, step: int, num_steps: int) -> float:
     """Learning rate of optimizer step `step` (counted from 1) of `num_steps`: linear warm-up, then linear decay."""
     if step <= config.warmup_steps:
@@ -110,7 +132,7 @@ def learning_rate(config: OptimConfig, step: int, num_steps: int) -> float:
     return config.min_lr + (config.lr - config.min_lr) * rest
 
 
-def set_learning_rate(optimizer: MegatronOptimizer, value: float) -> None:
+def set_learning_rate(optimizer: ChainedOptimizer, value: float) -> None:
     """Set the rate of every parameter group."""
     for group in optimizer.param_groups:
         group["lr"] = value

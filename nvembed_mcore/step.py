@@ -21,16 +21,17 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 from megatron.core.distributed import finalize_model_grads
-from megatron.core.optimizer import MegatronOptimizer
+from megatron.core.optimizer import ChainedOptimizer
 from torch import Tensor
 
-from nvembed_mcore import device
+from nvembed_mcore import device, nonfinite
 from nvembed_mcore.config import ConfigError, LossConfig, StepConfig
 from nvembed_mcore.data.batch import Batch
 from nvembed_mcore.data.packing import Pack, Plan
-from nvembed_mcore.exits import Exit
 from nvembed_mcore.memory import retainable_tokens
 from nvembed_mcore.metrics import PhaseTimer
+from nvembed_mcore.nonfinite import NonFiniteLossError
+from nvembed_mcore.optim import gradient_norm, update
 from nvembed_mcore.parallel.gather import share_from_last_stage, sum_over_data_ranks
 from nvembed_mcore.parallel.groups import Groups, seed_everything
 from nvembed_mcore.parallel.traffic import Traffic
@@ -38,12 +39,6 @@ from nvembed_mcore.schedule import Chunks, embed_packs, packs_of_rank, plan_text
 from nvembed_mcore.score import Scorer, Scores
 
 log = logging.getLogger(__name__)
-
-
-class NonFiniteLossError(RuntimeError):
-    """The loss of a step, or its gradient, is not a number; nothing of the step is saved."""
-
-    exit_status = Exit.NON_FINITE
 
 
 @dataclass(frozen=True)
@@ -77,7 +72,7 @@ class ContrastiveStep:
     def __init__(
         self,
         chunks: Chunks,
-        optimizer: MegatronOptimizer,
+        optimizer: ChainedOptimizer,
         groups: Groups,
         *,
         step: StepConfig,
@@ -102,7 +97,7 @@ class ContrastiveStep:
 
         Raises:
             ConfigError: `step.way` is `single`, and the batch needs more than one pack.
-            NonFiniteLossError: the loss (before any update) or the gradient is not a number; raised on every rank.
+            NonFiniteLossError: the loss or the gradient is not a number, and nothing was updated; on every rank.
         """
         plan = plan_texts(batch.lengths, self.chunks, self.groups, self.config.tokens_per_microbatch)
         packs = packs_of_rank(batch.texts, plan, self.chunks, self.groups)
@@ -119,22 +114,20 @@ class ContrastiveStep:
                 totals, temperature = self._one_stage(batch, plan, packs, step, timer, num_kept)
             loss, accuracy, real, padded, temperature = self._share(totals, packs, temperature)
             loss, accuracy = loss / batch.num_queries, accuracy / batch.num_queries
-            if not np.isfinite(loss):
-                raise NonFiniteLossError(f"step {step}: the loss is {loss}; no weight was changed by this step")
             with timer("optimizer"):
-                _, grad_norm, _ = self.optimizer.step()
+                grad_norm = gradient_norm(self.optimizer)
+                # Only here, so that ranks meet in all collectives before the first one stops: what is not a number in
+                # one rank's loss is in the norm on all.
+                if not (math.isfinite(loss) and math.isfinite(grad_norm)):
+                    raise NonFiniteLossError(self._finding(step, loss, grad_norm, batch, plan, packs))
+                update(self.optimizer, grad_norm)
         if self._is_first:
             self._is_first = False
             log.info("collectives of step %d on this rank (way %s):\n%s", step, way, traffic.table())
-        if not np.isfinite(grad_norm):
-            raise NonFiniteLossError(
-                f"step {step}: the loss is {loss}, but the norm of its gradient is {grad_norm}; the weights in memory "
-                f"are spoiled, those of the newest checkpoint are not"
-            )
         return StepOutput(
             loss=loss,
             accuracy=accuracy,
-            grad_norm=float(grad_norm),
+            grad_norm=grad_norm,
             temperature=temperature,
             real_tokens=int(real),
             padded_tokens=int(padded),
@@ -149,6 +142,21 @@ class ContrastiveStep:
         sums = sum_over_data_ranks(sums, self.groups)
         last = torch.tensor([temperature], dtype=torch.float64, device=totals.device)
         return share_from_last_stage(torch.cat([sums, last]), self.groups).tolist()
+
+    def _finding(
+        self, step: int, loss: float, grad_norm: float, batch: Batch, plan: Plan, packs: list[Pack]
+    ) -> nonfinite.Finding:
+        """What is not finite in this step, which has not changed a weight yet."""
+        return nonfinite.find(
+            step,
+            loss,
+            grad_norm,
+            batch=batch,
+            plan=plan,
+            embeddings=embed_packs(self.chunks, packs, lambda index, chunk: self._reseed(step, index, chunk)),
+            parameters=[named for chunk in self.chunks for named in chunk.module.named_parameters()],
+            groups=self.groups,
+        )
 
     def _way(self, plan: Plan, lengths: np.ndarray, packs: list[Pack], step: int) -> str:
         """`single`, `retain` or `cached`; every rank decides alike, because all know the whole plan."""

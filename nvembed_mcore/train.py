@@ -29,6 +29,7 @@ from nvembed_mcore.exits import Preempted
 from nvembed_mcore.fault_injection import point
 from nvembed_mcore.log import MetricLog, setup_logging
 from nvembed_mcore.metrics import PhaseTimer, StepMetrics, device_peak_flops, pack_flops
+from nvembed_mcore.nonfinite import NonFiniteLossError, reported
 from nvembed_mcore.optim import build_optimizer, learning_rate, set_learning_rate
 from nvembed_mcore.parallel.groups import Groups, first_rank_does, initialize
 from nvembed_mcore.step import ContrastiveStep, StepOutput
@@ -49,7 +50,7 @@ def train(config: RunConfig, stops: StopRequests | None = None) -> None:
     Raises:
         ConfigError, DataError, CheckpointError: something that the user gave cannot work; raised on every rank
             before any step is taken (but `step.way: single` at the first batch that needs more than one pack).
-        NonFiniteLossError: the loss of a step is not a number.
+        NonFiniteLossError: the loss of a step or its gradient is not a number; its samples are written to `run_dir`.
         StorageError: a checkpoint cannot be written, or has no room; raised on every rank.
         Preempted: somebody asked the run to stop, and it is saved.
     """
@@ -171,7 +172,10 @@ class _Run:
             batch = self.data.source.batch(self.done)
         rate = learning_rate(self.config.optim, self.done + 1, self.config.steps)
         set_learning_rate(self.optimizer, rate)
-        output = self.step(batch, self.done + 1, self.timer)
+        try:
+            output = self.step(batch, self.done + 1, self.timer)
+        except NonFiniteLossError as error:
+            raise reported(error, self.config, self.data.source, batch) from None
         self.done += 1
         if self.done % RELEASE_EVERY_STEPS == 0:
             device.release_unused_memory()

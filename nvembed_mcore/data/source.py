@@ -38,9 +38,13 @@ class BatchSource:
         """The batch of optimizer step `step`, counted from 0."""
         return make_batch([self._sample(drawn) for drawn in self.blend.samples(step)])
 
+    def record_of(self, drawn: blend.Sample) -> int:
+        """Number of a drawn record in the store of its data set."""
+        return chosen_record(drawn.index, self.sizes[drawn.dataset], len(self.stores[drawn.dataset]))
+
     def _sample(self, drawn: blend.Sample) -> Sample:
         dataset, store = self.datasets[drawn.dataset], self.stores[drawn.dataset]
-        example = store.example(chosen_record(drawn.index, self.sizes[drawn.dataset], len(store)))
+        example = store.example(self.record_of(drawn))
         chance = dict(seed=self.seed, stage=self.stage, sample=drawn)
         positives = choose_positives(len(example.positives), dataset.num_positives, **chance)
         negatives = choose_negatives(len(example.negatives), dataset.num_negatives, **chance)
