@@ -35,7 +35,13 @@ class BatchSource:
         self.blend = make_blend(config, self.sizes, batch_size, seed, stage, self.fingerprint)
 
     def batch(self, step: int) -> Batch:
-        """The batch of optimizer step `step`, counted from 0."""
+        """The batch of optimizer step `step`, counted from 0.
+
+        Raises:
+            StorageError: a store cannot be read, or is not the one that was opened.
+        """
+        for store in self.stores:
+            store.check()
         return make_batch([self._sample(drawn) for drawn in self.blend.samples(step)])
 
     def record_of(self, drawn: blend.Sample) -> int:

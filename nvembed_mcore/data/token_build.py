@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import hashlib
+import io
 import json
 import logging
 import os
@@ -23,6 +24,7 @@ from typing import IO, Any
 
 import numpy as np
 import pyarrow
+import xxhash
 
 from nvembed_mcore.data.bare_tokenizer import BareTokenizer
 from nvembed_mcore.data.faults import DataError, Problems
@@ -134,6 +136,7 @@ def write_store(
             **identity,
             "document_pooled_from": encoder.document_pooled_from(),
             "bytes": (aside / "data.arrow").stat().st_size,
+            "xxh3_128": build.content_hash,
             "statistics": asdict(build.statistics),
             "problems": build.problems.shown,
         }
@@ -186,6 +189,23 @@ def _log_summary(found: Statistics, seconds: float) -> None:
     )
 
 
+class _Hashed(io.RawIOBase):
+    """A file that is hashed as it is written, so that the hash is of the bytes that were meant."""
+
+    def __init__(self, file: IO[bytes]) -> None:
+        self._file, self._hash = file, xxhash.xxh3_128()
+
+    def writable(self) -> bool:
+        return True
+
+    def write(self, part: bytes) -> int:
+        self._hash.update(part)
+        return self._file.write(part)
+
+    def hexdigest(self) -> str:
+        return self._hash.hexdigest()
+
+
 @dataclass(slots=True)
 class _Build:
     """What was read and written so far."""
@@ -196,6 +216,7 @@ class _Build:
     bad_lines: list[str] = field(default_factory=list)
     paths: dict[str, int] = field(default_factory=dict)
     problems: Problems = field(init=False)
+    content_hash: str = ""
 
     def __post_init__(self) -> None:
         self.problems = Problems(self.source, allowed=self.max_bad_records)
@@ -203,7 +224,8 @@ class _Build:
     def write_arrow(self, path: Path, encoder: Encoder, processes: int | None) -> None:
         """As `read_records` does: all bad lines are counted before they are refused."""
         with path.open("wb") as file:
-            with pyarrow.ipc.new_stream(file, SCHEMA) as writer:
+            hashed = _Hashed(file)
+            with pyarrow.ipc.new_stream(hashed, SCHEMA) as writer:
                 for tokenised in self._with_progress(self._tokenised(encoder, processes)):
                     self._note(tokenised)
                     if not self.problems.too_many:
@@ -212,6 +234,7 @@ class _Build:
                             writer.write_batch(batch)
             file.flush()
             os.fsync(file.fileno())
+        self.content_hash = hashed.hexdigest()
         self.problems.raise_if_too_many()
         if not self.statistics.records:
             raise DataError(f"{self.source} holds no records")

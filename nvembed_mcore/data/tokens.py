@@ -1,7 +1,7 @@
-"""The token store: a data set tokenised once, then read through a memory map.
+"""The token store: a data set tokenised once, then read by record.
 
 A store is a folder named by what is in it, with `data.arrow` (an Arrow stream, as `datasets.Dataset.from_file` reads
-it) and `store.json` (what went in, and statistics). A row is one record:
+it) and `store.json` (what went in, statistics, and the hash of `data.arrow`). A row is one record:
 
     query, query_length, query_pooled_from           int32 tokens, how many, and the first pooled position
     pos, pos_lengths, pos_ids                        a list for each positive, their lengths, their document ids
@@ -14,6 +14,8 @@ from __future__ import annotations
 
 import bisect
 import json
+import logging
+import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -27,10 +29,13 @@ from nvembed_mcore.data.faults import DataError, Problems
 from nvembed_mcore.data.prompts import check_room, query_prompt
 from nvembed_mcore.data.sources import source_fingerprint
 from nvembed_mcore.data.token_build import SCHEMA, Encoder, Statistics, identity_hash, write_store
+from nvembed_mcore.data.token_file import Batch, TokenFile
 from nvembed_mcore.data.tokenizer import tokenizer_fingerprint
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
+
+log = logging.getLogger(__name__)
 
 _FORMAT = 1
 _IDENTITY = (
@@ -46,8 +51,8 @@ _IDENTITY = (
 
 @dataclass(frozen=True, slots=True)
 class Example:
-    """One tokenised record. Token arrays are int32 [length], read-only views of the memory map, with `<s>`, the
-    instruction where there is one, and `</s>`; ids are int64 [positives] and [negatives]."""
+    """One tokenised record. Token arrays are int32 [length] and read-only, with `<s>`, the instruction where there is
+    one, and `</s>`; ids are int64 [positives] and [negatives]."""
 
     query: np.ndarray
     query_pooled_from: int
@@ -69,7 +74,7 @@ class TokenStore:
         statistics: what the build saw.
     """
 
-    def __init__(self, folder: Path, description: dict[str, Any], batches: list[_Batch]) -> None:
+    def __init__(self, folder: Path, description: dict[str, Any], file: TokenFile) -> None:
         self.folder = folder
         self.fingerprint: str = description["fingerprint"]
         self.identity = {key: description[key] for key in _IDENTITY}
@@ -77,8 +82,9 @@ class TokenStore:
         self._problems: list[str] = description.get("problems", [])
         self.statistics = Statistics(**description["statistics"])
         self._document_pooled_from: int = description["document_pooled_from"]
-        self._batches = batches
-        self._starts = np.cumsum([0, *(batch.rows for batch in batches)]).tolist()
+        self._hash: str = description["xxh3_128"]
+        self._file = file
+        self._starts = np.cumsum([0, *(batch.rows for batch in file.batches)]).tolist()
 
     @classmethod
     def build(
@@ -92,7 +98,7 @@ class TokenStore:
         max_bad_records: int = 0,
         processes: int | None = None,
     ) -> TokenStore:
-        """Tokenise a data set, or open its store when it exists.
+        """Tokenise a data set, or open its store when it exists and its bytes are those that were written.
 
         The store is written aside and renamed when complete, so a build that was killed leaves none, and of two
         builds at once the later one uses the store of the earlier. Call it on one process of a machine (or of those
@@ -137,12 +143,13 @@ class TokenStore:
             )
             write_store(source, folder, encoder, identity, max_bad_records=max_bad_records, processes=processes)
         store = cls.open(folder)
+        store._verify()
         store._refuse_if_more_rejected(source, max_bad_records)
         return store
 
     @classmethod
     def open(cls, folder: str | Path) -> TokenStore:
-        """Open the store that `build` made in `folder`.
+        """Open the store that `build` made, or found whole, in `folder`; this does not read it.
 
         Raises:
             DataError: there is none, or it is damaged.
@@ -155,14 +162,20 @@ class TokenStore:
             found, written = (folder / "data.arrow").stat().st_size, description["bytes"]
             if found != written:
                 raise ValueError(f"data.arrow has {found} bytes, {written} were written")
-            store = cls(folder, description, _map_batches(folder / "data.arrow"))
+            store = cls(folder, description, TokenFile(folder / "data.arrow"))
             if len(store) != store.statistics.records:
                 raise ValueError(f"data.arrow has {len(store)} records, {store.statistics.records} were written")
         except (OSError, ValueError, TypeError, pyarrow.ArrowException) as error:
-            raise DataError(
-                f"the token store {folder} is damaged ({error}); remove the folder to build it anew"
-            ) from error
+            raise _damaged(folder, error) from error
         return store
+
+    def check(self) -> None:
+        """Whether it is still the file that was opened; cheap enough for every step.
+
+        Raises:
+            StorageError: it is not.
+        """
+        self._file.check()
 
     def __len__(self) -> int:
         return self._starts[-1]
@@ -172,13 +185,14 @@ class TokenStore:
 
         Raises:
             IndexError: there is no such record.
+            StorageError: it cannot be read.
         """
         batch, row = self._locate(index)
         positives, positive_ids = batch.positives.row(row)
         negatives, negative_ids = batch.negatives.row(row)
         return Example(
             query=batch.queries.item(row),
-            query_pooled_from=int(batch.query_pooled_from[row]),
+            query_pooled_from=int(batch.query_pooled_from.part(row, row + 1)[0]),
             positives=positives,
             negatives=negatives,
             document_pooled_from=self._document_pooled_from,
@@ -188,61 +202,33 @@ class TokenStore:
 
     def query_lengths(self) -> np.ndarray:
         """Tokens of each query, int32 [records]."""
-        return np.concatenate([batch.query_lengths for batch in self._batches])
+        return np.concatenate([batch.query_lengths.all() for batch in self._file.batches])
 
     def document_lengths(self) -> np.ndarray:
         """Tokens of each document, positives and negatives, int32 [documents]."""
-        return np.concatenate([lengths for batch in self._batches for lengths in batch.document_lengths])
+        return np.concatenate([lengths.all() for batch in self._file.batches for lengths in batch.document_lengths])
+
+    def _verify(self) -> None:
+        """Read all of it, and compare with the hash of what was written."""
+        begin = time.monotonic()
+        found = self._file.content_hash()
+        if found != self._hash:
+            raise _damaged(self.folder, f"the XXH3 of data.arrow is {found}, {self._hash} was written")
+        log.info("%s is as it was written; reading it took %.1f s", self.folder, time.monotonic() - begin)
 
     def _refuse_if_more_rejected(self, source: str, allowed: int) -> None:
         """As the build would have: another run may have allowed more."""
         Problems(source, allowed, self.identity["rejected"]["records"], self._problems).raise_if_too_many()
 
-    def _locate(self, index: int) -> tuple[_Batch, int]:
+    def _locate(self, index: int) -> tuple[Batch, int]:
         if not 0 <= index < len(self):
             raise IndexError(f"record {index} of a store with {len(self)} records ({self.folder})")
         number = bisect.bisect_right(self._starts, index) - 1
-        return self._batches[number], index - self._starts[number]
+        return self._file.batches[number], index - self._starts[number]
 
 
-class _Lists:
-    """A list column of one Arrow batch as two numpy views: where each row begins, and the values of all rows."""
-
-    def __init__(self, column: pyarrow.ListArray) -> None:
-        self.offsets = column.offsets.to_numpy()
-        self.values = column.values if isinstance(column.values, pyarrow.ListArray) else column.values.to_numpy()
-
-    def item(self, row: int) -> np.ndarray:
-        return self.values[self.offsets[row] : self.offsets[row + 1]]
-
-
-class _Documents:
-    """The positives or the negatives of one Arrow batch."""
-
-    def __init__(self, batch: pyarrow.RecordBatch, name: str) -> None:
-        rows = _Lists(batch.column(name))
-        self._texts = _Lists(rows.values)
-        self._first = rows.offsets
-        self._ids = _Lists(batch.column(f"{name}_ids"))
-
-    def row(self, row: int) -> tuple[list[np.ndarray], np.ndarray]:
-        """Token arrays and ids of one record's documents."""
-        bounds = self._texts.offsets[self._first[row] : self._first[row + 1] + 1].tolist()
-        tokens = self._texts.values
-        return [tokens[a:b] for a, b in zip(bounds, bounds[1:], strict=False)], self._ids.item(row)
-
-
-class _Batch:
-    """Views of one Arrow batch of the memory map; making them reads no tokens."""
-
-    def __init__(self, batch: pyarrow.RecordBatch) -> None:
-        self.rows = batch.num_rows
-        self.queries = _Lists(batch.column("query"))
-        self.positives = _Documents(batch, "pos")
-        self.negatives = _Documents(batch, "neg")
-        self.query_pooled_from = batch.column("query_pooled_from").to_numpy()
-        self.query_lengths = batch.column("query_length").to_numpy()
-        self.document_lengths = [batch.column(name).values.to_numpy() for name in ("pos_lengths", "neg_lengths")]
+def _damaged(folder: Path, reason: object) -> DataError:
+    return DataError(f"the token store {folder} is damaged ({reason}); remove the folder to build it anew")
 
 
 def _read_description(path: Path) -> dict[str, Any]:
@@ -250,16 +236,7 @@ def _read_description(path: Path) -> dict[str, Any]:
         description = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
         raise ValueError(f"{path.name}: {error}") from error
-    for key in (*_IDENTITY, "fingerprint", "bytes", "statistics", "document_pooled_from"):
+    for key in (*_IDENTITY, "fingerprint", "bytes", "xxh3_128", "statistics", "document_pooled_from"):
         if key not in description:
             raise ValueError(f"{path.name} lacks {key!r}")
     return description
-
-
-def _map_batches(path: Path) -> list[_Batch]:
-    import datasets
-
-    table = datasets.Dataset.from_file(str(path)).data.table
-    if not table.schema.equals(SCHEMA):
-        raise ValueError(f"the columns of data.arrow are {table.schema.names}, not {SCHEMA.names}")
-    return [_Batch(batch) for batch in table.to_batches()]

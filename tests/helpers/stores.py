@@ -16,6 +16,9 @@ class Numbers:
     def __len__(self) -> int:
         return self.count
 
+    def check(self) -> None:
+        """Numbers never change."""
+
     def example(self, index: int) -> Example:
         query, positive = (np.full(1 + index % divisor, index, np.int32) for divisor in (5, 7))
         ids = np.array([index], np.int64)

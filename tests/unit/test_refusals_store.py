@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pyarrow
 import pytest
+import xxhash
 from tokenizers import Tokenizer, models
 from transformers import PreTrainedTokenizerFast
 
@@ -197,6 +198,21 @@ def test_a_damaged_store(tmp_path, tokenizer, damage, reason):
         found = message(tmp_path, work).replace(f"TMP/cache/{folder.name}", "STORE")
         found = found.replace(str(size - 8), "BYTES-8").replace(str(size), "BYTES")
         assert found == f"the token store STORE is damaged ({reason}); remove the folder to build it anew"
+
+
+def test_a_store_with_other_bytes(tmp_path, tokenizer):
+    """Of the same size and in the same format: seen when a run starts, and not when it only opens the store."""
+    folder = build(tmp_path, tokenizer).folder
+    content = bytearray((folder / "data.arrow").read_bytes())
+    content[-100] ^= 1
+    (folder / "data.arrow").write_bytes(content)
+    TokenStore.open(folder)
+    found = message(tmp_path, lambda: build(tmp_path, tokenizer))
+    written = json.loads((folder / "store.json").read_text())["xxh3_128"]
+    assert found == (
+        f"the token store TMP/cache/{folder.name} is damaged (the XXH3 of data.arrow is "
+        f"{xxhash.xxh3_128(content).hexdigest()}, {written} was written); remove the folder to build it anew"
+    )
 
 
 def test_no_store(tmp_path):

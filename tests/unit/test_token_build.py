@@ -117,7 +117,7 @@ def test_rows_do_not_depend_on_blocks(data, tokenizer, tmp_path, monkeypatch):
     many = build(data, tokenizer, tmp_path / "many", processes=1)
     monkeypatch.setattr(files, "BLOCK_BYTES", 1 << 22)
     one = build(data, tokenizer, tmp_path / "one", processes=1)
-    assert len(many._batches) > len(one._batches) == 1
+    assert len(many._file.batches) > len(one._file.batches) == 1
     assert many.fingerprint == one.fingerprint and many.statistics == one.statistics and len(one) == 600
     for index in range(600):
         a, b = many.example(index), one.example(index)

@@ -151,7 +151,7 @@ def test_datasets_opens_the_same_file(data, tokenizer):
 def test_long_rows_end_a_batch(data, tokenizer, monkeypatch):
     monkeypatch.setattr(token_build, "_BATCH_CHARACTERS", 500)
     store = build(data, tokenizer)
-    assert len(store._batches) > 20
+    assert len(store._file.batches) > 20
     assert [store.example(i).query_pooled_from for i in range(len(store))] == [9] * len(ROWS)
     assert store.example(299).query.tolist() == one_text(tokenizer, ROWS[299]["query"], "Find it", 32).tolist()
 
