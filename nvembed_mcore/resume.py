@@ -1,4 +1,4 @@
-"""Going on from a checkpoint: what a run says of itself, what a resumed run may not change, and restoring it."""
+"""Going on from a checkpoint: what a run says of itself, and restoring it."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from nvembed_mcore import device
 from nvembed_mcore.checkpoint import store
 from nvembed_mcore.config import RunConfig
 from nvembed_mcore.data.source import BatchSource
+from nvembed_mcore.identity import logged_changes, refused_changes
 from nvembed_mcore.parallel.groups import Groups
 
 log = logging.getLogger(__name__)
@@ -38,6 +39,7 @@ def facts_of(
         "data": source.fingerprint,
         "stores": [store.identity for store in source.stores],
         "tokenizer": tokenizer,
+        "precision": str(device.default_dtype(config.model.precision)).removeprefix("torch."),
         "hardware": {"device": device.name(), "world_size": groups.world_size},
     }
 
@@ -53,42 +55,6 @@ def retained_tokens(found: store.Checkpoint | None, facts: dict[str, Any]) -> in
     return saved["retain_tokens"] if same else None
 
 
-def _identity(facts: dict[str, Any]) -> dict[str, Any]:
-    """The part of a run's facts that a resumed run may not change: what fixes its samples and its arithmetic."""
-    config = facts["config"]
-    settings = ("task", "weight", "max_records", "in_batch_negatives", "num_positives", "num_negatives")
-    of_all = ("max_query_tokens", "max_document_tokens", "blend_temperature", "one_dataset_batches")
-    contents = ("format", "query_prompt", "document_prompt", "rejected")
-    datasets = {
-        number: {key: dataset[key] for key in settings}
-        | {key: tokens[key] for key in contents}
-        | {"data": tokens["data"][:16]}
-        for number, (dataset, tokens) in enumerate(zip(config["data"]["datasets"], facts["stores"], strict=True))
-    }
-    return {
-        **{key: config[key] for key in ("stage", "seed", "steps", "batch_size", "loss", "optim")},
-        "data.datasets": datasets,
-        **{f"data.{key}": config["data"][key] for key in of_all},
-        "model.attention_mask": config["model"]["attention_mask"],
-        "model.pooling": config["model"]["pooling"],
-        "model.lora": store.adapters_of(facts),
-        "hf_config": {key: value for key, value in facts["hf_config"].items() if key != "transformers_version"},
-        "tokenizer": facts["tokenizer"],
-    }
-
-
-def changes(saved: dict[str, Any], now: dict[str, Any]) -> list[str]:
-    """What a resumed run may not change and did change, one line each: `field: saved -> now`."""
-    names = [[one["path"] for one in facts["config"]["data"]["datasets"]] for facts in (saved, now)]
-    if len(names[0]) != len(names[1]):
-        return [f"data.datasets: {names[0]} -> {names[1]}"]
-    lines = store.differences(_identity(saved), _identity(now))
-    for number, path in enumerate(names[1]):
-        content = f"data.datasets.{number}.data: "
-        lines = [f"{line} (the content of {path})" if line.startswith(content) else line for line in lines]
-    return lines
-
-
 def restore(
     config: RunConfig, chunks: list[DistributedDataParallel], optimizer: MegatronOptimizer, facts: dict[str, Any]
 ) -> store.Checkpoint | None:
@@ -100,19 +66,23 @@ def restore(
     """
     found = store.newest_good(config.checkpoint, config.run_dir)
     if not found:
+        log.info("%s has no checkpoint: the run starts at step 1", config.run_dir)
         return None
-    if not {"retain_tokens", "stores"} <= found.facts.keys():
+    if not {"retain_tokens", "stores", "precision"} <= found.facts.keys():
         raise store.CheckpointError(
             f"{found.path} was written by an older version and lacks what a run needs to go on; give a new run_dir"
         )
     # Through JSON, so that what was stored and what is now have the same types.
-    changed = changes(found.facts, json.loads(json.dumps(facts)))
+    facts = json.loads(json.dumps(facts))
+    changed = refused_changes(found.facts, facts)
     if changed:
         lines = "\n  ".join(changed)
         raise store.CheckpointError(
             f"{found.path} belongs to another run; changed (saved -> now):\n  {lines}\n"
             f"Set these back, or give a new run_dir"
         )
+    for line in logged_changes(found.facts, facts):
+        log.info("changed since step %d: %s", found.step, line)
     store.load_checkpoint(found, chunks, optimizer)
     log.info("going on after step %d from %s", found.step, found.path)
     return found

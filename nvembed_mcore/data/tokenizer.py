@@ -98,6 +98,10 @@ def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerFast) -> str:
     behaviour.pop("truncation", None)
     behaviour.pop("padding", None)
     behaviour["special"] = [tokenizer.bos_token_id, tokenizer.eos_token_id]
+    if (
+        tokenizer.split_special_tokens
+    ):  # `</s>` written in a text is spelled out; the serialised form says nothing of it
+        behaviour["split_special_tokens"] = True
     return hashlib.sha256(json.dumps(behaviour, sort_keys=True).encode()).hexdigest()
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import collections
 import itertools
-import json
 from fractions import Fraction
 
 import numpy as np
@@ -13,8 +12,6 @@ import pytest
 from nvembed_mcore.config import DataConfig, DatasetConfig
 from nvembed_mcore.data.blend import Blend, chosen_record, share_of_size
 from nvembed_mcore.data.source import BatchSource, make_blend, used_records
-from nvembed_mcore.resume import changes, plain
-from tests.helpers import runs
 from tests.helpers.stores import Numbers
 
 
@@ -113,21 +110,6 @@ def test_the_blend_of_a_run_reads_every_field():
     assert sizes == [100, 70]
     mix = make_blend(data, sizes, 10, 1, 1, "data")
     assert mix.drawn(9) == [30, 60]  # shares 10 and 20
-
-
-def test_a_resumed_run_may_not_change_them(tmp_path):
-    tokens = {"format": 1, "query_prompt": "", "document_prompt": "", "rejected": "", "data": "d"}
-    config = plain(runs.run_config(tmp_path, tmp_path / "run"))
-    facts = {"config": config, "hf_config": {}, "data": "f", "tokenizer": "t", "stores": [tokens]}
-    changed = json.loads(json.dumps(facts))
-    assert changes(facts, changed) == []
-    changed["config"]["data"].update(blend_temperature=2.0, one_dataset_batches=True)
-    changed["config"]["data"]["datasets"][0]["max_records"] = 5
-    assert changes(facts, changed) == [
-        "data.blend_temperature: 1.0 -> 2.0",
-        "data.datasets.0.max_records: None -> 5",
-        "data.one_dataset_batches: False -> True",
-    ]
 
 
 def test_one_data_set_batches_are_pinned():
