@@ -31,7 +31,7 @@ _KINDS: dict[Kind, str] = {
     """,
     "resumable": "parallel step optim.distributed",
     "free": """
-        run_dir stop_at data.cache_dir model.pooling.initializer_range model.lora.init_from parallel.timeout_minutes
+        run_dir stop_at max_minutes data.cache_dir model.pooling.initializer_range model.lora.init_from parallel.timeout_minutes
         checkpoint eval log
     """,
 }

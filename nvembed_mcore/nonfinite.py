@@ -7,9 +7,7 @@ an embedding, in the weights, or in the backward pass.
 
 from __future__ import annotations
 
-import json
 import logging
-import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,6 +24,7 @@ from nvembed_mcore.data.tokenizer import load_tokenizer
 from nvembed_mcore.exits import Exit
 from nvembed_mcore.parallel.gather import gather_rows, share_from_last_stage, smallest_on_all
 from nvembed_mcore.parallel.groups import Groups, first_rank_does
+from nvembed_mcore.status import write_json
 
 log = logging.getLogger(__name__)
 
@@ -129,7 +128,7 @@ def reported(error: NonFiniteLossError, config: RunConfig, source: BatchSource, 
 
     def write() -> str:
         try:
-            _write(path, _content(error.finding, config, source, batch))
+            write_json(path, _content(error.finding, config, source, batch))
         except (OSError, ValueError) as failure:
             return f". The samples of this batch could not be written to {path}: {failure}"
         return f". The samples of this batch are in {path}"
@@ -157,14 +156,3 @@ def _content(finding: Finding, config: RunConfig, source: BatchSource, batch: Ba
     # Not as JSON numbers: NaN and infinity are none.
     numbers = {"loss": str(finding.loss), "grad_norm": str(finding.grad_norm)}
     return {"step": finding.step, **numbers, "verdict": finding.verdict, "samples": samples}
-
-
-def _write(path: Path, content: dict[str, Any]) -> None:
-    """Written aside, synced and renamed."""
-    aside = path.with_name(f".writing-{path.name}")
-    with open(aside, "w", encoding="utf-8") as file:
-        json.dump(content, file, indent=1, ensure_ascii=False)
-        file.write("\n")
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(aside, path)
