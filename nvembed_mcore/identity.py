@@ -31,8 +31,8 @@ _KINDS: dict[Kind, str] = {
     """,
     "resumable": "parallel step optim.distributed",
     "free": """
-        run_dir stop_at max_minutes data.cache_dir model.pooling.initializer_range model.lora.init_from parallel.timeout_minutes
-        checkpoint eval log
+        run_dir stop_at max_minutes data.cache_dir model.pooling.initializer_range model.lora.init_from
+        parallel.timeout_minutes checkpoint eval log
     """,
 }
 """A name stands for all fields under it but those that are named themselves."""
