@@ -84,7 +84,7 @@ def test_ranks_that_come_and_go_at_any_step():
     rng, steps_seen, passes = random.Random(5), 0, 0
     for size in range(1, 65):
         for batch_size in batch_sizes(size):
-            steps = min(16, 2 + 2 * size // batch_size)
+            steps = min(10, 2 + 2 * size // batch_size)
             straight = [records_of_step([source_of(size, batch_size)], step) for step in range(steps)]
             elastic, sources = [], []
             for step in range(steps):
@@ -95,7 +95,7 @@ def test_ranks_that_come_and_go_at_any_step():
             assert elastic == straight
             passes += check_passes(straight, size)
             steps_seen += steps
-    assert steps_seen > 1500 and passes > 350
+    assert steps_seen > 1200 and passes > 350
 
 
 @pytest.mark.parametrize("ranks", range(1, 9))
