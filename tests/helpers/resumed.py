@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Callable, Collection
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -13,6 +14,8 @@ from nvembed_mcore.config import RunConfig
 
 Record = dict[str, str]
 """What a rank's run is at a moment, by name: SHA-256 of tensors, `float.hex` of floats, `repr` of anything else."""
+
+_UNWATCHED = SimpleNamespace(enter=lambda *_: None)
 
 
 def digest(tensor: torch.Tensor) -> str:
@@ -64,7 +67,7 @@ def straight_run(config: RunConfig, saves: Collection[int], evaluates: bool = Fa
     from nvembed_mcore.train import _Run
 
     groups = initialize(config.parallel)
-    run = _Run(config, groups)
+    run = _Run(config, groups, _UNWATCHED)
     records = []
     while run.done < config.steps:
         run.saver.poll()
@@ -101,7 +104,7 @@ def resumed_runs(
     for point, last in points.items():
         pointer = folder_of(config.run_dir) / "latest"
         first_rank_does(lambda: pointer.write_text(f"step-{point:08d}\n", encoding="utf-8"))  # noqa: B023
-        run = _Run(config, groups)
+        run = _Run(config, groups, _UNWATCHED)
         assert run.done == point
         if before:
             before(run)

@@ -190,16 +190,16 @@ def test_a_refused_start_leaves_no_folder(inputs, tmp_path):
 def test_a_signal_that_ended_readers_of_the_data_too_is_a_stop(monkeypatch, inputs, tmp_path):
     """A scheduler signals every process of a job, also those that tokenise."""
 
-    def build(config, groups):
+    def build(*_):
         raise DataError("a process that read the data was ended from outside")
 
     monkeypatch.setattr(train, "_Run", build)
     stops, config = StopRequests(), config_of(inputs, tmp_path / "run")
     with pytest.raises(DataError):
-        train._build(config, None, stops)
+        train._build(config, None, stops, None)
     stops.signal = "SIGTERM"
     with pytest.raises(Preempted, match="stopped after step 0: SIGTERM while the data were read"):
-        train._build(config, None, stops)
+        train._build(config, None, stops, None)
 
 
 @pytest.mark.slow

@@ -19,7 +19,7 @@ import torch.distributed as dist
 
 from nvembed_mcore import fault_injection
 from nvembed_mcore.build import build_model, read_architecture
-from nvembed_mcore.checkpoint import store
+from nvembed_mcore.checkpoint import optimizer_state, store
 from nvembed_mcore.checkpoint.saver import Saver
 from nvembed_mcore.config import CheckpointConfig
 from nvembed_mcore.optim import build_optimizer
@@ -195,7 +195,7 @@ def saved_and_loaded(inputs: Path, root: Path) -> tuple[list[str], list[str], st
     state = store.sharded_state(trainer.chunks, trainer.optimizer, is_loading=True)
     state = dist_checkpointing.load(state, str(root / "checkpoints/step-00000003/state"))
     trainer.chunks[0].module.load_state_dict(state["model"]["0"])
-    trainer.optimizer.load_state_dict(state["optimizer"])
+    optimizer_state.load(trainer.optimizer, {"0": store.weights_of(trainer.chunks[0].module)}, state["optimizer"])
     return saved, loaded, trainer.digest()
 
 
