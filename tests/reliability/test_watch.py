@@ -78,7 +78,7 @@ def test_a_frozen_rank_is_named_by_the_other(start, tmp_path, frozen):
     text, pid = log(tmp_path, alive), ranks.processes[frozen].pid
     assert f"rank {frozen} (host {os.uname().nodename}, pid {pid}) has been silent for" in text, ranks.outputs()
     assert "of step" in text
-    assert "in advance" in stacks(tmp_path, alive)
+    assert "in _loop" in stacks(tmp_path, alive)
 
 
 def test_a_rank_that_stalls_is_named_by_both(start, tmp_path):
@@ -123,7 +123,7 @@ def test_on_one_host_nothing_listens_beyond_it_and_stacks_are_written_on_demand(
     assert len(listening) >= 3  # the store, and gloo in both
     assert all(address.is_loopback for address in listening), listening
     ranks.kill(1, signal.SIGUSR2)
-    ranks.wait_until(lambda: "in advance" in stacks(tmp_path, 1), 5)
+    ranks.wait_until(lambda: "in _loop" in stacks(tmp_path, 1), 5)
     assert ranks.exit_codes() == [None, None]
     done = last_step(tmp_path / "run")
     ranks.wait_for_step(done + 2)
