@@ -223,10 +223,10 @@ class _Data:
 def _prepare_run_dir(config: RunConfig) -> Path:
     """Make the run folder and that of this attempt's logs; refuse what must not be mixed with an older run."""
     refuse_if_stopped(config)
-    found = store.has_checkpoint(config.run_dir)
-    if config.checkpoint.resume == "never" and found:
-        raise ConfigError(f"checkpoint.resume is 'never', but {config.run_dir} has a checkpoint")
-    if config.checkpoint.resume == "must" and not found:
+    found = store.newest_step(config.run_dir)
+    if config.checkpoint.resume == "never" and found is not None:
+        raise ConfigError(f"checkpoint.resume is 'never', but {config.run_dir} has a checkpoint of step {found}")
+    if config.checkpoint.resume == "must" and found is None:
         raise ConfigError(f"checkpoint.resume is 'must', but {config.run_dir} has no complete checkpoint")
     return next_folder(config.run_dir)
 

@@ -37,6 +37,11 @@ def name_of(step: int) -> str:
     return f"step-{step:08d}"
 
 
+def step_of(path: Path) -> int:
+    """The step in a folder's name."""
+    return int(path.name.removeprefix(_REPLACED).removeprefix("step-"))
+
+
 def step_folders(root: Path) -> list[Path]:
     """All checkpoint folders, good or not, from new to old."""
     if not root.is_dir():
@@ -47,21 +52,25 @@ def step_folders(root: Path) -> list[Path]:
         # One that is being replaced counts only while the other has not got its name.
         is_one = _NAME.fullmatch(name) and (path.name == name or not os.path.lexists(root / name))
         if is_one and (path.is_dir() or path.is_symlink()):
-            found[path] = int(name.removeprefix("step-"))
+            found[path] = step_of(path)
     return sorted(found, key=found.__getitem__, reverse=True)
 
 
 def candidates(root: Path) -> list[Path]:
-    """The folders to try, the one that the pointer names first, then the others from new to old."""
-    folders = step_folders(root)
-    if not folders:
-        return []
-    pointer = root / POINTER
+    """The folders to try, the one that the pointer names first, then the others from new to old.
+
+    Raises:
+        CheckpointError: there is a pointer and no folder at all.
+    """
+    folders, pointer = step_folders(root), root / POINTER
     try:
-        name = pointer.read_bytes()[:200].decode("ascii").strip()
-    except (OSError, UnicodeDecodeError) as error:
-        log.warning("cannot read %s (%r); taking the newest good checkpoint", pointer, error)
+        name = pointer.read_bytes()[:200].decode("ascii", "replace").strip()
+    except OSError as error:
+        if folders:
+            log.warning("cannot read %s (%r); taking the newest good checkpoint", pointer, error)
         return folders
+    if not folders:
+        raise CheckpointError(f"{pointer} names {name!r}, which is gone: remove it to start anew")
     first = [path for path in folders if path.name.removeprefix(_REPLACED) == name]
     if not first:
         log.warning("%s names %r, which is no checkpoint here; taking the newest good one", pointer, name)
@@ -152,7 +161,7 @@ def prune(newest: Path, keep: int) -> None:
     whole = 0
     for path in folders[folders.index(newest) :]:
         if whole >= keep:
-            _remove(path, int(newest.name.removeprefix("step-")))
+            _remove(path, step_of(newest))
         elif looks_whole(path):
             whole += 1
 

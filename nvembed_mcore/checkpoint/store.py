@@ -70,9 +70,10 @@ def find_checkpoint(path: str | Path) -> Checkpoint | None:
     return read_checkpoint(found[0]) if found else None
 
 
-def has_checkpoint(run_dir: str | Path) -> bool:
-    """Whether a run has checkpoint folders, good or not."""
-    return bool(folders.step_folders(folders.folder_of(run_dir)))
+def newest_step(run_dir: str | Path) -> int | None:
+    """Step of the newest checkpoint folder of a run, good or not; None when there is none."""
+    found = folders.step_folders(folders.folder_of(run_dir))
+    return folders.step_of(found[0]) if found else None
 
 
 def read_checkpoint(path: str | Path) -> Checkpoint:

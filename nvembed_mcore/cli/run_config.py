@@ -50,7 +50,7 @@ def read_run_config(arguments: list[str]) -> RunConfig:
 
 def _files(arguments: list[str]) -> Iterator[str]:
     """The files that the options name, so far as they are there."""
-    for option, value in zip(arguments, [*arguments[1:], ""], strict=True):
+    for option, value in zip(arguments, [*arguments[1:], ""], strict=False):
         name, _, joined = option.partition("=")
         if name == "--config" and os.path.isfile(joined or value):
             yield joined or value

@@ -116,7 +116,7 @@ def test_where_there_is_no_choice_nothing_is_measured(world, case, way):
 
 def test_a_resumed_run_keeps_the_limit_of_its_hardware_and_layout():
     """Otherwise it could step another way, and not go on by bits."""
-    layout = {"parallel": {"tp": 1}, "step": {"way": "auto"}}
+    layout = {"parallel": {"tp": 1}, "step": {"way": "auto"}, "optim": {"distributed": True}}
     facts = {"hardware": {"device": "cpu", "world_size": 2}, "config": layout}
     saved = Checkpoint(Path("run"), 5, facts | {"retain_tokens": 777})
     assert retained_tokens(None, facts) is None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import pickle
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -123,6 +124,10 @@ def import_and_save(folder: Path, output: Path, pooling: PoolingConfig, dtype: s
     dist.barrier()
     dist_checkpointing.save({"0": store.weights_of(encoder)}, str(output / "state"))
     if groups.rank == 0:
+        # Megatron's writer leaves its plans in the table of contents, which ours does not.
+        contents = pickle.loads((output / "state/.metadata").read_bytes())  # noqa: S301
+        del contents.all_local_plans
+        (output / "state/.metadata").write_bytes(pickle.dumps(contents))
         facts = {"step": 0, "config": {"loss": {}, "model": {"pooling": vars(pooling)}}, "hf_config": config.to_dict()}
         (output / "run.json").write_text(json.dumps(facts), encoding="utf-8")
         seal(output, 0)

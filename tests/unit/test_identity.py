@@ -293,7 +293,7 @@ def test_auto_must_and_never(monkeypatch, tmp_path, caplog):
     """Those of damaged checkpoints stand in the tests of the store."""
 
     def prepare(how: str, is_there: bool) -> None:
-        monkeypatch.setattr(resume.store, "has_checkpoint", lambda run_dir: is_there)
+        monkeypatch.setattr(resume.store, "newest_step", lambda run_dir: 3 if is_there else None)
         checkpoint = dataclasses.replace(CONFIG.checkpoint, resume=how)
         _prepare_run_dir(dataclasses.replace(CONFIG, run_dir=str(tmp_path / "run"), checkpoint=checkpoint))
 
@@ -302,7 +302,7 @@ def test_auto_must_and_never(monkeypatch, tmp_path, caplog):
     assert str(caught.value) == f"checkpoint.resume is 'must', but {tmp_path}/run has no complete checkpoint"
     with pytest.raises(ConfigError) as caught:
         prepare("never", True)
-    assert str(caught.value) == f"checkpoint.resume is 'never', but {tmp_path}/run has a checkpoint"
+    assert str(caught.value) == f"checkpoint.resume is 'never', but {tmp_path}/run has a checkpoint of step 3"
     assert not (tmp_path / "run").exists(), "a run that was refused writes nothing"
     for how, is_there in (("auto", False), ("auto", True), ("must", True), ("never", False)):
         prepare(how, is_there)
