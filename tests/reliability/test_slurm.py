@@ -82,8 +82,8 @@ def jobs(slurm, inputs, world) -> Jobs:
         options=TWO_NODES,
         PREFLIGHT="0",
         FAULTS_0="kill@step_begin:1:5",
-        FAULTS_1="sleep=4@step_begin:0:8",
-        FAULTS_2="sleep=4@step_begin:0:11",
+        FAULTS_1="sleep=3@step_begin:0:8",
+        FAULTS_2="sleep=3@step_begin:0:11",
     )
     # Dies before every fourth step: its first attempt saves three steps, the second none.
     hopeless = slurm.submit(
