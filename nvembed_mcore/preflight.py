@@ -20,8 +20,9 @@ import torch
 import torch.distributed as dist
 
 from nvembed_mcore import device
-from nvembed_mcore.config import RunConfig
+from nvembed_mcore.config import ConfigError, RunConfig
 from nvembed_mcore.exits import Exit
+from nvembed_mcore.parallel import rendezvous
 from nvembed_mcore.preflight_rank import Rank, look_around, remove_probe
 
 LARGEST_SKEW_SECONDS = 5.0
@@ -57,14 +58,13 @@ def check(read: Callable[[], RunConfig], timeout_seconds: float = 60.0) -> tuple
         ranks cannot talk to each other or a GPU is broken, 74 where the disk cannot be used, 0 otherwise. Where rank 0
         cannot be reached, what this rank alone knows.
     """
-    # Some clusters set WORLD_SIZE for every process, launched or not; RANK comes only from a launcher.
-    world_size = int(os.environ["WORLD_SIZE"]) if "RANK" in os.environ else 1
-    here = look_around(read, int(os.environ.get("RANK", "0")))
+    place = rendezvous.place()
+    here = look_around(read, place.rank if place else 0)
     try:
-        if world_size == 1:
+        if place is None or place.world_size == 1:
             findings = judge([here], [time.time()])
         else:
-            findings = _Exchange(here, world_size, timeout_seconds).findings()
+            findings = _Exchange(here, place, timeout_seconds).findings()
     finally:
         remove_probe(here)
     return findings, worst(findings)
@@ -79,29 +79,23 @@ def worst(findings: Iterable[Finding]) -> Exit:
 class _Exchange:
     """The ranks' talk over the rendezvous store. Keys: `rank/3`, `next`, `result/3`, `report`, `bye/3`."""
 
-    def __init__(self, here: Rank, world_size: int, timeout_seconds: float) -> None:
-        self.here, self.world_size, self.timeout = here, world_size, timeout_seconds
+    def __init__(self, here: Rank, place: rendezvous.Place, timeout_seconds: float) -> None:
+        self.here, self.place, self.timeout = here, place, timeout_seconds
+        self.world_size = place.world_size
 
     def findings(self) -> list[Finding]:
         try:
-            store = dist.PrefixStore("preflight", self._open_store())
+            if self.place.is_single_node:
+                rendezvous.listen_on_loopback_only()
+            # Whoever does not come is named; so rank 0 does not wait here.
+            store = rendezvous.open_store(self.place, timedelta(seconds=self.timeout), wait_for_all=False)
+            store = dist.PrefixStore("preflight", store)
             store.set(f"rank/{self.here.rank}", json.dumps(dataclasses.asdict(self.here)))
             return self._lead(store) if self.here.rank == 0 else self._follow(store)
-        except (RuntimeError, OSError) as error:  # torch's DistError is a RuntimeError
-            where = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
+        except (RuntimeError, OSError, ConfigError) as error:  # torch's DistError is a RuntimeError
+            where = f"{self.place.host}:{self.place.port}"
             text = f"rank {self.here.rank} on {self.here.host} cannot talk to rank 0 at {where}: {_first_line(error)}"
             return [*_own(self.here), Finding(Exit.HANG, "network", text)]
-
-    def _open_store(self) -> dist.TCPStore:
-        """Rank 0 serves it, or torchrun does. Not `dist.rendezvous`, which waits for all ranks and names none."""
-        return dist.TCPStore(
-            os.environ["MASTER_ADDR"],
-            int(os.environ["MASTER_PORT"]),
-            self.world_size,
-            is_master=self.here.rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True",
-            timeout=timedelta(seconds=self.timeout),
-            wait_for_workers=False,
-        )
 
     def _lead(self, store: dist.Store) -> list[Finding]:
         facts = self._collect(store, "rank", self.timeout)

@@ -115,12 +115,10 @@ up() {
 
 # Processes of this SLURM's jobs, and the ones that watch over them: both carry its SLURM_CONF and a job's number.
 processes_of_jobs() {
-    local process environment
-    for process in /proc/[0-9]*; do
-        environment=$(tr '\0' '\n' 2>/dev/null <"$process/environ") || continue
-        if grep -qxF "SLURM_CONF=$SLURM_CONF" <<<"$environment" &&
-            { grep -q '^SLURM_JOB_ID=' <<<"$environment" || [ "$(cat "$process/comm" 2>/dev/null)" = slurmstepd ]; }; then
-            echo "${process#/proc/}"
+    local file
+    grep -lzsxF "SLURM_CONF=$SLURM_CONF" /proc/[0-9]*/environ | while read -r file; do
+        if grep -qzs '^SLURM_JOB_ID=' "$file" || [ "$(cat "${file%environ}comm" 2>/dev/null)" = slurmstepd ]; then
+            basename "${file%/environ}"
         fi
     done
 }

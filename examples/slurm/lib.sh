@@ -101,7 +101,7 @@ begin() {
     rendezvous
     set_flags
     status=0
-    run_dir=$(srun "${flags[@]}" --nodes=1 --ntasks=1 python -m nvembed_mcore preflight "$@" --show run_dir) || status=$?
+    run_dir=$(srun "${flags[@]}" --nodes=1 --ntasks=1 --ntasks-per-node=1 python -m nvembed_mcore preflight "$@" --show run_dir) || status=$?
     if [ "$status" -ne 0 ]; then
         say "cannot read the configuration (status $status): $*"
         exit "$status"

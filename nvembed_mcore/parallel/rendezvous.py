@@ -84,8 +84,11 @@ def listen_on_loopback_only() -> None:
         os.environ.setdefault("NCCL_SOCKET_IFNAME", "lo")
 
 
-def open_store(here: Place, timeout: timedelta) -> dist.TCPStore:
+def open_store(here: Place, timeout: timedelta, *, wait_for_all: bool = True) -> dist.TCPStore:
     """The store that all processes of the run meet at.
+
+    Args:
+        wait_for_all: False: rank 0 gets the store although others are still to come.
 
     Raises:
         ConfigError: MASTER_ADDR does not resolve.
@@ -106,6 +109,7 @@ def open_store(here: Place, timeout: timedelta) -> dist.TCPStore:
             here.world_size,
             is_master=hosts,
             timeout=timeout,
+            wait_for_workers=wait_for_all,
             master_listen_fd=None if listener is None else listener.detach(),
         )
     except RuntimeError as error:

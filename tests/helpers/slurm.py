@@ -67,7 +67,7 @@ class LocalSlurm:
         found = subprocess.run(
             words, cwd=ROOT, env=self._environment | environment, capture_output=True, text=True, timeout=60
         )
-        assert found.returncode == 0, (words, found.stdout, found.stderr)
+        assert found.returncode == 0, (words, found.returncode, found.stdout, found.stderr)
         return found.stdout.strip()
 
     def submit(self, script: str, *arguments: str, options: list[str], **environment: str) -> str:

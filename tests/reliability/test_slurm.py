@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -16,7 +17,7 @@ import yaml
 
 from nvembed_mcore.config import CheckpointConfig, EvalConfig, ModelConfig, RunConfig
 from nvembed_mcore.log import read_metrics
-from nvembed_mcore.status import Status, read_status
+from nvembed_mcore.status import read_status
 from nvembed_mcore.train import train
 from tests.helpers.runs import run_config, write_config, write_inputs
 from tests.helpers.slurm import LocalSlurm, Unavailable
@@ -81,8 +82,8 @@ def jobs(slurm, inputs, world) -> Jobs:
         options=TWO_NODES,
         PREFLIGHT="0",
         FAULTS_0="kill@step_begin:1:5",
-        FAULTS_1="sleep=4@step_begin:0:8",
-        FAULTS_2="sleep=4@step_begin:0:11",
+        FAULTS_1="sleep=3@step_begin:0:8",
+        FAULTS_2="sleep=3@step_begin:0:11",
     )
     # Dies before every fourth step: its first attempt saves three steps, the second none.
     hopeless = slurm.submit(
@@ -115,18 +116,14 @@ def submit_chain(slurm: LocalSlurm, inputs: Path, output: Path) -> dict[str, str
     return {what: number for number, what in lines[:-1]}
 
 
-def status_of(run_dir: Path) -> Status | None:
-    return read_status(run_dir)
-
-
 def reached(slurm: LocalSlurm, jobs: Jobs, attempt: int, step: int) -> None:
     """Wait until the disturbed run's attempt has saved a step."""
 
     def has() -> bool:
-        found = status_of(jobs.run("disturbed"))
+        found = read_status(jobs.run("disturbed"))
         return found is not None and found.attempt == attempt and found.checkpoint_step == step
 
-    slurm.until(has, 90, lambda: f"{status_of(jobs.run('disturbed'))}\n{slurm.output(jobs.disturbed)}")
+    slurm.until(has, 90, lambda: f"{read_status(jobs.run('disturbed'))}\n{slurm.output(jobs.disturbed)}")
 
 
 def test_two_nodes_go_on_by_bits_after_a_kill_a_warning_and_a_requeue(slurm, jobs):
@@ -139,7 +136,8 @@ def test_two_nodes_go_on_by_bits_after_a_kill_a_warning_and_a_requeue(slurm, job
     output = slurm.output(jobs.disturbed)
     assert (facts["JobState"], facts["ExitCode"], facts["Restarts"]) == ("COMPLETED", "0:0", "3"), output
     assert facts["NodeList"] == "n[1-2]"
-    assert "requeue: failed with 137, but made progress (0 to 27 samples)" in output
+    # How far rank 0 tells that it came depends on whether srun leaves it the time to.
+    assert re.search(r"requeue: failed with 137, but made progress \(0 to (27|36) samples\)", output), output
     assert "first to fail: 137 rank 1 on n2; output in " in output
     assert "got USR1: asking the run to save and stop" in output and "requeue: preempted" in output
     assert output.rstrip().endswith(f"job {jobs.disturbed}.3: done")
@@ -148,7 +146,7 @@ def test_two_nodes_go_on_by_bits_after_a_kill_a_warning_and_a_requeue(slurm, job
     for attempt in range(4):
         names = {file.name for file in (logs / f"slurm-{jobs.disturbed}.{attempt}").iterdir()}
         assert {"rank-0.out", "rank-1.out"} <= names
-    assert status_of(jobs.run("disturbed")).state == "done"
+    assert read_status(jobs.run("disturbed")).state == "done"
     assert losses(jobs.run("disturbed")) == losses(jobs.run("golden"))
 
 
@@ -190,3 +188,60 @@ def test_the_chain_runs_to_its_evaluation(slurm, jobs):
     assert tree["model"]["init_from"] == str(output / "stage1")
     scores = json.loads((output / "scores.json").read_text(encoding="utf-8"))
     assert 0 < scores["ndcg_at_10"] <= 1
+
+
+@pytest.mark.slow
+def test_torchrun_saves_and_goes_on_by_bits(slurm, inputs, jobs):
+    """Its workers' status is kept although torchrun ends with 1; a second signal comes while they save."""
+    run = jobs.run("torchrun")
+    config = str(write_config(config_of(inputs, run)))
+    job = slurm.submit(
+        "train_torchrun.sbatch", config, options=TWO_NODES, RANKS_PER_NODE="1", FAULTS_0="sleep=4@step_begin:0:5"
+    )
+    slurm.until(lambda: saved(run) == 3, 90, lambda: slurm.output(job))
+    for _ in range(2):
+        slurm.command("scancel", "--signal=USR1", "--batch", job)
+    facts = slurm.ended(job)
+    output = slurm.output(job)
+    assert (facts["JobState"], facts["Restarts"]) == ("COMPLETED", "1"), output
+    assert "requeue: preempted" in output
+    first = run / "logs" / f"slurm-{job}.0" / "first-exit"
+    assert first.read_text().startswith("75 rank ")
+    assert losses(run) == losses(jobs.run("golden"))
+
+
+@pytest.mark.slow
+def test_tasks_of_an_array_go_on_one_after_the_other(slurm, inputs, jobs):
+    run = jobs.run("array")
+    config = str(write_config(config_of(inputs, run)))
+    options = [*TWO_NODES, "--array=1-3%1"]
+    array = slurm.submit(
+        "array.sbatch", config, options=options, PREFLIGHT="0", NVEMBED_FAULT="sleep=4@step_begin:0:5"
+    )
+    slurm.until(lambda: saved(run) == 3, 90, lambda: slurm.output(f"{array}_1"))
+    # scancel sends it to a task of an array again and again, and complains when that has ended.
+    slurm.command("bash", "-c", f"scancel --signal=USR1 --batch {array}_1 || true")
+    states = [slurm.ended(f"{array}_{task}")["ExitCode"] for task in (1, 2, 3)]
+    assert states == ["75:0", "0:0", "0:0"]
+    assert "nothing left for this task" in slurm.output(f"{array}_3")
+    assert losses(run) == losses(jobs.run("golden"))
+
+
+@pytest.mark.slow
+def test_a_job_near_its_time_limit_saves_and_a_cancelled_one_stays_away(slurm, inputs, jobs):
+    """SLURM sends the signal up to a minute early, here at once. The requeued job is then ended by its owner."""
+    run = jobs.run("limited")
+    config = str(write_config(config_of(inputs, run, steps=2000)))
+    options = [*TWO_NODES, "--time=2", "--signal=B:USR1@60"]
+    job = slurm.submit("train.sbatch", config, options=options, PREFLIGHT="0")
+    slurm.until(lambda: slurm.facts(job)["Restarts"] == "1", 150, lambda: slurm.output(job))
+    assert "requeue: preempted" in slurm.output(job) and read_status(run).checkpoint_step > 0
+    slurm.until(lambda: read_status(run).attempt == 2, 90, lambda: slurm.output(job))
+    slurm.command("scancel", job)
+    facts = slurm.ended(job)
+    assert (facts["JobState"], facts["Restarts"]) == ("CANCELLED", "1"), slurm.output(job)
+
+
+def saved(run: Path) -> int | None:
+    found = read_status(run)
+    return found.checkpoint_step if found else None
