@@ -21,7 +21,7 @@ from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
-from nvembed_mcore.checkpoint import store
+from nvembed_mcore.checkpoint import folders
 from nvembed_mcore.config import CheckpointConfig, EvalConfig, LoraConfig, LossConfig, ParallelConfig, RunConfig
 from tests.helpers import kills, runs
 from tests.helpers.kills import Attempt, Blow
@@ -164,7 +164,7 @@ class Soak:
             self.faults.append(f"{case}: the losses differ")
         # Beside the last step's there is that of the last save before, which may be one that a signal asked for.
         files = kills.files(run_dir)
-        older = files - {store.POINTER, f"step-{STEPS:08d}"}
+        older = files - {folders.POINTER, f"step-{STEPS:08d}"}
         if len(files) != 1 + KEEP or len(older) != KEEP - 1 or not min(older).startswith("step-"):
             self.faults.append(f"{case}: checkpoints/ has {sorted(files)}")
 
