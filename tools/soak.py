@@ -223,9 +223,7 @@ def parse() -> argparse.Namespace:
         ),
     )
     parser.add_argument("--kills", type=int, default=100, help="stop after the run in which so many are reached")
-    parser.add_argument(
-        "--seed", type=int, default=0, help="of the schedule, and which layout is first; the runs are the same"
-    )
+    parser.add_argument("--seed", type=int, default=0, help="of the schedule; also which layout is first")
     parser.add_argument("--json", help="file for the figures")
     return parser.parse_args()
 
