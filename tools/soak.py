@@ -29,7 +29,7 @@ from tests.helpers.supervisor import Ranks
 
 STEPS, EVERY, KEEP = 15, 3, 2
 TIMED = ("SIGKILL", "SIGTERM", "SIGUSR1", "STOP file")
-FREEZE_EVERY_ROUNDS = 6
+FREEZE_EVERY_ROUNDS = 3
 """A rank that is frozen for good costs the whole timeout of the watchdog."""
 TIMEOUT_SECONDS = 12
 

@@ -137,7 +137,7 @@ def schedule(draw: random.Random, world_size: int, steps: int, every: int, keep:
 
 
 def supervise(
-    arguments: list[str], run_dir: Path, world_size: int, blows: Iterable[Blow], kill_others_after: float = 1.0
+    arguments: list[str], run_dir: Path, world_size: int, blows: Iterable[Blow], kill_others_after: float = 0.3
 ) -> Iterator[Attempt]:
     """Start, strike and start again: one attempt a blow, and a last one that nobody strikes.
 
