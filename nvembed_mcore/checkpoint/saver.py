@@ -78,6 +78,8 @@ class Saver:
 
         def check() -> None:
             self.root.mkdir(parents=True, exist_ok=True)
+            # Here too, for a run that was killed at its last save never saves again.
+            folders.clear_leftovers(self.root)
             check_space(self.root, int(total), self._groups.world_size, "a checkpoint of this run")
 
         first_rank_does(check, self._group)

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import torch
 
-from nvembed_mcore.checkpoint import store
+from nvembed_mcore.checkpoint import folders, store
 from nvembed_mcore.exits import Exit
 from nvembed_mcore.log import read_metrics
 from tests.helpers.supervisor import Ranks, last_step
@@ -53,8 +53,9 @@ class Blow:
 
     @property
     def fault(self) -> dict[str, str]:
-        """The environment that makes it happen at its point."""
-        return {"NVEMBED_FAULT": f"kill@{self.point}:{self.rank}:{self.step}"} if self.point else {}
+        """The environment that makes it happen at its point; the first removal of an attempt, whatever its step."""
+        step = "" if self.point == "during_prune" else self.step
+        return {"NVEMBED_FAULT": f"kill@{self.point}:{self.rank}:{step}"} if self.point else {}
 
     def strike(self, ranks: Ranks, run_dir: Path) -> None:
         """Wait for the moment, then strike; what `fault` does is not done here."""
@@ -75,7 +76,8 @@ class Blow:
         """Whether an attempt that was struck so may end with these codes."""
         if self.point:
             # The step before was done, so it was no other failure that ended the attempt earlier.
-            return codes[self.rank] == -signal.SIGKILL and reached >= self.step - 1 >= began
+            before = began + 1 if self.point == "during_prune" else self.step - 1
+            return codes[self.rank] == -signal.SIGKILL and reached >= before >= began
         if not any(codes):
             return True  # it was done before
         if self.what in ("SIGTERM", "SIGUSR1"):
@@ -135,7 +137,7 @@ def schedule(draw: random.Random, world_size: int, steps: int, every: int, keep:
 
 
 def supervise(
-    arguments: list[str], run_dir: Path, world_size: int, blows: Iterable[Blow], kill_others_after: float = 2.0
+    arguments: list[str], run_dir: Path, world_size: int, blows: Iterable[Blow], kill_others_after: float = 0.3
 ) -> Iterator[Attempt]:
     """Start, strike and start again: one attempt a blow, and a last one that nobody strikes.
 
@@ -170,7 +172,7 @@ def newest(run_dir: Path) -> int:
 def complete(run_dir: Path) -> list[int]:
     """Steps of the checkpoints of which every tensor can be read, from old to new."""
     found = []
-    for path in sorted(store.folder_of(run_dir).glob("step-*")):
+    for path in sorted(folders.folder_of(run_dir).glob("step-*")):
         try:
             digest(path)
         except store.CheckpointError:
@@ -198,4 +200,4 @@ def curve(run_dir: Path) -> list[tuple[int, float, float]]:
 
 def files(run_dir: Path) -> set[str]:
     """What is in `checkpoints/`."""
-    return {path.name for path in store.folder_of(run_dir).iterdir()}
+    return {path.name for path in folders.folder_of(run_dir).iterdir()}

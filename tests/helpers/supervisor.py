@@ -28,6 +28,7 @@ PRELOAD = (
     "nvembed_mcore.train",
     "datasets",
     "jsonargparse",
+    "tests.helpers.runs",
     "tests.helpers.supervisor",
 )
 POLL_SECONDS = 0.02

@@ -45,17 +45,18 @@ def unharmed(inputs, tmp_path_factory):
     return run_dir
 
 
-@pytest.mark.parametrize("seed", [7])
-def test_a_run_killed_everywhere_ends_with_the_same_bits(inputs, unharmed, tmp_path, seed):
+@pytest.mark.parametrize(("async_save", "seed"), [(False, 7), (True, 8)])
+def test_a_run_killed_everywhere_ends_with_the_same_bits(inputs, unharmed, tmp_path, async_save, seed):
     run_dir = tmp_path / "run"
-    config = runs.write_config(config_of(inputs, run_dir))
+    config = runs.write_config(config_of(inputs, run_dir, async_save=async_save))
     plan = list(kills.schedule(random.Random(seed), RANKS, STEPS, EVERY, KEEP))
     assert {blow.point for blow in plan} == {"", *kills.STEP_POINTS, *kills.IN_VAIN, "after_pointer", "during_prune"}
+    # While a save is still being written, the run is up to an interval ahead of it.
+    allowed = 2 * EVERY if async_save else EVERY
     attempts, saved = [], set()
     for attempt in kills.supervise([str(config)], run_dir, RANKS, plan):
-        print(attempt)
         lost = attempts[-1].reached - attempt.began if attempts else 0
-        assert lost <= EVERY, f"{lost} steps were lost by {attempts[-1].blow}"
+        assert lost <= allowed, f"{lost} steps were lost by {attempts[-1].blow}"
         attempts.append(attempt)
         saved |= {*attempt.checkpoints}
         assert len(attempt.checkpoints) >= min(KEEP, len(saved)), f"after {attempt.blow} a promised checkpoint is gone"
