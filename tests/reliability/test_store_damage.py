@@ -202,7 +202,15 @@ def test_a_step_that_the_manifest_does_not_have(run, caplog):
 def test_an_interrupted_first_save_is_no_checkpoint(run):
     shutil.rmtree(run / "checkpoints" / NEW)
     os.rename(run / "checkpoints" / OLD, run / "checkpoints" / f".writing-{OLD}")
+    os.unlink(run / "checkpoints" / "latest")
     assert found(run) is None and store.find_checkpoint(run) is None
+
+
+def test_a_pointer_to_nothing_is_no_fresh_start(run):
+    for name in (NEW, OLD):
+        shutil.rmtree(run / "checkpoints" / name)
+    with pytest.raises(CheckpointError, match=f"latest names '{NEW}', which is gone: remove it to start anew"):
+        found(run)
 
 
 def test_a_replaced_folder_counts_until_the_new_one_has_its_name(run):
