@@ -129,7 +129,7 @@ class Soak:
         has_freeze = number % FREEZE_EVERY_ROUNDS == FREEZE_EVERY_ROUNDS - 1
         before = None
         try:
-            for attempt in kills.supervise([str(config)], run_dir, case.ranks, blows_of(draw, case, has_freeze)):
+            for attempt in kills.supervise([[str(config)]], run_dir, case.ranks, blows_of(draw, case, has_freeze)):
                 self._account(case, attempt, before)
                 before = attempt
                 yield attempt

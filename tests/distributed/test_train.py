@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from nvembed_mcore.checkpoint.store import find_checkpoint
-from nvembed_mcore.config import CheckpointConfig, LossConfig, ModelConfig, ParallelConfig
+from nvembed_mcore.config import LossConfig, ModelConfig, ParallelConfig
 from nvembed_mcore.log import read_metrics
 from nvembed_mcore.train import train
 from tests.helpers import runs
@@ -54,16 +54,6 @@ def test_learns_logs_and_evaluates(straight):
     assert (straight / "logs" / "0001" / "rank-1.log").is_file()
 
 
-def test_a_resumed_run_has_the_same_losses(world, inputs, straight, tmp_path):
-    config = runs.run_config(inputs, tmp_path, parallel=layout())
-    # Stopped after step 5, but the checkpoint to go on from is that of step 5: steps 6 to 8 are computed again.
-    world(2).run(train, dataclasses.replace(config, stop_at=5))
-    assert losses(tmp_path) == losses(straight)[:5]
-    world(2).run(train, config)
-    assert losses(tmp_path) == losses(straight)
-    assert evaluations(tmp_path)[-1] == evaluations(straight)[-1]
-
-
 @pytest.mark.parametrize(("tp", "pp", "chunks"), [(2, 1, 1), (1, 2, 1), (1, 2, 2)])
 def test_other_layouts_have_the_same_curve(world, inputs, straight, tmp_path, tp, pp, chunks):
     config = runs.run_config(inputs, tmp_path, parallel=layout(tp, pp, chunks))
@@ -93,38 +83,6 @@ def test_a_learned_temperature_is_saved_and_goes_on_in_another_layout(world, inp
     world(2).run(train, dataclasses.replace(second, model=model))
     (line,) = read_metrics(tmp_path / "second" / "metrics.jsonl")
     assert line["temperature"] == pytest.approx(expected[-1], rel=0.05) and line["temperature"] != pytest.approx(0.1)
-
-
-def test_bfloat16_weights_beside_a_float32_temperature_go_on_by_bits(world, inputs, tmp_path):
-    config = runs.run_config(inputs, tmp_path / "straight", parallel=layout(), steps=4)
-    config = dataclasses.replace(
-        config,
-        model=dataclasses.replace(config.model, precision="bfloat16"),
-        loss=LossConfig(temperature=0.1, learn_temperature=True),
-        eval=dataclasses.replace(config.eval, path=None),
-    )
-    world(2).run(train, config)
-    config = dataclasses.replace(config, run_dir=str(tmp_path / "again"))
-    world(2).run(train, dataclasses.replace(config, stop_at=2))
-    world(2).run(train, config)
-    runs_of = [read_metrics(tmp_path / name / "metrics.jsonl") for name in ("straight", "again")]
-    straight, again = ([(line["loss"], line["temperature"]) for line in lines] for lines in runs_of)
-    assert straight == again and len({temperature for _, temperature in straight}) == 4
-
-
-def test_multi_layer_goes_on_in_another_layout(world, inputs, tmp_path):
-    config = runs.run_config(inputs, tmp_path / "straight", parallel=layout(), steps=4)
-    config = dataclasses.replace(config, checkpoint=CheckpointConfig(every_steps=9))
-    pooling = dataclasses.replace(config.model.pooling, kind="multi_layer")
-    config = dataclasses.replace(config, model=dataclasses.replace(config.model, pooling=pooling))
-    world(2).run(train, config)
-    again = dataclasses.replace(config, run_dir=str(tmp_path / "again"))
-    world(2).run(train, dataclasses.replace(again, parallel=layout(2), stop_at=2))
-    world(2).run(train, dataclasses.replace(again, parallel=layout(1, 2, 2)))
-    np.testing.assert_allclose(losses(tmp_path / "again"), losses(tmp_path / "straight"), rtol=1e-4)
-    first, last = (evaluations(tmp_path / name)[-1] for name in ("straight", "again"))
-    assert first["step"] == last["step"] == 4 and first.keys() == last.keys()
-    assert losses(tmp_path / "straight")[-1] < losses(tmp_path / "straight")[0]
 
 
 def weights_of(run_dir) -> dict[str, torch.Tensor]:

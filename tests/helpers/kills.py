@@ -95,6 +95,7 @@ class Attempt:
     """What came of one start.
 
     Attributes:
+        arguments: it was started with.
         blow: what was to happen to it; None for the last.
         codes: exit codes by rank.
         began, reached: the step that it went on from, and the last one in `metrics.jsonl` when it had ended.
@@ -102,6 +103,7 @@ class Attempt:
         checkpoints: steps of the complete checkpoints that it left, from old to new.
     """
 
+    arguments: list[str]
     blow: Blow | None
     codes: list[int]
     began: int
@@ -137,9 +139,11 @@ def schedule(draw: random.Random, world_size: int, steps: int, every: int, keep:
 
 
 def supervise(
-    arguments: list[str], run_dir: Path, world_size: int, blows: Iterable[Blow], kill_others_after: float = 0.3
+    commands: list[list[str]], run_dir: Path, world_size: int, blows: Iterable[Blow], kill_others_after: float = 0.3
 ) -> Iterator[Attempt]:
     """Start, strike and start again: one attempt a blow, and a last one that nobody strikes.
+
+    Attempts take the commands by turns, each of which is what follows `nvembed train`.
 
     A blow at a step that is saved already cannot happen and is left out.
 
@@ -152,6 +156,7 @@ def supervise(
             continue
         begin = time.monotonic()
         log_dir = run_dir.with_name(f"{run_dir.name}-output") / f"{number:04d}"
+        arguments = commands[number % len(commands)]
         with Ranks(arguments, world_size, log_dir, blow and blow.fault, kill_others_after=kill_others_after) as ranks:
             if blow:
                 blow.strike(ranks, run_dir)
@@ -160,7 +165,7 @@ def supervise(
         is_expected = blow.explains(codes, began, reached) if blow else not any(codes)
         assert is_expected, f"attempt {number} from step {began}, {blow}: {codes} at {reached}\n{ranks.outputs()}"
         (run_dir / "STOP").unlink(missing_ok=True)
-        yield Attempt(blow, codes, began, reached, seconds, complete(run_dir))
+        yield Attempt(arguments, blow, codes, began, reached, seconds, complete(run_dir))
 
 
 def newest(run_dir: Path) -> int:

@@ -24,12 +24,10 @@ from tests.helpers.plain import training_batch
 
 LEARNED = {"learn_temperature": True}
 CASES = [
-    Case(world=2, way="single", distributed=False),
     Case(world=2, way="single", overlap=True, loss=LEARNED),
     Case(world=2, way="retain", budget=120, distributed=False, clip=0.0),
     Case(world=2, way="cached", budget=120, targets=ALL_TARGETS),
     Case(world=2, tp=2, sp=True, way="cached", budget=200, distributed=False),
-    Case(world=2, pp=2, way="cached", budget=200),
     Case(world=2, pp=2, chunks=2, way="cached", budget=200, distributed=False, targets=("q", "v"), kind="mean"),
 ]
 
@@ -186,7 +184,7 @@ def train_poisoned(config: RunConfig, at_step: int) -> dict | None:
 
 def test_a_run_writes_the_samples_and_its_checkpoint_stays(world, tmp_path):
     """bfloat16 weights beside a float32 temperature: two optimizers in a chain."""
-    inputs = runs.write_inputs(tmp_path / "inputs")
+    inputs = runs.write_inputs(tmp_path / "inputs", with_words=True)
     config = runs.run_config(inputs, tmp_path / "run", parallel=ParallelConfig(timeout_minutes=2), steps=4)
     config = dataclasses.replace(
         config,
@@ -216,7 +214,7 @@ def test_a_run_writes_the_samples_and_its_checkpoint_stays(world, tmp_path):
 
 
 def test_a_report_that_cannot_be_written_does_not_hide_the_error(world, tmp_path):
-    inputs = runs.write_inputs(tmp_path / "inputs")
+    inputs = runs.write_inputs(tmp_path / "inputs", with_words=True)
     config = runs.run_config(inputs, tmp_path / "run", steps=1)
     config = dataclasses.replace(config, eval=dataclasses.replace(config.eval, path=None))
     (tmp_path / "run" / "nonfinite-step-00000001.json").mkdir(parents=True)

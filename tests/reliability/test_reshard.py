@@ -28,13 +28,13 @@ LAYOUTS = {
     "dp2": Case(world=2, overlap=True),
     "tp2 sp": Case(world=2, tp=2, sp=True),
     "pp2 x 2": Case(world=2, pp=2, chunks=2),
+    "tp2 sp pp2": Case(world=4, tp=2, sp=True, pp=2),
+    # The others are among the long tests only.
     "dp3": Case(world=3),
     "dp2 whole": Case(world=2, distributed=False),
-    "tp2 sp pp2": Case(world=4, tp=2, sp=True, pp=2),
     "tp2 dp2": Case(world=4, tp=2, overlap=True),
     "pp4": Case(world=4, pp=4),
     "tp4 whole": Case(world=4, tp=4, distributed=False),
-    # The others are among the long tests only.
     "tp2": Case(world=2, tp=2),
     "pp2": Case(world=2, pp=2),
     "dp3 whole": Case(world=3, distributed=False),
@@ -47,7 +47,7 @@ LAYOUTS = {
 }
 """`dp` data-parallel, `tp` tensor-parallel, `sp` with sequence parallelism, `pp` pipeline stages, `x` chunks of each,
 `whole`: the optimizer is not sharded. With `overlap`, gradients are in many buckets."""
-SHORT = list(LAYOUTS)[:10]
+SHORT = list(LAYOUTS)[:5]
 
 
 @pytest.fixture(scope="module")

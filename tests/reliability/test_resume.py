@@ -97,7 +97,15 @@ CASES = {
 }
 
 
-@pytest.mark.parametrize("case", CASES)
+LONG_ONES = (
+    "bfloat16 beside a float32 temperature, causal",
+    "tensor parallel, retain, matryoshka, optimizer not sharded",
+)
+
+
+@pytest.mark.parametrize(
+    "case", [pytest.param(case, marks=pytest.mark.slow) if case in LONG_ONES else case for case in CASES]
+)
 def test_goes_on_by_bits(world, inputs, tmp_path, case):
     changes = {"parallel": layout(), **CASES[case]}
     config = configured(inputs, tmp_path, **changes)

@@ -58,7 +58,6 @@ class Jobs:
     """Numbers of the jobs that are under way, and their run folders."""
 
     disturbed: str
-    hopeless: str
     misconfigured: str
     chain: dict[str, str]
     folder: Path
@@ -73,9 +72,7 @@ def jobs(slurm, inputs, world) -> Jobs:
     folder = slurm.folder
     # Builds the token store that all runs use, too.
     world(2).run(train, config_of(inputs, folder / "golden"))
-    configs = {
-        name: str(write_config(config_of(inputs, folder / name))) for name in ("disturbed", "hopeless", "wrong")
-    }
+    configs = {name: str(write_config(config_of(inputs, folder / name))) for name in ("disturbed", "wrong")}
     disturbed = slurm.submit(
         "train.sbatch",
         configs["disturbed"],
@@ -85,12 +82,8 @@ def jobs(slurm, inputs, world) -> Jobs:
         FAULTS_1="sleep=3@step_begin:0:8",
         FAULTS_2="sleep=3@step_begin:0:11",
     )
-    # Dies before every fourth step: its first attempt saves three steps, the second none.
-    hopeless = slurm.submit(
-        "train.sbatch", configs["hopeless"], options=ONE_NODE, PREFLIGHT="0", NVEMBED_FAULT="kill@step_begin:0:4"
-    )
     misconfigured = slurm.submit("train.sbatch", configs["wrong"], "--eval.path", "nowhere", options=TWO_NODES)
-    return Jobs(disturbed, hopeless, misconfigured, submit_chain(slurm, inputs, folder / "chain"), folder)
+    return Jobs(disturbed, misconfigured, submit_chain(slurm, inputs, folder / "chain"), folder)
 
 
 def submit_chain(slurm: LocalSlurm, inputs: Path, output: Path) -> dict[str, str]:
@@ -158,9 +151,13 @@ def test_a_configuration_that_cannot_work_is_not_tried_again(slurm, jobs):
         assert f"configuration: rank {rank} on {node}: eval.path: there is no nowhere" in output
 
 
-def test_a_run_that_makes_no_progress_is_not_tried_for_ever(slurm, jobs):
-    facts = slurm.ended(jobs.hopeless)
-    output = slurm.output(jobs.hopeless)
+@pytest.mark.slow
+def test_a_run_that_makes_no_progress_is_not_tried_for_ever(slurm, inputs, jobs):
+    """It dies before every fourth step: its first attempt saves three steps, the second none."""
+    config = str(write_config(config_of(inputs, jobs.run("hopeless"))))
+    fault = dict(PREFLIGHT="0", NVEMBED_FAULT="kill@step_begin:0:4")
+    job = slurm.submit("train.sbatch", config, options=ONE_NODE, **fault)
+    facts, output = slurm.ended(job), slurm.output(job)
     assert (facts["JobState"], facts["ExitCode"], facts["Restarts"]) == ("FAILED", "137:0", "1"), output
     assert "requeue: failed with 137, but made progress (0 to 27 samples)" in output
     assert "end: failed with 137 and made no progress (27 samples seen)" in output
