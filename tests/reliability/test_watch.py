@@ -114,11 +114,12 @@ def test_ranks_in_different_collectives_are_both_named(start, tmp_path):
 
 @pytest.mark.parametrize("killed", [0, 1])
 def test_a_killed_rank_is_named_within_seconds(start, tmp_path, killed):
-    ranks = start(NVEMBED_FAULT=f"kill@data:{killed}:3")
+    # It sleeps for some beats before, or the others might never hear of this step.
+    ranks = start(NVEMBED_FAULT=f"sleep=1@step_begin:{killed}:3,kill@data:{killed}:3")
     ranks.wait_for_step(2)
     assert wait_for(ranks, 1 - killed, BUSY_SECONDS) not in (Exit.DONE, Exit.HANG)
     assert f"lost rank {killed} (host {os.uname().nodename}, pid" in ranks.output(1 - killed)
-    assert re.search(r"last seen in '\w+' of step \d", ranks.output(1 - killed))
+    assert re.search(r"last seen in '\w+' of step 3", ranks.output(1 - killed))
 
 
 def test_on_one_host_nothing_listens_beyond_it_and_stacks_are_written_on_demand(start, tmp_path):
