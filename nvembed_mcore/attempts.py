@@ -125,8 +125,10 @@ class Attempt(AbstractContextManager):
             yield
         self._operation, self._step = f"after step {step}", step
 
-    def has_saved(self, step: int) -> None:
-        """A checkpoint of `step` is complete."""
+    def has_saved(self, step: int | None) -> None:
+        """The newest checkpoint that this attempt completed is that of `step`; None: it has completed none."""
+        if step in (None, self._saved):
+            return
         self._saved, self._saves = step, self._saves + 1
         if self._record is not None:
             self._record.update(self._ledger, self._step, self._saves)

@@ -151,7 +151,8 @@ class _Exchange:
                 world_size=self.world_size,
                 timeout=timedelta(seconds=self.timeout),
             )
-            for where in {torch.device("cpu"), device.current()}:
+            # In the same order on all ranks, as a set would not be: each rank has a GPU of its own number.
+            for where in dict.fromkeys((torch.device("cpu"), device.current())):
                 ones = torch.ones(1, device=where)
                 dist.all_reduce(ones)
                 if ones.item() != self.world_size:

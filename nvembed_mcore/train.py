@@ -9,6 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import torch.distributed as dist
 import yaml
 from transformers import MistralConfig
 
@@ -25,7 +26,7 @@ from nvembed_mcore.data.source import BatchSource
 from nvembed_mcore.data.tokenizer import load_tokenizer, tokenizer_fingerprint
 from nvembed_mcore.data.tokens import TokenStore
 from nvembed_mcore.evaluation.encode import RetrievalEvaluation
-from nvembed_mcore.exits import Preempted
+from nvembed_mcore.exits import Preempted, StorageError
 from nvembed_mcore.fault_injection import point
 from nvembed_mcore.log import MetricLog, setup_logging
 from nvembed_mcore.metrics import PhaseTimer, StepMetrics, device_peak_flops, pack_flops
@@ -59,7 +60,9 @@ def train(config: RunConfig, stops: StopRequests | None = None) -> None:
     """
     with stops or StopRequests() as stops, Attempt(config, stops.started) as attempt:
         groups = initialize(config.parallel)
-        attempt.begin(first_rank_does(lambda: _prepare_run_dir(config)), _layout_and_hardware(config, groups))
+        # Nothing watches the ranks yet, so none waits for another patiently.
+        folder = first_rank_does(lambda: _prepare_run_dir(config), dist.group.WORLD)
+        attempt.begin(folder, _layout_and_hardware(config, groups))
         setup_logging(groups.rank, attempt.folder)
         with Watch(groups, 60 * config.parallel.timeout_minutes, attempt.folder, attempt.hangs) as watch:
             run = _build(config, groups, stops, watch)
@@ -99,8 +102,7 @@ def _loop(run: _Run, metric_log: MetricLog, stops: StopRequests, attempt: Attemp
         if not first_rank_does(lambda: metric_log.has_evaluation(run.done)):
             _evaluate(run, metric_log, attempt)
     while run.done < last:
-        with attempt.does("productive", run.done + 1):
-            line = run.advance()
+        line = _step(run, attempt)
         _saving(run, attempt, run.saver.poll)
         if _is_due(run.done, config.log.every_steps, last):
             metric_log.log(run.done, line)
@@ -123,6 +125,21 @@ def _stop_if_asked(run: _Run, stops: StopRequests, attempt: Attempt, last: int) 
             raise Preempted(run.done, reason)
 
 
+def _step(run: _Run, attempt: Attempt) -> dict[str, float]:
+    """The next step's line. What an asynchronous save holds of an earlier one is kept where this one is no number."""
+    try:
+        with attempt.does("productive", run.done + 1):
+            return run.advance()
+    except NonFiniteLossError:
+        # All ranks are here, so they can finish it together.
+        try:
+            run.saver.wait()
+        except StorageError as error:
+            log.warning("%s", error)
+        attempt.has_saved(run.saver.published)
+        raise
+
+
 def _evaluate(run: _Run, metric_log: MetricLog, attempt: Attempt) -> None:
     with attempt.does("evaluation", run.done):
         run.evaluate(metric_log)
@@ -130,11 +147,11 @@ def _evaluate(run: _Run, metric_log: MetricLog, attempt: Attempt) -> None:
 
 def _saving(run: _Run, attempt: Attempt, work: Callable[[], None]) -> None:
     """Do something for which the run may have to wait for the disk, and tell of a checkpoint that is complete then."""
-    before = run.saver.published
+    run.watch.enter("checkpoint", run.done)
     with attempt.does("save_stall", run.done):
         work()
-    if run.saver.published != before:
-        attempt.has_saved(run.saver.published)
+    attempt.has_saved(run.saver.published)
+    run.watch.enter("end")
 
 
 class _Run:
@@ -200,7 +217,6 @@ class _Run:
 
     def save(self) -> None:
         """Write a checkpoint of the steps done, unless there is one."""
-        self.watch.enter("checkpoint", self.done)
         self.facts["retain_tokens"] = self.step.retain_tokens
         if self.saved != self.done:
             self.saver.save(self.done, self.chunks, self.optimizer, self.facts)

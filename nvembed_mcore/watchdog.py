@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import faulthandler
 import logging
+import math
 import os
 import signal
 import sys
@@ -63,12 +64,13 @@ class Watch:
         self.rank, self.folder, self._record = groups.rank, folder, record
         self.timeout, self.interval = timeout_seconds, min(LONGEST_INTERVAL, timeout_seconds / 10)
         self._now = ("start", 0, time.monotonic())
+        self._looked = time.monotonic()
         self._count, self._state, self._error = 0, RUNNING, ""
         self._verdict: Verdict | None = None
         self._store_error = ""
         self._closing, self._call, self._carried = threading.Event(), threading.Event(), threading.Event()
         self._decided, self._taken = threading.Event(), threading.Event()
-        places = every_rank_does(lambda: f"host {host()}, pid {os.getpid()}")
+        places = every_rank_does(lambda: f"host {host()}, pid {os.getpid()}", dist.group.WORLD)
         self._store = None
         watched = range(groups.world_size) if self.rank == 0 else [0]
         self._table = Table(watched, places, self.interval, self.timeout)
@@ -125,7 +127,9 @@ class Watch:
 
     def _beat(self) -> Beat:
         operation, step, began = self._now
-        seconds = round(time.monotonic() - began, 1)
+        # Frozen and just awake, the courier may be quicker than the watch, which sees that (`_watch`).
+        now = min(time.monotonic(), self._looked + 2 * self.interval)
+        seconds = round(max(0.0, now - began), 1)
         return Beat(self._count, operation, step, seconds, _line_of_main_thread(), self._state, self._error)
 
     def _carry(self) -> None:
@@ -150,12 +154,12 @@ class Watch:
             self._store_error = str(error).partition("\n")[0]
 
     def _watch(self) -> None:
-        looked = time.monotonic()
         while not self._closing.wait(self.interval):
-            elapsed, looked = time.monotonic() - looked, time.monotonic()
+            elapsed = time.monotonic() - self._looked
             if elapsed > self.interval + self.timeout / 2:
                 # This process was frozen: its operation did not last as long as the clock says.
                 self._now = (*self._now[:2], self._now[2] + elapsed)
+            self._looked += elapsed
             if self._store is None:
                 self._count += 1
                 self._news = {0: self._beat()}
@@ -185,6 +189,8 @@ class Watch:
         at_last = threading.Timer(LAST_WORDS_SECONDS, os._exit, [verdict.status])
         at_last.daemon = True
         at_last.start()
+        # A write of stacks that never returns holds Python's lock, so that the timer cannot run. The kernel can.
+        signal.alarm(math.ceil(2 * LAST_WORDS_SECONDS))
         faulthandler.dump_traceback(self._stacks, all_threads=True)
         log.critical(
             "%s. Stacks of all ranks that could write them: %s. This rank ends with status %d",

@@ -74,6 +74,8 @@ run_ranks() {
     # srun itself and no function, whose shell would get the signal in its place.
     srun "${flags[@]}" "$@" &
     child=$!
+    # One that came since the look above found no child to hand it to.
+    if [ "$signals" -gt 0 ]; then kill -USR1 "$child" 2>/dev/null || true; fi
     while :; do
         before=$signals status=0
         wait "$child" || status=$?
@@ -154,8 +156,20 @@ decide() {
     fi
 }
 
-# Not where somebody cancelled the job, or its time is over: then it is no longer RUNNING.
-is_running() { [[ $(scontrol show job "$1" 2>/dev/null) =~ JobState=RUNNING ]]; }
+# Not where somebody cancelled the job, or its time is over: then it is no longer RUNNING. A controller that is being
+# restarted does not answer: ask again for five minutes.
+is_running() {
+    local facts
+    for _ in {1..30}; do
+        if facts=$(scontrol show job "$1"); then
+            [[ $facts =~ JobState=RUNNING ]]
+            return
+        fi
+        sleep 10
+    done
+    say "SLURM does not answer"
+    return 1
+}
 
 requeue() {
     local job=$SLURM_JOB_ID

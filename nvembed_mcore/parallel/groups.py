@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
@@ -21,6 +20,7 @@ from nvembed_mcore.parallel import rendezvous
 _MARGIN = timedelta(seconds=30)
 _SHORTEST_MEETING = timedelta(minutes=1)
 _store: dist.Store | None = None
+_patient: dist.ProcessGroup | None = None
 
 
 @dataclass(frozen=True)
@@ -107,7 +107,8 @@ def initialize(config: ParallelConfig) -> Groups:
 
 
 def _join(here: rendezvous.Place | None, timeout: timedelta) -> None:
-    global _store
+    global _store, _patient
+    _patient = None
     if here is None or here.is_single_node:
         rendezvous.listen_on_loopback_only()
     # Processes start seconds apart, however short the timeout of a collective is.
@@ -130,16 +131,16 @@ def first_rank_does(work: Callable[[], Any], group: dist.ProcessGroup | None = N
     """Run `work` on rank 0 while the others wait; all get its (small) result.
 
     What it raises is raised on every rank, so that none hangs. The work may take hours (tokenising a large data set),
-    so the others wait in `group`, a patient one, or one that is made for it.
+    so the others wait in `group`, or in one that is patient.
     """
     outcome: list[Any] = [None, None]
-    with _patience(group) as patient:
-        if dist.get_rank() == 0:
-            try:
-                outcome[0] = work()
-            except Exception as caught:
-                outcome[1] = caught
-        dist.broadcast_object_list(outcome, src=0, group=patient)
+    group = group or _patience()
+    if dist.get_rank() == 0:
+        try:
+            outcome[0] = work()
+        except Exception as caught:
+            outcome[1] = caught
+    dist.broadcast_object_list(outcome, src=0, group=group)
     if outcome[1] is not None:
         raise outcome[1]
     return outcome[0]
@@ -150,21 +151,14 @@ def every_rank_does(work: Callable[[], Any], group: dist.ProcessGroup | None = N
 
     What it raises on one rank is raised on every rank, so that none hangs. They wait as in `first_rank_does`.
     """
-    with _patience(group) as patient:
-        return _all_do(work, patient)
+    return _all_do(work, group or _patience())
 
 
-@contextmanager
-def _patience(group: dist.ProcessGroup | None) -> Iterator[dist.ProcessGroup]:
-    """`group`, or one that is made for the occasion."""
-    if group is not None:
-        yield group
-        return
-    made = patient_group()
-    try:
-        yield made
-    finally:
-        dist.destroy_process_group(made)
+def _patience() -> dist.ProcessGroup:
+    """A patient group, made when it is first needed and kept: each connects every rank with every other one."""
+    global _patient
+    _patient = _patient or patient_group()
+    return _patient
 
 
 def replica_does(work: Callable[[], Any]) -> list[Any]:
@@ -204,9 +198,9 @@ def seed_everything(seed: int) -> None:
 
 def shutdown() -> None:
     """Leave the process groups; collectives still queued elsewhere are not waited for."""
-    global _store
+    global _store, _patient
     if parallel_state.is_initialized():
         parallel_state.destroy_model_parallel()
     if dist.is_initialized():
         dist.destroy_process_group()
-    _store = None
+    _store = _patient = None

@@ -6,6 +6,7 @@ import dataclasses
 import hashlib
 import json
 import math
+import os
 from pathlib import Path
 from unittest import mock
 
@@ -17,6 +18,7 @@ from nvembed_mcore.config import CheckpointConfig, LossConfig, ParallelConfig, R
 from nvembed_mcore.exits import Exit, exit_of
 from nvembed_mcore.log import read_metrics
 from nvembed_mcore.nonfinite import NonFiniteLossError
+from nvembed_mcore.status import read_status
 from tests.helpers import runs
 from tests.helpers.cases import Case, build_step
 from tests.helpers.grid import ALL_TARGETS
@@ -211,6 +213,25 @@ def test_a_run_writes_the_samples_and_its_checkpoint_stays(world, tmp_path):
     assert find_checkpoint(config.run_dir).step == 2
     assert world(2).run(train_poisoned, config, 0) == [None, None]
     assert [line["step"] for line in read_metrics(tmp_path / "run" / "metrics.jsonl")] == [1, 2, 3, 4]
+
+
+def test_a_checkpoint_that_is_still_being_written_is_kept(world, tmp_path):
+    inputs = runs.write_inputs(tmp_path / "inputs")
+    config = runs.run_config(
+        inputs, tmp_path / "run", steps=4, checkpoint=CheckpointConfig(every_steps=1, async_save=True)
+    )
+    config = dataclasses.replace(config, eval=dataclasses.replace(config.eval, path=None))
+    for found in world(2).run(train_poisoned_in_a_slow_save, config, 2):
+        assert found["status"] == Exit.NON_FINITE
+    status = read_status(config.run_dir)
+    assert find_checkpoint(config.run_dir).step == status.checkpoint_step == 1
+    assert json.loads((tmp_path / "run/logs/0001/first-failure.json").read_text())["operation"] == "step 2"
+
+
+def train_poisoned_in_a_slow_save(config: RunConfig, at_step: int) -> dict | None:
+    """As `train_poisoned`, while the step before is still being written."""
+    with mock.patch.dict(os.environ, {"NVEMBED_FAULT": "sleep=1@before_shard"}):
+        return train_poisoned(config, at_step)
 
 
 def test_a_report_that_cannot_be_written_does_not_hide_the_error(world, tmp_path):

@@ -237,6 +237,27 @@ def test_a_failing_preflight_ends_the_job_before_it_begins(tmp_path):
     assert status == 76 and not job.requeues() and len(job.called("srun")) == 2
 
 
+def test_a_signal_between_the_look_and_the_start_reaches_the_ranks(tmp_path):
+    """It comes while srun is being forked, when there is no child yet to hand it to."""
+    ranks = "trap 'exit 75' USR1; touch $READY; for _ in {1..200}; do sleep 0.05; done"
+    # `set_flags` is the last thing before srun; the signal comes there, and is handed on once srun is ready for it.
+    script = (
+        "CONTAINER=(); pass_on_signals; set_flags() { flags=(); kill -USR1 $$; }; "
+        'srun() { eval "$RANKS"; }; until_ready() { until [ -e $READY ]; do sleep 0.05; done; }; '
+        'kill() { if [ "$2" != $$ ]; then until_ready; fi; builtin kill "$@"; }; run_ranks; echo status $status'
+    )
+    said = bash(script, RANKS=ranks, READY=str(tmp_path / "ready"))
+    assert said.splitlines()[-1] == "status 75", said
+
+
+def test_a_controller_that_does_not_answer_at_once_is_asked_again(tmp_path):
+    script = (
+        "sleep() { :; }; scontrol() { if [ ! -e $ASKED ]; then touch $ASKED; return 1; fi; echo JobState=RUNNING; }; "
+        "is_running 7 && echo runs"
+    )
+    assert bash(script, ASKED=str(tmp_path / "asked")) == "runs\n"
+
+
 def test_a_cancelled_job_stays_away(tmp_path):
     job = Job(tmp_path, WORK=work(1, 40, first=75), JOB_STATE="COMPLETING")
     status, output = job.ended()

@@ -77,6 +77,12 @@ def stopped(inputs, tmp_path_factory):
     return Run(config_of(inputs, tmp_path_factory.mktemp("stopped") / "run"))
 
 
+def wait_for_standstill(ranks: Ranks, rank: int) -> None:
+    """Until the rank has stopped itself (the fault `stop`)."""
+    file = Path(f"/proc/{ranks.processes[rank].pid}/stat")
+    ranks.wait_until(lambda: file.read_text().rpartition(")")[2].split()[0] == "T")
+
+
 def assert_stopped(run: Run, step: int, reason: str) -> None:
     status = run.status()
     assert (status.state, status.exit_status, status.step, status.checkpoint_step) == ("preempted", 75, step, step)
@@ -86,10 +92,11 @@ def assert_stopped(run: Run, step: int, reason: str) -> None:
 
 
 def test_a_signal_to_one_rank_stops_all_after_the_same_step(stopped):
-    """The rank sleeps in step 2 when it comes; rank 0 waits for it inside a collective. More come during the save."""
-    with stopped.start(faults="sleep=0.7@data:1:2,sleep=0.7@before_publish:0") as ranks:
-        ranks.wait_for_step(1)
+    """The rank stands still in step 2 when it comes; rank 0 waits for it. More come during the save."""
+    with stopped.start(faults="stop@data:1:2,sleep=0.7@before_publish:0") as ranks:
+        wait_for_standstill(ranks, 1)
         ranks.kill(1, signal.SIGUSR1)
+        ranks.kill(1, signal.SIGCONT)
         ranks.wait_until(lambda: [*(stopped.run_dir / "checkpoints").glob(".*")])
         for number in (signal.SIGTERM, signal.SIGUSR1):
             ranks.kill(0, number)
@@ -120,9 +127,10 @@ def test_the_wall_clock_stops_the_run(stopped):
 def test_a_stop_file_stops_the_run_and_must_be_removed(stopped):
     """At step 6, where an evaluation is due: it is made up for by the next attempt."""
     file = stopped.run_dir / "STOP"
-    with stopped.start(faults="sleep=0.7@data:1:6") as ranks:
-        ranks.wait_for_step(5)
+    with stopped.start(faults="stop@data:1:6") as ranks:
+        wait_for_standstill(ranks, 1)
         file.touch()
+        ranks.kill(1, signal.SIGCONT)
         assert ranks.wait(60) == [75, 75]
     assert_stopped(stopped, 6, f"the file {file}")
     with stopped.start() as ranks:

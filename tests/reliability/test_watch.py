@@ -9,14 +9,19 @@ import signal
 from pathlib import Path
 
 import pytest
+import torch.distributed as dist
 
 from nvembed_mcore.config import CheckpointConfig, EvalConfig, ParallelConfig
 from nvembed_mcore.exits import Exit
+from nvembed_mcore.parallel.groups import every_rank_does, first_rank_does, initialize
+from nvembed_mcore.watchdog import Watch
 from tests.helpers import runs
 from tests.helpers.supervisor import Ranks, last_step
 
 TIMEOUT_SECONDS = 2.5
-"""`parallel.timeout_minutes` of these runs; the promise is that they end 3 seconds later at most."""
+"""`parallel.timeout_minutes` of these runs. They end a second or two later on a machine that is idle."""
+BUSY_SECONDS = 20.0
+"""What a busy machine may take on top; gloo itself would wait for half an hour."""
 
 
 @pytest.fixture(scope="module")
@@ -74,7 +79,7 @@ def test_a_frozen_rank_is_named_by_the_other(start, tmp_path, frozen):
     ranks.wait_for_step(2)
     ranks.kill(frozen, signal.SIGSTOP)
     alive = 1 - frozen
-    assert wait_for(ranks, alive, TIMEOUT_SECONDS + 3) == Exit.HANG
+    assert wait_for(ranks, alive, TIMEOUT_SECONDS + BUSY_SECONDS) == Exit.HANG
     text, pid = log(tmp_path, alive), ranks.processes[frozen].pid
     assert f"rank {frozen} (host {os.uname().nodename}, pid {pid}) has been silent for" in text, ranks.outputs()
     assert "of step" in text
@@ -84,7 +89,7 @@ def test_a_frozen_rank_is_named_by_the_other(start, tmp_path, frozen):
 def test_a_rank_that_stalls_is_named_by_both(start, tmp_path):
     ranks = start(NVEMBED_FAULT="sleep=60@data:1:3")
     ranks.wait_for_step(2)
-    assert [wait_for(ranks, rank, TIMEOUT_SECONDS + 3) for rank in (0, 1)] == [Exit.HANG, Exit.HANG]
+    assert [wait_for(ranks, rank, TIMEOUT_SECONDS + BUSY_SECONDS) for rank in (0, 1)] == [Exit.HANG, Exit.HANG]
     for rank in (0, 1):
         assert re.search(
             r"rank 1 \(host \S+, pid \d+\) has been in 'data' of step 3 \(fault_injection.py:\d+ in _fail\) for \d+ s "
@@ -99,7 +104,7 @@ def test_a_rank_that_stalls_is_named_by_both(start, tmp_path):
 def test_ranks_in_different_collectives_are_both_named(start, tmp_path):
     ranks = start(NVEMBED_FAULT="barrier@step_end:0:2")
     ranks.wait_for_step(1)
-    assert [wait_for(ranks, rank, TIMEOUT_SECONDS + 3) for rank in (0, 1)] == [Exit.HANG, Exit.HANG]
+    assert [wait_for(ranks, rank, TIMEOUT_SECONDS + BUSY_SECONDS) for rank in (0, 1)] == [Exit.HANG, Exit.HANG]
     assert re.search(
         r"rank 0 \(.*\) and rank 1 \(.*\) have been in 'end' of step 2 "
         r"\(rank 0: fault_injection.py:\d+ in _fail; rank 1: groups.py:\d+ in largest\) for \d+ s",
@@ -109,11 +114,12 @@ def test_ranks_in_different_collectives_are_both_named(start, tmp_path):
 
 @pytest.mark.parametrize("killed", [0, 1])
 def test_a_killed_rank_is_named_within_seconds(start, tmp_path, killed):
-    ranks = start(NVEMBED_FAULT=f"kill@data:{killed}:3")
+    # It sleeps for some beats before, or the others might never hear of this step.
+    ranks = start(NVEMBED_FAULT=f"sleep=1@step_begin:{killed}:3,kill@data:{killed}:3")
     ranks.wait_for_step(2)
-    assert wait_for(ranks, 1 - killed, 3) not in (Exit.DONE, Exit.HANG)
+    assert wait_for(ranks, 1 - killed, BUSY_SECONDS) not in (Exit.DONE, Exit.HANG)
     assert f"lost rank {killed} (host {os.uname().nodename}, pid" in ranks.output(1 - killed)
-    assert re.search(r"last seen in '\w+' of step \d", ranks.output(1 - killed))
+    assert re.search(r"last seen in '\w+' of step 3", ranks.output(1 - killed))
 
 
 def test_on_one_host_nothing_listens_beyond_it_and_stacks_are_written_on_demand(start, tmp_path):
@@ -123,10 +129,38 @@ def test_on_one_host_nothing_listens_beyond_it_and_stacks_are_written_on_demand(
     assert len(listening) >= 3  # the store, and gloo in both
     assert all(address.is_loopback for address in listening), listening
     ranks.kill(1, signal.SIGUSR2)
-    ranks.wait_until(lambda: "in _loop" in stacks(tmp_path, 1), 5)
+    ranks.wait_until(lambda: "in _loop" in stacks(tmp_path, 1), BUSY_SECONDS)
     assert ranks.exit_codes() == [None, None]
     done = last_step(tmp_path / "run")
     ranks.wait_for_step(done + 2)
+
+
+def seconds_of_a_beat(folder: Path, frozen: float) -> float:
+    """What a rank says of its operation, which began just before it was frozen; its watch has not looked yet."""
+    watch = Watch(initialize(ParallelConfig()), TIMEOUT_SECONDS, folder, print)
+    watch.enter("data", 3)
+    operation, step, began = watch._now
+    watch._now, watch._looked = (operation, step, began - frozen), watch._looked - frozen
+    return watch._beat().seconds
+
+
+def test_a_rank_that_was_frozen_with_all_others_is_not_late_when_it_wakes_up(world, tmp_path):
+    (seconds,) = world(2).run(seconds_of_a_beat, tmp_path, 3600.0, ranks=1)
+    assert seconds < TIMEOUT_SECONDS
+
+
+def groups_made_by_waiting() -> int:
+    initialize(ParallelConfig())
+    first_rank_does(int)
+    before = len(dist.distributed_c10d._world.pg_map)
+    first_rank_does(int)
+    every_rank_does(int)
+    return len(dist.distributed_c10d._world.pg_map) - before
+
+
+def test_ranks_that_wait_for_each_other_are_connected_once(world):
+    """Each group over gloo is a connection between any two ranks."""
+    assert world(2).run(groups_made_by_waiting) == [0, 0]
 
 
 def listeners(pid: int) -> list[ipaddress.IPv4Address | ipaddress.IPv6Address]:
