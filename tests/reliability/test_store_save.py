@@ -320,8 +320,15 @@ def without_room(inputs: Path, run_dir: Path) -> str:
     return ""
 
 
-def test_a_run_without_room_does_not_start(world, inputs, small_disk, tmp_path):
+def test_a_run_that_cannot_save_does_not_start(world, inputs, small_disk):
     (small_disk / "junk").write_bytes(bytes((16 << 20) - (1 << 18)))
     first, second = world(2).run(without_room, inputs, small_disk)
     assert first == second and "No space left on device" in first and "a checkpoint of this run needs " in first
-    assert world(2).run(without_room, inputs, tmp_path / "room") == ["", ""]
+    # Where an interrupted save took the room, it is given back.
+    os.renames(small_disk / "junk", small_disk / "checkpoints/.writing-step-00000003/state/junk")
+    assert world(2).run(without_room, inputs, small_disk) == ["", ""]
+    assert not os.listdir(small_disk / "checkpoints")
+    subprocess.run(["mount", "-o", "remount,ro", str(small_disk)], check=True)
+    first, second = world(2).run(without_room, inputs, small_disk)
+    assert first == second and first.startswith(f"StorageError: rank 0 cannot write to {small_disk / 'checkpoints'}: ")
+    assert "Read-only file system" in first
