@@ -9,6 +9,7 @@ import json
 import os
 import resource
 import subprocess
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -23,7 +24,7 @@ from nvembed_mcore.checkpoint import optimizer_state, store
 from nvembed_mcore.checkpoint.saver import Saver
 from nvembed_mcore.config import CheckpointConfig
 from nvembed_mcore.optim import build_optimizer
-from nvembed_mcore.parallel.groups import initialize
+from nvembed_mcore.parallel.groups import every_rank_does, first_rank_does, initialize
 from tests.helpers import runs
 from tests.helpers.models import tiny_config
 
@@ -332,3 +333,32 @@ def test_a_run_that_cannot_save_does_not_start(world, inputs, small_disk):
     first, second = world(2).run(without_room, inputs, small_disk)
     assert first == second and first.startswith(f"StorageError: rank 0 cannot write to {small_disk / 'checkpoints'}: ")
     assert "Read-only file system" in first
+
+
+class Unportable(OSError):
+    """Cannot be pickled, nor be made from its message."""
+
+    def __init__(self, number: int, handle: object) -> None:
+        super().__init__(f"failure {number}")
+        self.handle = handle
+
+
+def with_unportable_errors(inputs: Path) -> list[str]:
+    initialize(runs.run_config(inputs, inputs).parallel)
+    found = []
+    for share, rank in ((first_rank_does, 0), (every_rank_does, 0), (every_rank_does, 1)):
+
+        def fail(rank: int = rank) -> None:
+            if dist.get_rank() == rank:
+                raise Unportable(rank, threading.Lock())
+
+        try:
+            share(fail)
+        except Exception as error:
+            found.append(f"{type(error).__name__}: {error}")
+    return found
+
+
+def test_an_error_that_cannot_travel_is_told_all_the_same(world, inputs):
+    expected = [f"RuntimeError: Unportable: failure {rank}" for rank in (0, 0, 1)]
+    assert world(2).run(with_unportable_errors, inputs) == [expected] * 2
