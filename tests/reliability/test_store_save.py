@@ -13,6 +13,7 @@ import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
@@ -20,7 +21,7 @@ import torch.distributed as dist
 
 from nvembed_mcore import fault_injection
 from nvembed_mcore.build import build_model, read_architecture
-from nvembed_mcore.checkpoint import optimizer_state, store
+from nvembed_mcore.checkpoint import optimizer_state, store, writing
 from nvembed_mcore.checkpoint.saver import Saver
 from nvembed_mcore.config import CheckpointConfig
 from nvembed_mcore.optim import build_optimizer
@@ -96,6 +97,15 @@ def fault(asked: str) -> Iterator[None]:
         del os.environ[fault_injection.VARIABLE]
 
 
+@contextlib.contextmanager
+def held_up(name: str) -> Iterator[None]:
+    """An asynchronous save that is begun inside comes to the point `name`, and goes on behind the block."""
+    go_on = threading.Event()
+    with mock.patch.object(writing, "point", lambda at, step: at != name or go_on.wait(60)):
+        yield
+    go_on.set()
+
+
 def error_of_save(trainer: Trainer, step: int) -> str:
     """What a save, or a poll after it, raises."""
     try:
@@ -153,18 +163,18 @@ def test_a_failure_of_one_rank_is_raised_on_all_and_leaves_nothing(world, inputs
 
 
 def saved_twice(inputs: Path, root: Path) -> list[bool]:
-    """Whether the asynchronous one is there as soon as it is asked for, and when it was waited for."""
+    """Whether the asynchronous one is there while its writer is held up, and when it was waited for."""
     trainer = Trainer(inputs, root)
     trainer.step(0)
     trainer.save(5)
     trainer.go_to(root / "async", async_save=True)
-    with fault("sleep=0.7@mid_shard"):
+    with held_up("mid_shard"):
         trainer.save(5)
-        seen = [os.path.lexists(root / "async/checkpoints/step-00000005")]
         for seed in range(1, 4):
             trainer.saver.poll()
             trainer.step(seed)
-        trainer.saver.wait()
+        seen = [os.path.lexists(root / "async/checkpoints/step-00000005")]
+    trainer.saver.wait()
     return [*seen, os.path.lexists(root / "async/checkpoints/step-00000005")]
 
 
@@ -285,10 +295,10 @@ def on_a_small_disk(inputs: Path, disk: Path) -> list:
     found.append((error_of_save(trainer, 3), trainer.folders()))
     clean()
     trainer.go_to(disk, async_save=True)
-    with fault("sleep=0.5@before_shard"):
+    with held_up("before_shard"):
         trainer.save(3)
         fill(0, 100)
-        found.append((error_of_save(trainer, 4), trainer.folders()))
+    found.append((error_of_save(trainer, 4), trainer.folders()))
     clean()
     trainer.go_to(disk)
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
