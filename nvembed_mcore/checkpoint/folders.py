@@ -17,7 +17,6 @@ import stat
 from pathlib import Path
 
 from nvembed_mcore.checkpoint.manifest import CheckpointError, faults, read_manifest, sync_folder, write_file
-from nvembed_mcore.exits import StorageError
 from nvembed_mcore.fault_injection import point
 
 log = logging.getLogger(__name__)
@@ -117,26 +116,17 @@ def check_owner(path: Path) -> None:
 
 
 def clear_leftovers(root: Path) -> None:
-    """Remove what saves and removals left that were cut short.
-
-    Raises:
-        StorageError: something cannot be removed.
-    """
+    """Remove what saves and removals left that were cut short."""
     left = [path for pattern in (".writing-*", ".removing-*") for path in root.glob(pattern)]
-    left += [path for path in root.glob(f"{_REPLACED}*") if (root / path.name.removeprefix(_REPLACED)).exists()]
+    left += [path for path in root.glob(f"{_REPLACED}*") if os.path.lexists(root / path.name.removeprefix(_REPLACED))]
     for path in left:
-        try:
-            shutil.rmtree(path)
-        except OSError as error:
-            raise StorageError(f"cannot remove {path}, which an interrupted save left: {error}") from error
+        _delete(path)
 
 
 def publish(aside: Path, final: Path) -> None:
     """Give a folder its name. One that has the name already stays readable until this one has it."""
     replaced = final.with_name(_REPLACED + final.name)
     if os.path.lexists(final):
-        if replaced.exists():
-            shutil.rmtree(replaced)
         os.rename(final, replaced)
     os.rename(aside, final)
     sync_folder(final.parent)
@@ -168,10 +158,20 @@ def prune(newest: Path, keep: int) -> None:
 
 def _remove(path: Path, step: int | None = None) -> None:
     """Remove a folder after the save of `step`; a part of one has no name that anybody takes for a checkpoint's."""
-    if path.is_symlink():
-        path.unlink()
-        return
     going = path.with_name(f".removing-{path.name.lstrip('.')}")
-    os.rename(path, going)
+    try:
+        os.rename(path, going)
+    except OSError as error:
+        log.warning("cannot remove %s: %s", path, error)
+        return
     point("during_prune", step)
-    shutil.rmtree(going)
+    _delete(going)
+
+
+def _delete(path: Path) -> None:
+    """Remove a folder or a link. A network file system keeps what somebody reads: no reason to end a run that saved
+    well. The next save tries again."""
+    try:
+        path.unlink() if path.is_symlink() else shutil.rmtree(path)
+    except OSError as error:
+        log.warning("cannot remove %s: %s", path, error)

@@ -43,10 +43,11 @@ class Manifest:
 
 
 class HashingFile(io.RawIOBase):
-    """A file to be written from its beginning to its end, which hashes what passes.
+    """A file to be written from its beginning to its end, which hashes what passes; when it is closed, all of it is on
+    the disk.
 
-    A write that fails is remembered and not raised, because torch's serializer would hide why: `tell` and `sync` raise
-    it. What follows a failed write is thrown away.
+    A write that fails is remembered and not raised, because torch's serializer would hide why: `tell` and `close`
+    raise it. What follows a failed write is thrown away.
 
     Attributes:
         size, digest: bytes written so far, and their hash.
@@ -87,18 +88,16 @@ class HashingFile(io.RawIOBase):
             raise self._failure
         return self.size
 
-    def fileno(self) -> int:
-        return self._file.fileno()
-
-    def sync(self) -> None:
-        """Wait until all is on the disk."""
-        self.tell()
-        self._file.flush()
-        os.fsync(self._file.fileno())
-
     def close(self) -> None:
-        self._file.close()
-        super().close()
+        if self.closed:
+            return
+        try:
+            self.tell()
+            self._file.flush()
+            os.fsync(self._file.fileno())
+        finally:
+            super().close()
+            self._file.close()
 
 
 class HashingFiles(FileSystem):
@@ -117,9 +116,7 @@ class HashingFiles(FileSystem):
         assert mode == "wb", mode
         with HashingFile(path, self._when_begun) as file:
             yield file
-            if not file.closed:
-                file.sync()
-            self.files[Path(path).name] = (file.size, file.digest)
+        self.files[Path(path).name] = (file.size, file.digest)
 
     def rename(self, path: str | os.PathLike, new_path: str | os.PathLike) -> None:
         super().rename(path, new_path)
@@ -130,8 +127,7 @@ def write_file(path: Path, content: bytes) -> tuple[int, str]:
     """Write a small file and wait until it is on the disk; returns its bytes and hash."""
     with HashingFile(path) as file:
         file.write(content)
-        file.sync()
-        return file.size, file.digest
+    return file.size, file.digest
 
 
 def sync_folder(folder: Path) -> None:
@@ -159,9 +155,11 @@ def read_manifest(folder: Path) -> Manifest:
         tree = json.loads((folder / MANIFEST).read_bytes())
         if tree["format"] != FORMAT:
             raise CheckpointError(f"{MANIFEST} has format {tree['format']!r}, this version reads {FORMAT}")
-        files = {_inside(name): (int(size), str(digest)) for name, (size, digest) in tree["files"].items()}
+        files = {_inside(name): (size, digest) for name, (size, digest) in tree["files"].items()}
         if type(tree["step"]) is not int or not files:
             raise ValueError(f"step {tree['step']!r} with {len(files)} files")
+        if not all(type(size) is int and type(digest) is str for size, digest in files.values()):
+            raise ValueError("a file has no size or no hash")
         return Manifest(tree["step"], files)
     except CheckpointError:
         raise
@@ -174,7 +172,8 @@ def read_manifest(folder: Path) -> Manifest:
 def _inside(name: str) -> str:
     """A file's path in its folder, unless it leads out of it."""
     parts = PurePosixPath(name).parts
-    if name.startswith("/") or "\0" in name or ".." in parts or name != "/".join(parts) or not parts:
+    is_text = "\0" not in name and name.isprintable()  # half a surrogate pair is no name of a file
+    if name.startswith("/") or not is_text or ".." in parts or name != "/".join(parts) or not parts:
         raise ValueError(f"the path {name!r} does not stay in the folder")
     return name
 

@@ -176,15 +176,23 @@ def _common(path: Path) -> dict[str, Any]:
 
 def _checked(table: Any) -> Metadata:
     """A table of contents whose parts have the types that they should have, and whose files are in its folder."""
-    assert isinstance(table, Metadata), f"it holds {type(table).__name__}"
+
+    def require(is_so: bool, otherwise: str) -> None:
+        # No assertion: python -O leaves those out, and here they keep the reader in its folder.
+        if not is_so:
+            raise CheckpointError(otherwise)
+
+    require(isinstance(table, Metadata), f"it holds {type(table).__name__}")
     for name, one in table.state_dict_metadata.items():
-        assert isinstance(name, str) and isinstance(one, (TensorStorageMetadata, BytesStorageMetadata)), repr(name)
+        require(isinstance(name, str) and isinstance(one, (TensorStorageMetadata, BytesStorageMetadata)), repr(name))
         if isinstance(one, TensorStorageMetadata):
-            assert isinstance(one.size, torch.Size) and isinstance(one.properties.dtype, torch.dtype), name
+            is_tensor = isinstance(one.size, torch.Size) and isinstance(one.properties.dtype, torch.dtype)
+            require(is_tensor, f"{name} has no shape or data type")
     for index, place in table.storage_data.items():
-        assert index.fqn in table.state_dict_metadata, index
-        assert _FILE.fullmatch(place.relative_path), f"{index.fqn} is in a file named {place.relative_path!r}"
-        assert 0 <= place.offset and 0 <= place.length, index.fqn
+        require(index.fqn in table.state_dict_metadata, f"{index} is none of its tensors")
+        is_inside = _FILE.fullmatch(place.relative_path) is not None
+        require(is_inside, f"{index.fqn} is in a file named {place.relative_path!r}")
+        require(0 <= place.offset and 0 <= place.length, f"{index.fqn} begins before its file")
     return table
 
 

@@ -25,10 +25,10 @@ from megatron.core.optimizer import MegatronOptimizer
 
 from nvembed_mcore.checkpoint import folders
 from nvembed_mcore.checkpoint.store import sharded_state
-from nvembed_mcore.checkpoint.writing import Writing, check_space
+from nvembed_mcore.checkpoint.writing import Writing, check_space, check_writable
 from nvembed_mcore.config import CheckpointConfig
 from nvembed_mcore.fault_injection import point
-from nvembed_mcore.parallel.groups import Groups, first_rank_does, patient_group
+from nvembed_mcore.parallel.groups import Groups, every_rank_does, first_rank_does, patient_group
 
 log = logging.getLogger(__name__)
 
@@ -66,7 +66,8 @@ class Saver:
         self._pending: _Pending | None = None
 
     def check_space(self, chunks: list[DistributedDataParallel]) -> None:
-        """Refuse to start what has no room for its first checkpoint, as the model's size tells.
+        """Make the folder of checkpoints, without what an interrupted save left there. Refuse to start what cannot
+        write its first one: for want of permission, or of room, as the model's size tells.
 
         Raises:
             StorageError: on every rank.
@@ -83,6 +84,7 @@ class Saver:
             check_space(self.root, int(total), self._groups.world_size, "a checkpoint of this run")
 
         first_rank_does(check, self._group)
+        every_rank_does(lambda: check_writable(self.root), self._group)
 
     def save(
         self,

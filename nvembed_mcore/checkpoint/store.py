@@ -104,8 +104,8 @@ def newest_good(config: CheckpointConfig, run_dir: str | Path) -> Checkpoint | N
         None: the run has no checkpoint folder at all.
 
     Raises:
-        CheckpointError: there are folders, but none is good; or the one found belongs to another user, or is not the
-            one that `checkpoint.manifest_sha256` names.
+        CheckpointError: there are folders, but none is good, or there were; or the one found belongs to another user,
+            or is not the one that `checkpoint.manifest_sha256` names.
     """
     refused = []
     for path in first_rank_does(lambda: folders.candidates(folders.folder_of(run_dir))):
@@ -142,9 +142,17 @@ def check_content(checkpoint: Checkpoint) -> None:
     Raises:
         CheckpointError: it is damaged.
     """
-    wrong = _wrong_together(checkpoint.path) if dist.is_initialized() else _wrong_with(checkpoint.path)
+    if not dist.is_initialized():
+        _check_alone(checkpoint.path)
+    elif wrong := _wrong_together(checkpoint.path):
+        # On one rank: looking for a good one reads all that is older.
+        raise first_rank_does(lambda: _damaged(checkpoint.path, wrong))
+
+
+def _check_alone(path: Path) -> None:
+    wrong = _wrong_with(path)
     if wrong:
-        raise _damaged(checkpoint.path, wrong)
+        raise _damaged(path, wrong)
 
 
 def _wrong_together(path: Path) -> list[str]:
@@ -194,7 +202,7 @@ def _facts(path: Path, step: int) -> dict[str, Any]:
             raise ValueError("config.loss has no fields")
         _table(Checkpoint(path, step, facts))
         return facts
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+    except Exception as error:  # what a damaged file makes of reading it may be anything
         raise CheckpointError(f"{path} is not a complete checkpoint: cannot use {file}: {error!r}") from error
 
 
@@ -279,9 +287,7 @@ def open_weights(checkpoint: Checkpoint) -> Callable[[str], torch.Tensor]:
         CheckpointError: the checkpoint is damaged, or a tensor has another shape than `run.json` says; and, by the
             function, there is no such tensor.
     """
-    wrong = _wrong_with(checkpoint.path)
-    if wrong:
-        raise _damaged(checkpoint.path, wrong)
+    _check_alone(checkpoint.path)
     reader = StateReader(checkpoint.path / "state")
     stored = reader.metadata.state_dict_metadata
     for entry in _table(checkpoint):

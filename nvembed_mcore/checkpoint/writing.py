@@ -10,6 +10,7 @@ import errno
 import json
 import os
 import shutil
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
@@ -106,6 +107,8 @@ class Writing:
     def _outcome(self) -> tuple[list[WriteResult], Files]:
         if self.failure is not None:
             raise self.failure
+        if len(self._results) != len(self._plan.items):
+            raise RuntimeError(f"{len(self._results)} of {len(self._plan.items)} tensors of a rank were written")
         return self._results, self._files.files
 
     def _complete(
@@ -145,7 +148,8 @@ class _Writer(torch_checkpoint.FileSystemWriter):
     """Torch's, with one file a rank that is hashed while it is written. The same state gives the same bytes."""
 
     def __init__(self, state_dir: Path, files: HashingFiles) -> None:
-        super().__init__(state_dir, thread_count=1, per_thread_copy_ahead=0)
+        # Torch would sync what is not yet out of the file's buffer; the file does it itself.
+        super().__init__(state_dir, thread_count=1, per_thread_copy_ahead=0, sync_files=False)
         self.fs = files
 
     def storage_meta(self) -> StorageMeta | None:
@@ -160,6 +164,15 @@ def check_space(folder: Path, bytes: int, files: int, what: str) -> None:
         raise _no_space(folder, f"{free:,} bytes", what, f"{bytes:,}")
     if free_files is not None and free_files < files + _FILES_OF_THE_REST:
         raise _no_space(folder, f"{free_files:,} files (inodes)", what, f"{files + _FILES_OF_THE_REST:,}")
+
+
+def check_writable(folder: Path) -> None:
+    """Raise a `StorageError` when this rank cannot write a file in a folder."""
+    try:
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise StorageError(f"rank {dist.get_rank()} cannot write to {folder}: {error}") from error
 
 
 def _no_space(folder: Path, free: str, what: str, needed: str) -> StorageError:

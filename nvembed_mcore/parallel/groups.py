@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
@@ -139,7 +140,7 @@ def first_rank_does(work: Callable[[], Any], group: dist.ProcessGroup | None = N
         try:
             outcome[0] = work()
         except Exception as caught:
-            outcome[1] = caught
+            outcome[1] = _portable(caught)
     dist.broadcast_object_list(outcome, src=0, group=group)
     if outcome[1] is not None:
         raise outcome[1]
@@ -174,13 +175,22 @@ def _all_do(work: Callable[[], Any], group: dist.ProcessGroup) -> list[Any]:
     try:
         outcome = (work(), None)
     except Exception as caught:
-        outcome = (None, caught)
+        outcome = (None, _portable(caught))
     outcomes: list[Any] = [None] * group.size()
     dist.all_gather_object(outcomes, outcome, group=group)
     for _, caught in outcomes:
         if caught is not None:
             raise caught
     return [result for result, _ in outcomes]
+
+
+def _portable(error: Exception) -> Exception:
+    """The error, or where it cannot travel to other ranks, which would wait for ever, one that says the same."""
+    try:
+        copy.deepcopy(error)  # as pickling does it
+    except Exception:
+        return RuntimeError(f"{type(error).__name__}: {error}")
+    return error
 
 
 def largest(value: int) -> int:

@@ -73,8 +73,11 @@ def state_of(chunks, optimizer) -> str:
     return digest.hexdigest()
 
 
-def poisoned_steps(case: Case, where: str, value: float) -> dict:
-    """A good step, one that is poisoned on the last rank, and the good one again beside a run without the poison."""
+HOWS = (("forward", math.nan), ("forward", math.inf), ("backward", math.nan))
+
+
+def poisoned_steps(case: Case) -> list[dict]:
+    """A good step, one that is poisoned on the last rank in each way, and the good one again beside a run without."""
     from nvembed_mcore.metrics import PhaseTimer
     from nvembed_mcore.schedule import plan_texts
 
@@ -82,12 +85,13 @@ def poisoned_steps(case: Case, where: str, value: float) -> dict:
     is_here = groups.is_last_stage and groups.dp_rank == groups.dp_size - 1
     first, second = (training_batch(case.queries, number) for number in (1, 2))
     step(first, 1, PhaseTimer())
-    before = state_of(step.chunks, step.optimizer)
-    handle = poison(where, value, is_here, step.chunks[-1].module)
-    with pytest.raises(NonFiniteLossError) as caught:
-        step(second, 2, PhaseTimer())
-    after = state_of(step.chunks, step.optimizer)
-    handle.remove()
+    before, found = state_of(step.chunks, step.optimizer), []
+    for where, value in HOWS:
+        handle = poison(where, value, is_here, step.chunks[-1].module)
+        with pytest.raises(NonFiniteLossError) as caught:
+            step(second, 2, PhaseTimer())
+        handle.remove()
+        found.append((state_of(step.chunks, step.optimizer), caught.value))
     output = step(second, 2, PhaseTimer())
     again = state_of(step.chunks, step.optimizer)
 
@@ -97,18 +101,20 @@ def poisoned_steps(case: Case, where: str, value: float) -> dict:
     packs = plan_texts(second.lengths, step.chunks, groups, case.budget).packs[-1]
     texts = {int(pack[0]) for pack in packs if len(pack)}
     owner = [*range(second.num_queries), *second.passage_query.tolist()]
-    return {
-        "unchanged": before == after != again,
-        "as if nothing was": output == expected and again == state_of(twin.chunks, twin.optimizer),
-        "message": str(caught.value),
-        "finding": dataclasses.asdict(caught.value.finding),
-        "poisoned": sorted({owner[text] for text in texts}),
-    }
+    return [
+        {
+            "unchanged": before == after != again,
+            "as if nothing was": output == expected and again == state_of(twin.chunks, twin.optimizer),
+            "message": str(error),
+            "finding": dataclasses.asdict(error.finding),
+            "poisoned": sorted({owner[text] for text in texts}),
+        }
+        for after, error in found
+    ]
 
 
 def many_poisoned_steps(cases: list[Case]) -> list[list[dict]]:
-    hows = (("forward", math.nan), ("forward", math.inf), ("backward", math.nan))
-    return [[poisoned_steps(case, *how) for how in hows] for case in cases]
+    return [poisoned_steps(case) for case in cases]
 
 
 @pytest.fixture(scope="module")

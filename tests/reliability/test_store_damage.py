@@ -173,13 +173,24 @@ def test_a_link_that_leads_out_is_refused(run, tmp_path, caplog):
     assert store.find_checkpoint(tmp_path / "best").step == 2
 
 
-@pytest.mark.parametrize("name", ["../../../outside", "/etc/passwd", "state/../../x", "a\0b", "./run.json", ""])
+@pytest.mark.parametrize(
+    "name", ["../../../outside", "/etc/passwd", "state/../../x", "a\0b", "./run.json", "", "\ud800"]
+)
 def test_a_manifest_that_leads_out(run, caplog, name):
     file = run / "checkpoints" / NEW / MANIFEST
     tree = json.loads(file.read_text())
     tree["files"][name] = [3, "0" * 32]
     file.write_text(json.dumps(tree))
     assert found(run) == OLD and "does not stay in the folder" in caplog.text
+
+
+@pytest.mark.parametrize(
+    "one", [[float("inf"), "0" * 32], [float("nan"), "0" * 32], ["3", "0" * 32], [3, None], 3, []]
+)
+def test_a_manifest_without_sense(run, caplog, one):
+    file = run / "checkpoints" / NEW / MANIFEST
+    file.write_text(json.dumps({"format": 1, "step": 2, "files": {"run.json": one}}))
+    assert found(run) == OLD and "manifest.json is damaged" in caplog.text
 
 
 @pytest.mark.parametrize(

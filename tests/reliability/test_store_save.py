@@ -9,9 +9,11 @@ import json
 import os
 import resource
 import subprocess
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
@@ -19,11 +21,11 @@ import torch.distributed as dist
 
 from nvembed_mcore import fault_injection
 from nvembed_mcore.build import build_model, read_architecture
-from nvembed_mcore.checkpoint import optimizer_state, store
+from nvembed_mcore.checkpoint import optimizer_state, store, writing
 from nvembed_mcore.checkpoint.saver import Saver
 from nvembed_mcore.config import CheckpointConfig
 from nvembed_mcore.optim import build_optimizer
-from nvembed_mcore.parallel.groups import initialize
+from nvembed_mcore.parallel.groups import every_rank_does, first_rank_does, initialize
 from tests.helpers import runs
 from tests.helpers.models import tiny_config
 
@@ -95,6 +97,15 @@ def fault(asked: str) -> Iterator[None]:
         del os.environ[fault_injection.VARIABLE]
 
 
+@contextlib.contextmanager
+def held_up(name: str) -> Iterator[None]:
+    """An asynchronous save that is begun inside comes to the point `name`, and goes on behind the block."""
+    go_on = threading.Event()
+    with mock.patch.object(writing, "point", lambda at, step: at != name or go_on.wait(60)):
+        yield
+    go_on.set()
+
+
 def error_of_save(trainer: Trainer, step: int) -> str:
     """What a save, or a poll after it, raises."""
     try:
@@ -152,18 +163,18 @@ def test_a_failure_of_one_rank_is_raised_on_all_and_leaves_nothing(world, inputs
 
 
 def saved_twice(inputs: Path, root: Path) -> list[bool]:
-    """Whether the asynchronous one is there as soon as it is asked for, and when it was waited for."""
+    """Whether the asynchronous one is there while its writer is held up, and when it was waited for."""
     trainer = Trainer(inputs, root)
     trainer.step(0)
     trainer.save(5)
     trainer.go_to(root / "async", async_save=True)
-    with fault("sleep=0.7@mid_shard"):
+    with held_up("mid_shard"):
         trainer.save(5)
-        seen = [os.path.lexists(root / "async/checkpoints/step-00000005")]
         for seed in range(1, 4):
             trainer.saver.poll()
             trainer.step(seed)
-        trainer.saver.wait()
+        seen = [os.path.lexists(root / "async/checkpoints/step-00000005")]
+    trainer.saver.wait()
     return [*seen, os.path.lexists(root / "async/checkpoints/step-00000005")]
 
 
@@ -284,10 +295,10 @@ def on_a_small_disk(inputs: Path, disk: Path) -> list:
     found.append((error_of_save(trainer, 3), trainer.folders()))
     clean()
     trainer.go_to(disk, async_save=True)
-    with fault("sleep=0.5@before_shard"):
+    with held_up("before_shard"):
         trainer.save(3)
         fill(0, 100)
-        found.append((error_of_save(trainer, 4), trainer.folders()))
+    found.append((error_of_save(trainer, 4), trainer.folders()))
     clean()
     trainer.go_to(disk)
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
@@ -320,8 +331,44 @@ def without_room(inputs: Path, run_dir: Path) -> str:
     return ""
 
 
-def test_a_run_without_room_does_not_start(world, inputs, small_disk, tmp_path):
+def test_a_run_that_cannot_save_does_not_start(world, inputs, small_disk):
     (small_disk / "junk").write_bytes(bytes((16 << 20) - (1 << 18)))
     first, second = world(2).run(without_room, inputs, small_disk)
     assert first == second and "No space left on device" in first and "a checkpoint of this run needs " in first
-    assert world(2).run(without_room, inputs, tmp_path / "room") == ["", ""]
+    # Where an interrupted save took the room, it is given back.
+    os.renames(small_disk / "junk", small_disk / "checkpoints/.writing-step-00000003/state/junk")
+    assert world(2).run(without_room, inputs, small_disk) == ["", ""]
+    assert not os.listdir(small_disk / "checkpoints")
+    subprocess.run(["mount", "-o", "remount,ro", str(small_disk)], check=True)
+    first, second = world(2).run(without_room, inputs, small_disk)
+    assert first == second and first.startswith(f"StorageError: rank 0 cannot write to {small_disk / 'checkpoints'}: ")
+    assert "Read-only file system" in first
+
+
+class Unportable(OSError):
+    """Cannot be pickled, nor be made from its message."""
+
+    def __init__(self, number: int, handle: object) -> None:
+        super().__init__(f"failure {number}")
+        self.handle = handle
+
+
+def with_unportable_errors(inputs: Path) -> list[str]:
+    initialize(runs.run_config(inputs, inputs).parallel)
+    found = []
+    for share, rank in ((first_rank_does, 0), (every_rank_does, 0), (every_rank_does, 1)):
+
+        def fail(rank: int = rank) -> None:
+            if dist.get_rank() == rank:
+                raise Unportable(rank, threading.Lock())
+
+        try:
+            share(fail)
+        except Exception as error:
+            found.append(f"{type(error).__name__}: {error}")
+    return found
+
+
+def test_an_error_that_cannot_travel_is_told_all_the_same(world, inputs):
+    expected = [f"RuntimeError: Unportable: failure {rank}" for rank in (0, 0, 1)]
+    assert world(2).run(with_unportable_errors, inputs) == [expected] * 2
