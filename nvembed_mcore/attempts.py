@@ -22,13 +22,14 @@ from contextlib import AbstractContextManager, contextmanager, suppress
 from datetime import datetime, timezone
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, TextIO
 
 from nvembed_mcore import goodput, redact
 from nvembed_mcore.config import RunConfig
 from nvembed_mcore.data.faults import DataError
 from nvembed_mcore.exits import Exit, Preempted, exit_of
 from nvembed_mcore.log import TO_FILE_ONLY
+from nvembed_mcore.run_lock import RunInUseError, lock
 from nvembed_mcore.run_record import RunRecord
 from nvembed_mcore.status import FIRST_FAILURE, STATUS_FILE, Status, read_status, write_json
 
@@ -77,7 +78,18 @@ class Attempt(AbstractContextManager):
         self._step, self._saved, self._saves = 0, None, 0
         self._in_loop = False
         self._operation = "the start"
+        self._lock: TextIO | None = None
         self.folder: Path | None = None
+
+    def take(self) -> Path:
+        """Rank 0: keep other processes out of the run, and make the folder of this attempt's logs.
+
+        Raises:
+            RunInUseError: another process is at this run; its record is left alone.
+        """
+        self._run_dir.mkdir(parents=True, exist_ok=True)
+        self._lock = lock(self._run_dir)
+        return next_folder(self._run_dir)
 
     def begin(self, folder: Path, facts: Mapping[str, Any]) -> None:
         """Every rank, with the folder that rank 0 made (`next_folder`).
@@ -141,12 +153,16 @@ class Attempt(AbstractContextManager):
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if error is None:
-            self._end("done", Exit.DONE)
-        elif isinstance(error, Preempted):
-            self._end("preempted", Exit.PREEMPTED, error.reason)
-        else:
-            self.fail(error)
+        try:
+            if error is None:
+                self._end("done", Exit.DONE)
+            elif isinstance(error, Preempted):
+                self._end("preempted", Exit.PREEMPTED, error.reason)
+            else:
+                self.fail(error)
+        finally:
+            if self._lock is not None:
+                self._lock.close()
 
     def fail(self, error: BaseException) -> None:
         """Record that this rank fails; also for a thread that is about to end the process."""
@@ -161,8 +177,12 @@ class Attempt(AbstractContextManager):
             _set_status_of_a_running_run(error)
         if self.folder is None:
             # Refused before it began: told in a folder that is there, and no reason to make one.
-            if self._rank != 0 or not self._run_dir.is_dir():
+            if self._rank != 0 or not self._run_dir.is_dir() or isinstance(error, RunInUseError):
                 return
+            try:
+                self._lock = self._lock or lock(self._run_dir, patience=0)
+            except RunInUseError:
+                return  # the record is that of a run that goes on
             self.folder = next_folder(self._run_dir)
             self._go_on_from_status()
         status = exit_of(error)

@@ -14,7 +14,7 @@ import yaml
 from transformers import MistralConfig
 
 from nvembed_mcore import device, redact, resume
-from nvembed_mcore.attempts import Attempt, next_folder
+from nvembed_mcore.attempts import Attempt
 from nvembed_mcore.build import build_model, read_architecture
 from nvembed_mcore.checkpoint import store
 from nvembed_mcore.checkpoint.folders import folder_of
@@ -61,7 +61,7 @@ def train(config: RunConfig, stops: StopRequests | None = None) -> None:
     with stops or StopRequests() as stops, Attempt(config, stops.started) as attempt:
         groups = initialize(config.parallel)
         # Nothing watches the ranks yet, so none waits for another patiently.
-        folder = first_rank_does(lambda: _prepare_run_dir(config), dist.group.WORLD)
+        folder = first_rank_does(lambda: _prepare_run_dir(config, attempt), dist.group.WORLD)
         attempt.begin(folder, _layout_and_hardware(config, groups))
         setup_logging(groups.rank, attempt.folder)
         with Watch(groups, 60 * config.parallel.timeout_minutes, attempt.folder, attempt.hangs) as watch:
@@ -236,7 +236,7 @@ class _Data:
     tokenizer: str
 
 
-def _prepare_run_dir(config: RunConfig) -> Path:
+def _prepare_run_dir(config: RunConfig, attempt: Attempt) -> Path:
     """Make the run folder and that of this attempt's logs; refuse what must not be mixed with an older run."""
     refuse_if_stopped(config)
     found = store.newest_step(config.run_dir)
@@ -244,7 +244,7 @@ def _prepare_run_dir(config: RunConfig) -> Path:
         raise ConfigError(f"checkpoint.resume is 'never', but {config.run_dir} has a checkpoint of step {found}")
     if config.checkpoint.resume == "must" and found is None:
         raise ConfigError(f"checkpoint.resume is 'must', but {config.run_dir} has no complete checkpoint")
-    return next_folder(config.run_dir)
+    return attempt.take()
 
 
 def _layout_and_hardware(config: RunConfig, groups: Groups) -> dict[str, Any]:

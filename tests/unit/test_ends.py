@@ -6,17 +6,20 @@ import errno
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import threading
 
 import pytest
 
+from nvembed_mcore import run_lock
 from nvembed_mcore.attempts import Attempt, next_folder
 from nvembed_mcore.cli import main
 from nvembed_mcore.config import ConfigError, DataConfig, DatasetConfig, ModelConfig, RunConfig
 from nvembed_mcore.data.faults import DataError
 from nvembed_mcore.exits import Exit, Preempted, StorageError, exit_of
+from nvembed_mcore.run_lock import RunInUseError
 from nvembed_mcore.status import read_status
 from nvembed_mcore.stop import StopRequests
 
@@ -36,6 +39,26 @@ def attempt_that_ends_with(error: BaseException | None, folder, loop: bool = Tru
                 pass
         if error is not None:
             raise error
+
+
+def test_one_attempt_at_a_time(tmp_path, monkeypatch):
+    """The second start waits a little, then ends with 70 and leaves the record of the first one alone."""
+    first = Attempt(config_of(tmp_path), started=0.0)
+    first.begin(first.take(), {})
+    monkeypatch.setattr(run_lock.lock, "__defaults__", (0.3,))
+    status = (tmp_path / "status.json").read_bytes()
+    with pytest.raises(RunInUseError) as caught, Attempt(config_of(tmp_path), started=0.0) as second:
+        second.take()
+    assert exit_of(caught.value) == Exit.CRASHED
+    assert f"in use by host {socket.gethostname()}, pid {os.getpid()};" in str(caught.value)
+    with pytest.raises(ConfigError), Attempt(config_of(tmp_path), started=0.0):
+        raise ConfigError("refused before it looks")
+    assert (tmp_path / "status.json").read_bytes() == status
+    with first:
+        pass
+    with Attempt(config_of(tmp_path), started=0.0) as third:
+        third.begin(third.take(), {})
+    assert read_status(tmp_path).attempt == 2
 
 
 @pytest.mark.parametrize(

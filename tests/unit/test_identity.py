@@ -8,6 +8,7 @@ import json
 import logging
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -295,7 +296,8 @@ def test_auto_must_and_never(monkeypatch, tmp_path, caplog):
     def prepare(how: str, is_there: bool) -> None:
         monkeypatch.setattr(resume.store, "newest_step", lambda run_dir: 3 if is_there else None)
         checkpoint = dataclasses.replace(CONFIG.checkpoint, resume=how)
-        _prepare_run_dir(dataclasses.replace(CONFIG, run_dir=str(tmp_path / "run"), checkpoint=checkpoint))
+        config = dataclasses.replace(CONFIG, run_dir=str(tmp_path / "run"), checkpoint=checkpoint)
+        _prepare_run_dir(config, SimpleNamespace(take=lambda: None))
 
     with pytest.raises(ConfigError) as caught:
         prepare("must", False)
