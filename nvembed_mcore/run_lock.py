@@ -1,4 +1,4 @@
-"""One attempt at a time: a job that was requeued must not meet the ranks of the one before it in the same run folder."""
+"""One attempt at a time: a requeued job must not meet the ranks of the one before it in the same run folder."""
 
 from __future__ import annotations
 

@@ -11,9 +11,10 @@ ruff check .
 ruff format --check .
 export OMP_NUM_THREADS=1 # most tests start several processes
 if [ $# -gt 0 ]; then exec python -m pytest -q "${slow[@]}" "$@"; fi
-# A unit test is one process, so two run at a time. The quick start, most of whose time is the start of programs, runs
-# beside them and so begins first; the other tests fill two cores by themselves.
+# A unit test is one process, so two run at a time. What starts programs and waits for them (SLURM's jobs, the quick start,
+# runs that are killed) runs beside them and begins first. The other tests fill two cores by themselves.
+waiting=(tests/reliability/test_slurm.py tests/test_quickstart.py tests/reliability/test_kill.py tests/reliability/test_stop.py)
 status=0
-python -m pytest -q "${slow[@]}" -n 2 --dist loadfile --no-loadscope-reorder tests/test_quickstart.py tests/unit || status=$?
-python -m pytest -q "${slow[@]}" tests --ignore tests/unit --ignore tests/test_quickstart.py || status=$?
+python -m pytest -q "${slow[@]}" -n 3 --dist loadfile --no-loadscope-reorder "${waiting[@]}" tests/unit || status=$?
+python -m pytest -q "${slow[@]}" tests "${waiting[@]/#/--ignore=}" --ignore tests/unit || status=$?
 exit $status

@@ -109,7 +109,7 @@ def with_rank_1_lost(config: RunConfig):
     if os.environ["RANK"] == "0":
         before, preflight._GRACE_SECONDS = preflight._GRACE_SECONDS, 0.2
         try:
-            return checked(config, timeout_seconds=0.5)
+            return checked(config, timeout_seconds=3)
         finally:
             preflight._GRACE_SECONDS = before
     with as_node():
@@ -177,7 +177,7 @@ def test_a_rank_that_does_not_appear(world, inputs, tmp_path):
 def test_a_rank_that_hangs_in_the_first_collective(world, inputs, tmp_path):
     lines, status = world(2).run(with_rank_1_lost, run_config(inputs, tmp_path))[0]
     assert status == Exit.HANG
-    assert "network: rank 1 on n2 hung in a small all-reduce within 0.5 s" in lines
+    assert "network: rank 1 on n2 hung in a small all-reduce within 3 s" in lines
     assert any(line.startswith("network: rank 0 on n1: a small all-reduce failed: ") for line in lines)
 
 

@@ -22,7 +22,7 @@ from tests.helpers import runs
 
 @pytest.fixture(scope="module")
 def inputs(tmp_path_factory) -> Path:
-    return runs.write_inputs(tmp_path_factory.mktemp("inputs"), num_records=200)
+    return runs.write_inputs(tmp_path_factory.mktemp("inputs"), num_records=200, with_words=True)
 
 
 @pytest.fixture

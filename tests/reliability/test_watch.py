@@ -73,7 +73,7 @@ def stacks(tmp_path, rank: int) -> str:
     return written(tmp_path, f"stacks-rank-{rank}.txt")
 
 
-@pytest.mark.parametrize("frozen", [0, 1])
+@pytest.mark.parametrize("frozen", [0, pytest.param(1, marks=pytest.mark.slow)])
 def test_a_frozen_rank_is_named_by_the_other(start, tmp_path, frozen):
     ranks = start()
     ranks.wait_for_step(2)
@@ -112,7 +112,7 @@ def test_ranks_in_different_collectives_are_both_named(start, tmp_path):
     ), ranks.outputs()
 
 
-@pytest.mark.parametrize("killed", [0, 1])
+@pytest.mark.parametrize("killed", [1, pytest.param(0, marks=pytest.mark.slow)])
 def test_a_killed_rank_is_named_within_seconds(start, tmp_path, killed):
     # It sleeps for some beats before, or the others might never hear of this step.
     ranks = start(NVEMBED_FAULT=f"sleep=1@step_begin:{killed}:3,kill@data:{killed}:3")
