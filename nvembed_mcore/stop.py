@@ -14,7 +14,8 @@ from nvembed_mcore.config import ConfigError, RunConfig
 SIGNALS = (signal.SIGUSR1, signal.SIGTERM)
 """Schedulers warn with either. SIGINT is a person at a terminal, who need not wait for a checkpoint."""
 STOP_FILE = "STOP"
-_ASKED_BY = ("", "the file", "the clock", *(one.name for one in SIGNALS))
+BAD_DATA = "a token store cannot be used"
+_ASKED_BY = ("", "the file", "the clock", BAD_DATA, *(one.name for one in SIGNALS))
 
 
 class StopRequests:
@@ -56,15 +57,18 @@ class StopRequests:
     def _note(self, number: int, frame: FrameType | None) -> None:
         self.signal = self.signal or signal.Signals(number).name
 
-    def agreed(self, config: RunConfig, rank: int, world_size: int) -> str | None:
+    def agreed(self, config: RunConfig, rank: int, world_size: int, bad_data: bool = False) -> str | None:
         """Why to stop, the same on all ranks, or None; every rank calls this after the same step.
 
         One number goes over the world. Where several ask, one reason is given.
+
+        Args:
+            bad_data: this rank cannot make another batch; the reason then begins with `BAD_DATA`.
         """
         # Not before: the signals' handlers are there long before torch is.
         from nvembed_mcore.parallel.groups import largest
 
-        asked = _ASKED_BY.index(self._asked(config, rank))
+        asked = _ASKED_BY.index(self._asked(config, rank) or (BAD_DATA if bad_data else ""))
         by, of_rank = divmod(largest(asked * world_size + rank if asked else 0), world_size)
         if by == 0:
             return None

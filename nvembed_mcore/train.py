@@ -34,7 +34,7 @@ from nvembed_mcore.nonfinite import NonFiniteLossError, reported
 from nvembed_mcore.optim import build_optimizer, learning_rate, set_learning_rate
 from nvembed_mcore.parallel.groups import Groups, first_rank_does, initialize
 from nvembed_mcore.step import ContrastiveStep, StepOutput
-from nvembed_mcore.stop import StopRequests, refuse_if_stopped
+from nvembed_mcore.stop import BAD_DATA, StopRequests, refuse_if_stopped
 from nvembed_mcore.stragglers import Stragglers
 from nvembed_mcore.watchdog import Watch
 
@@ -116,11 +116,17 @@ def _loop(run: _Run, metric_log: MetricLog, stops: StopRequests, attempt: Attemp
 
 
 def _stop_if_asked(run: _Run, stops: StopRequests, attempt: Attempt, last: int) -> None:
-    """Save and raise `Preempted` on all ranks if any was asked to; after the last step only save, for it is done."""
-    reason = stops.agreed(run.config, run.groups.rank, run.groups.world_size)
+    """Save and raise `Preempted` on all ranks if any was asked to; after the last step only save, for it is done.
+
+    A rank that has lost its data asks too: then it is a `StorageError`, with everything saved.
+    """
+    trouble = run.data.source.trouble()
+    reason = stops.agreed(run.config, run.groups.rank, run.groups.world_size, trouble is not None)
     if reason:
         _saving(run, attempt, run.save)
         _saving(run, attempt, run.saver.wait)
+        if run.done < last and reason.startswith(BAD_DATA):
+            raise trouble or StorageError(reason)
         if run.done < last:
             raise Preempted(run.done, reason)
 

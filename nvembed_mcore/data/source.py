@@ -13,6 +13,7 @@ from nvembed_mcore.data.batch import Batch, Sample, make_batch
 from nvembed_mcore.data.blend import Blend, choose_negatives, choose_positives, chosen_record
 from nvembed_mcore.data.packing import Text
 from nvembed_mcore.data.tokens import TokenStore
+from nvembed_mcore.exits import StorageError
 
 
 class BatchSource:
@@ -43,6 +44,15 @@ class BatchSource:
         for store in self.stores:
             store.check()
         return make_batch([self._sample(drawn) for drawn in self.blend.samples(step)])
+
+    def trouble(self) -> StorageError | None:
+        """What keeps this process from making another batch, as far as the files' sizes and times tell."""
+        try:
+            for store in self.stores:
+                store.check()
+        except StorageError as error:
+            return error
+        return None
 
     def record_of(self, drawn: blend.Sample) -> int:
         """Number of a drawn record in the store of its data set."""

@@ -6,7 +6,6 @@ word (SIGBUS). A read that fails is an error with a name.
 
 from __future__ import annotations
 
-import hashlib
 import os
 from pathlib import Path
 
@@ -16,6 +15,8 @@ import xxhash
 
 from nvembed_mcore.data.token_build import SCHEMA
 from nvembed_mcore.exits import StorageError
+
+_BLOCK_BYTES = 1 << 22
 
 
 class TokenFile:
@@ -60,8 +61,11 @@ class TokenFile:
 
     def content_hash(self) -> str:
         """XXH3 of all bytes, 128 bits in hex; reads the whole file."""
-        with self.path.open("rb") as file:
-            return hashlib.file_digest(file, xxhash.xxh3_128).hexdigest()
+        digest = xxhash.xxh3_128()
+        with self.path.open("rb", buffering=0) as file:
+            while block := file.read(_BLOCK_BYTES):
+                digest.update(block)
+        return digest.hexdigest()
 
     def read(self, offset: int, count: int) -> bytes:
         """Bytes of the file.

@@ -88,12 +88,12 @@ def test_a_disk_that_fails(store):
     assert "Input/output error" in str(caught.value)
 
 
-def train_and_damage(config: RunConfig, file: Path, at_step: int) -> tuple[str, int]:
-    """A run under whose feet rank 0 cuts the store before step `at_step`; its message and status."""
+def train_and_damage(config: RunConfig, file: Path, at_step: int, place: str = "data") -> tuple[str, int]:
+    """A run under whose feet rank 0 cuts the store at a place of step `at_step`; its message and status."""
     from nvembed_mcore import train
 
     def point(name: str, step: int) -> None:
-        if (name, step) == ("data", at_step):
+        if (name, step) == (place, at_step):
             if dist.get_rank() == 0:
                 cut(file)
             dist.barrier()
@@ -104,6 +104,22 @@ def train_and_damage(config: RunConfig, file: Path, at_step: int) -> tuple[str, 
         except Exception as error:
             return str(error), exit_of(error)
     return "", Exit.DONE
+
+
+def test_a_store_that_is_lost_behind_a_step_costs_no_step(world, inputs, tmp_path):
+    """Nothing was to be saved there."""
+    config = runs.run_config(inputs, tmp_path / "run", parallel=ParallelConfig(timeout_minutes=2), steps=4)
+    config = dataclasses.replace(
+        config,
+        data=dataclasses.replace(config.data, cache_dir=str(tmp_path / "cache")),
+        eval=dataclasses.replace(config.eval, path=None),
+    )
+    dataset, how = config.data.datasets[0], dict(max_query_tokens=24, max_document_tokens=32)
+    tokenizer = load_tokenizer(config.data.tokenizer)
+    file = TokenStore.build(dataset, tokenizer, **how, cache_dir=config.data.cache_dir).folder / "data.arrow"
+    for message, status in world(2).run(train_and_damage, config, file, 2, "step_end"):
+        assert message.startswith(f"{file} changed while it was in use: ") and status == Exit.STORAGE
+    assert find_checkpoint(config.run_dir).step == 2
 
 
 def test_a_run_stops_with_the_file_and_what_is_saved_stays(world, inputs, tmp_path):
