@@ -77,6 +77,5 @@ def test_a_configuration_that_is_no_text(capsys, tmp_path):
     path.write_bytes(b"run_dir: \xff\n")
     assert main(["data", "plan", str(path)]) == 78
     assert capsys.readouterr().err == (
-        "nvembed: error: 'utf-8' codec can't decode byte 0xff in position 9: invalid start byte\n"
-        f"(in {path})\n"
+        f"nvembed: error: 'utf-8' codec can't decode byte 0xff in position 9: invalid start byte\n(in {path})\n"
     )
