@@ -106,10 +106,10 @@ DROPPING_ADAPTERS = dict(targets=ALL_TARGETS, lora_dropout=0.2)
     [
         dict(world=1),
         dict(world=2),
-        dict(world=2, tp=2, sp=True),
         dict(world=2, pp=2, chunks=2),
-        dict(world=1, **DROPPING_ADAPTERS),
-        dict(world=2, tp=2, **DROPPING_ADAPTERS),
+        pytest.param(dict(world=2, tp=2, sp=True), marks=pytest.mark.slow),
+        pytest.param(dict(world=1, **DROPPING_ADAPTERS), marks=pytest.mark.slow),
+        pytest.param(dict(world=2, tp=2, **DROPPING_ADAPTERS), marks=pytest.mark.slow),
         dict(world=2, tp=2, sp=True, **DROPPING_ADAPTERS),
         dict(world=2, pp=2, **DROPPING_ADAPTERS),
     ],

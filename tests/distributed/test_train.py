@@ -54,7 +54,7 @@ def test_learns_logs_and_evaluates(straight):
     assert (straight / "logs" / "0001" / "rank-1.log").is_file()
 
 
-@pytest.mark.parametrize(("tp", "pp", "chunks"), [(2, 1, 1), (1, 2, 1), (1, 2, 2)])
+@pytest.mark.parametrize(("tp", "pp", "chunks"), [(2, 1, 1), pytest.param(1, 2, 1, marks=pytest.mark.slow), (1, 2, 2)])
 def test_other_layouts_have_the_same_curve(world, inputs, straight, tmp_path, tp, pp, chunks):
     config = runs.run_config(inputs, tmp_path, parallel=layout(tp, pp, chunks))
     world(2).run(train, dataclasses.replace(config, stop_at=5))
