@@ -6,6 +6,7 @@ A module here is one family of subcommands; its `add(commands)` declares them.
 from __future__ import annotations
 
 import argparse
+import faulthandler
 import logging
 import os
 import sys
@@ -97,19 +98,22 @@ def _leave_groups(status: int) -> None:
     groups = sys.modules.get("nvembed_mcore.parallel.groups")
     if groups is None:
         return
-    at_last = threading.Timer(LEAVING_SECONDS, _end_now, [status])
+    at_last = threading.Timer(LEAVING_SECONDS, end_now, [status])
     at_last.daemon = True
     at_last.start()
+    # Where torch waits with Python's lock held, no thread of Python can end it: with 1, and the stacks on stderr.
+    faulthandler.dump_traceback_later(LEAVING_SECONDS + 5, exit=True, file=sys.__stderr__)
     try:
         groups.shutdown()
     except Exception:
         log.info("could not leave the process groups", exc_info=True)
     finally:
         at_last.cancel()
+        faulthandler.cancel_dump_traceback_later()
 
 
-def _end_now(status: int) -> None:
-    """End the process whatever its other threads wait for."""
+def end_now(status: int) -> None:
+    """End the process whatever its other threads wait for, and without the interpreter's own way out."""
     logging.shutdown()
     for stream in (sys.stdout, sys.stderr):
         stream.flush()

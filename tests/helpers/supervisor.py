@@ -178,6 +178,6 @@ def _run_rank(arguments: list[str], env: dict[str, str], output: Path) -> None:
     assert len(os.listdir(f"/proc/{os.getppid()}/task")) == 1, "the server has threads"
     os.environ.clear()
     os.environ.update(env)
-    from nvembed_mcore.cli import main
+    from nvembed_mcore.cli import end_now, main
 
-    sys.exit(main(["train", *arguments]))
+    end_now(main(["train", *arguments]))
