@@ -106,33 +106,31 @@ def train_and_damage(config: RunConfig, file: Path, at_step: int, place: str = "
     return "", Exit.DONE
 
 
-def test_a_store_that_is_lost_behind_a_step_costs_no_step(world, inputs, tmp_path):
-    """Nothing was to be saved there."""
-    config = runs.run_config(inputs, tmp_path / "run", parallel=ParallelConfig(timeout_minutes=2), steps=4)
+def run_and_file(inputs: Path, folder: Path, checkpoint: CheckpointConfig) -> tuple[RunConfig, Path]:
+    """A run of four steps, and the file of its store."""
+    how = dict(parallel=ParallelConfig(timeout_minutes=2), checkpoint=checkpoint, steps=4)
+    config = runs.run_config(inputs, folder / "run", **how)
     config = dataclasses.replace(
         config,
-        data=dataclasses.replace(config.data, cache_dir=str(tmp_path / "cache")),
+        data=dataclasses.replace(config.data, cache_dir=str(folder / "cache")),
         eval=dataclasses.replace(config.eval, path=None),
     )
-    dataset, how = config.data.datasets[0], dict(max_query_tokens=24, max_document_tokens=32)
+    limits = dict(max_query_tokens=24, max_document_tokens=32)
     tokenizer = load_tokenizer(config.data.tokenizer)
-    file = TokenStore.build(dataset, tokenizer, **how, cache_dir=config.data.cache_dir).folder / "data.arrow"
+    store = TokenStore.build(config.data.datasets[0], tokenizer, **limits, cache_dir=config.data.cache_dir)
+    return config, store.folder / "data.arrow"
+
+
+def test_a_store_that_is_lost_behind_a_step_costs_no_step(world, inputs, tmp_path):
+    """Nothing was to be saved there."""
+    config, file = run_and_file(inputs, tmp_path, CheckpointConfig())
     for message, status in world(2).run(train_and_damage, config, file, 2, "step_end"):
         assert message.startswith(f"{file} changed while it was in use: ") and status == Exit.STORAGE
     assert find_checkpoint(config.run_dir).step == 2
 
 
 def test_a_run_stops_with_the_file_and_what_is_saved_stays(world, inputs, tmp_path):
-    config = runs.run_config(inputs, tmp_path / "run", parallel=ParallelConfig(timeout_minutes=2), steps=4)
-    config = dataclasses.replace(
-        config,
-        data=dataclasses.replace(config.data, cache_dir=str(tmp_path / "cache")),
-        eval=dataclasses.replace(config.eval, path=None),
-        checkpoint=CheckpointConfig(every_steps=1),
-    )
-    dataset, how = config.data.datasets[0], dict(max_query_tokens=24, max_document_tokens=32)
-    tokenizer = load_tokenizer(config.data.tokenizer)
-    file = TokenStore.build(dataset, tokenizer, **how, cache_dir=config.data.cache_dir).folder / "data.arrow"
+    config, file = run_and_file(inputs, tmp_path, CheckpointConfig(every_steps=1))
     size = file.stat().st_size
     for message, status in world(2).run(train_and_damage, config, file, 3):
         assert message.startswith(f"{file} changed while it was in use: ") and status == Exit.STORAGE == 74
