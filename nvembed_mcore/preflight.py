@@ -46,12 +46,19 @@ class Finding:
     text: str
 
 
-def check(read: Callable[[], RunConfig], timeout_seconds: float = 60.0) -> tuple[list[Finding], Exit]:
+Report = Callable[[list[Finding]], None]
+
+
+def check(
+    read: Callable[[], RunConfig], timeout_seconds: float = 60.0, report: Report = lambda _: None
+) -> tuple[list[Finding], Exit]:
     """Look at the job's surroundings; every rank calls this and gets the same.
 
     Args:
         read: reads the configuration; what it raises is a finding.
         timeout_seconds: for all ranks to appear, and again for a small all-reduce.
+        report: prints the findings. Rank 0 calls it before any other rank learns of them: srun ends all ranks as soon
+            as one ends badly. So does a rank that cannot reach rank 0.
 
     Returns:
         What is wrong or worth knowing, and the exit status: 78 where configuration or code cannot work, 76 where
@@ -63,8 +70,9 @@ def check(read: Callable[[], RunConfig], timeout_seconds: float = 60.0) -> tuple
     try:
         if place is None or place.world_size == 1:
             findings = judge([here], [time.time()])
+            report(findings)
         else:
-            findings = _Exchange(here, place, timeout_seconds).findings()
+            findings = _Exchange(here, place, timeout_seconds, report).findings()
     finally:
         remove_probe(here)
     return findings, worst(findings)
@@ -79,8 +87,8 @@ def worst(findings: Iterable[Finding]) -> Exit:
 class _Exchange:
     """The ranks' talk over the rendezvous store. Keys: `rank/3`, `next`, `result/3`, `report`, `bye/3`."""
 
-    def __init__(self, here: Rank, place: rendezvous.Place, timeout_seconds: float) -> None:
-        self.here, self.place, self.timeout = here, place, timeout_seconds
+    def __init__(self, here: Rank, place: rendezvous.Place, timeout_seconds: float, report: Report) -> None:
+        self.here, self.place, self.timeout, self.report = here, place, timeout_seconds, report
         self.world_size = place.world_size
 
     def findings(self) -> list[Finding]:
@@ -95,7 +103,9 @@ class _Exchange:
         except (RuntimeError, OSError, ConfigError) as error:  # torch's DistError is a RuntimeError
             where = f"{self.place.host}:{self.place.port}"
             text = f"rank {self.here.rank} on {self.here.host} cannot talk to rank 0 at {where}: {_first_line(error)}"
-            return [*_own(self.here), Finding(Exit.HANG, "network", text)]
+            findings = [*_own(self.here), Finding(Exit.HANG, "network", text)]
+            self.report(findings)
+            return findings
 
     def _lead(self, store: dist.Store) -> list[Finding]:
         facts = self._collect(store, "rank", self.timeout)
@@ -107,6 +117,7 @@ class _Exchange:
         else:
             store.set("next", json.dumps(self.here.probe))
             findings = self._results(store, ranks)
+        self.report(findings)
         store.set("report", json.dumps([dataclasses.astuple(one) for one in findings]))
         # The store ends with this process, so not before the others have read.
         self._collect(store, "bye", _GRACE_SECONDS, among=facts.keys())

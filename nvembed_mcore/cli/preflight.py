@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import argparse
 import operator
-import os
+from typing import TYPE_CHECKING
 
 from nvembed_mcore.cli.run_config import read_run_config
 from nvembed_mcore.exits import Exit
+
+if TYPE_CHECKING:
+    from nvembed_mcore.preflight import Finding
 
 _DESCRIPTION = """\
 Check what would end a job, before it: configuration, paths, disk, network, the same code on all nodes. Started as
@@ -32,9 +35,13 @@ def preflight(arguments: list[str]) -> int:
     # Not before: torch takes a second to import.
     from nvembed_mcore.preflight import check
 
-    findings, status = check(lambda: read_run_config(rest), options.timeout)
-    if os.environ.get("RANK", "0") == "0" or any("cannot talk to rank 0" in one.text for one in findings):
-        for one in findings:
-            print(f"preflight: {'FAILED' if one.status else 'note'}: {one.what}: {one.text}")
-        print(f"preflight: {'all is well' if status == Exit.DONE else f'ends with {status:d}'}", flush=True)
-    return status
+    return check(lambda: read_run_config(rest), options.timeout, _print)[1]
+
+
+def _print(findings: list[Finding]) -> None:
+    from nvembed_mcore.preflight import worst
+
+    for one in findings:
+        print(f"preflight: {'FAILED' if one.status else 'note'}: {one.what}: {one.text}")
+    status = worst(findings)
+    print(f"preflight: {'all is well' if status == Exit.DONE else f'ends with {status:d}'}", flush=True)

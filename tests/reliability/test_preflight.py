@@ -100,6 +100,18 @@ def with_wrong_clock(config: RunConfig):
         time.time = before
 
 
+def was_told_before_the_end(config: RunConfig, told: str) -> bool:
+    """Whether rank 0, which needs some time for it, had reported when this rank's check ended."""
+
+    def report(_) -> None:
+        time.sleep(0.3)
+        Path(told).touch()
+
+    with as_node():
+        preflight.check(lambda: config, 20.0, report)
+        return Path(told).exists()
+
+
 def without_rank_1(config: RunConfig):
     return checked(config, timeout_seconds=0.5) if os.environ["RANK"] == "0" else None
 
@@ -125,6 +137,14 @@ def with_rank_1_lost(config: RunConfig):
 def test_two_ranks_that_agree(world, inputs, tmp_path):
     assert world(2).run(checked, run_config(inputs, tmp_path / "run")) == [([], 0)] * 2
     assert list((tmp_path / "run").iterdir()) == []
+
+
+def test_no_rank_ends_before_rank_0_has_reported(world, inputs, tmp_path):
+    """srun ends rank 0 as soon as another rank ends badly."""
+    assert (
+        world(2).run(was_told_before_the_end, run_config(inputs, tmp_path / "run"), str(tmp_path / "told"))
+        == [True] * 2
+    )
 
 
 def test_another_configuration_is_named_with_both_values(world, inputs, tmp_path):
