@@ -13,7 +13,7 @@ from nvembed_mcore.checkpoint import hf_import, peft, store
 from nvembed_mcore.checkpoint.hf_folder import HfFolder
 from nvembed_mcore.checkpoint.hf_model import check_pooling, open_hf_model, same_head
 from nvembed_mcore.checkpoint.names import Entry, name_table
-from nvembed_mcore.config import ConfigError, ModelConfig, ParallelConfig, PoolingConfig, RunConfig
+from nvembed_mcore.config import ConfigError, ModelConfig, ParallelConfig, PoolingConfig, PrecisionConfig, RunConfig
 from nvembed_mcore.model.encoder import Encoder, wrap_data_parallel
 from nvembed_mcore.model.mistral import read_mistral_config
 from nvembed_mcore.parallel.groups import Groups, every_rank_does, first_rank_does
@@ -50,7 +50,13 @@ def build_model(config: RunConfig, hf_config: MistralConfig, groups: Groups) -> 
         )
     temperature = config.loss.temperature if config.loss.learn_temperature else None
     encoders = build_encoders(
-        config.model, hf_config, config.parallel, groups, seed=config.seed, temperature=temperature
+        config.model,
+        hf_config,
+        config.parallel,
+        groups,
+        precision=config.precision,
+        seed=config.seed,
+        temperature=temperature,
     )
     return wrap_data_parallel(encoders, config.parallel, distributed_optimizer=config.optim.distributed)
 
@@ -61,12 +67,14 @@ def build_encoders(
     parallel: ParallelConfig,
     groups: Groups,
     *,
+    precision: PrecisionConfig | None = None,
     seed: int = 0,
     temperature: float | None = None,
 ) -> list[Encoder]:
     """This stage's chunks with their initial weights, without anything that only training needs.
 
     Args:
+        precision: data types; None: the default ones.
         seed: of the weights that are drawn.
         temperature: where a learned temperature starts; None: it is not learned.
 
@@ -78,7 +86,7 @@ def build_encoders(
     sources = _sources(model, seed, hf_config, start, groups)
     missing = _parts_to_make(start, model, hf_config) if start else {entry.name for entry in table}
     encoders = [
-        Encoder(hf_config, model, parallel, groups, chunk=chunk, temperature=temperature)
+        Encoder(hf_config, model, parallel, groups, precision=precision, chunk=chunk, temperature=temperature)
         for chunk in range(parallel.chunks_per_stage)
     ]
     if start:

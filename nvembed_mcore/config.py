@@ -13,101 +13,10 @@ from typing import Literal
 from nvembed_mcore.config_data import ConfigError as ConfigError
 from nvembed_mcore.config_data import DataConfig, require
 from nvembed_mcore.config_data import DatasetConfig as DatasetConfig
-
-
-@dataclass(frozen=True, kw_only=True)
-class PoolingConfig:
-    """How token states become one vector a text (NV-Embed section 3.2)."""
-
-    kind: Literal["latent", "mean", "last", "self_attention", "multi_layer"] = "latent"
-    """`latent`: NV-Embed's latent attention. `self_attention`: the paper's ablation, tokens of the text as keys and
-    values. `mean`: mean over the pooled positions. `last`: the state of `</s>`. `multi_layer`: latents attend to the
-    text's mean after each layer (causal: to its last state), arXiv 2409.02727; there 768 latents, 32 heads of 2048."""
-    num_latents: int = 512
-    """Rows of the trained dictionary that tokens attend to (`latent`), or that attend to layers (`multi_layer`)."""
-    num_heads: int = 8
-    """Heads of the cross or self attention (`latent`, `self_attention`, `multi_layer`)."""
-    head_width: int | None = None
-    """Width of one head; null means the hidden size of the backbone, as in NV-Embed (8 heads of 4096)."""
-    initializer_range: float | None = None
-    """Standard deviation of the head's projections at the start; null means PyTorch's default for linear layers."""
-
-    def __post_init__(self) -> None:
-        for name in ("num_latents", "num_heads"):
-            require(getattr(self, name) >= 1, f"model.pooling.{name} must be at least 1, got {getattr(self, name)}")
-
-
-LORA_TARGETS = ("q", "k", "v", "o", "gate", "up", "down")
-
-
-@dataclass(frozen=True, kw_only=True)
-class LoraConfig:
-    """Low-rank adapters (arXiv 2106.09685): a linear with weight `W` computes `W x + (alpha / rank) B A dropout(x)`.
-
-    Only adapters and the head train, and only they have optimizer state.
-    """
-
-    rank: int = 0
-    """Rows of A and columns of B; 16 in the paper. 0: no adapters, all weights train."""
-    alpha: float = 32.0
-    """The adapters' share is alpha / rank."""
-    dropout: float = 0.1
-    """Probability of dropping an element of the adapters' input; projections that share an input drop the same."""
-    targets: list[Literal["q", "k", "v", "o", "gate", "up", "down"]] = field(default_factory=lambda: [*LORA_TARGETS])
-    """Projections with adapters: of attention (queries, keys, values, output) and of the feed-forward block. The paper
-    does not state its own."""
-    init_from: str | None = None
-    """A PEFT folder of adapters (and of the head's weights, if it has them) to start with; null: A is random and B is
-    zero."""
-
-    def __post_init__(self) -> None:
-        require(self.rank >= 0, f"model.lora.rank must not be negative, got {self.rank}")
-        require(self.alpha > 0, f"model.lora.alpha must be above 0, got {self.alpha}")
-        require(0 <= self.dropout < 1, f"model.lora.dropout must be from 0 to below 1, got {self.dropout}")
-        require(
-            len(self.targets) > 0 and set(self.targets) <= {*LORA_TARGETS},
-            f"model.lora.targets must be one or more of {', '.join(LORA_TARGETS)}, got {self.targets}",
-        )
-        require(len(set(self.targets)) == len(self.targets), f"model.lora.targets must differ, got {self.targets}")
-        require(
-            self.rank > 0 or self.init_from is None,
-            f"model.lora.init_from is {self.init_from}, but model.lora.rank is 0: give the rank of its adapters",
-        )
-
-    @property
-    def scale(self) -> float:
-        return self.alpha / self.rank
-
-
-@dataclass(frozen=True, kw_only=True)
-class ModelConfig:
-    """The encoder: Mistral layers and a pooling head."""
-
-    config: str | None = None
-    """A Hugging Face `config.json` of a Mistral model (or the folder that holds it), to train from random weights."""
-    init_from: str | None = None
-    """Where weights come from: a Hugging Face folder, or a checkpoint or run folder of an earlier stage (weights only;
-    the optimizer starts fresh)."""
-    attention_mask: Literal["bidirectional", "causal"] = "bidirectional"
-    """`causal` exists for the paper's ablation."""
-    precision: Literal["auto", "float32", "bfloat16"] = "auto"
-    """Data type of the weights in the forward pass: `auto` is bfloat16 on a CUDA device and float32 on a CPU.
-    Gradients are reduced and the optimizer works in float32 always."""
-    pooling: PoolingConfig = field(default_factory=PoolingConfig)
-    """The head that pools token states."""
-    lora: LoraConfig = field(default_factory=LoraConfig)
-    """Adapters to train instead of the backbone's weights."""
-
-    def __post_init__(self) -> None:
-        require(
-            (self.config is None) != (self.init_from is None),
-            f"give exactly one of model.config and model.init_from, got {self.config!r} and {self.init_from!r}",
-        )
-
-    @property
-    def adapters(self) -> LoraConfig | None:
-        """`lora`, unless its rank is 0."""
-        return self.lora if self.lora.rank else None
+from nvembed_mcore.config_model import LORA_TARGETS as LORA_TARGETS
+from nvembed_mcore.config_model import LoraConfig as LoraConfig
+from nvembed_mcore.config_model import ModelConfig, PrecisionConfig
+from nvembed_mcore.config_model import PoolingConfig as PoolingConfig
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -319,6 +228,8 @@ class RunConfig:
     """Data sets and limits."""
     model: ModelConfig
     """Architecture and initial weights."""
+    precision: PrecisionConfig = field(default_factory=PrecisionConfig)
+    """Data types."""
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     """Layout of the processes."""
     step: StepConfig = field(default_factory=StepConfig)

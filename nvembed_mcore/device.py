@@ -55,7 +55,7 @@ def free_memory_bytes() -> int:
 
 
 def default_dtype(precision: str) -> torch.dtype:
-    """Data type of the weights for `model.precision`; bfloat16 products are slow on CPUs, so `auto` avoids them."""
+    """Data type of the weights for `precision.dtype`; bfloat16 products are slow on CPUs, so `auto` avoids them."""
     if precision == "auto":
         return torch.bfloat16 if has_cuda() else torch.float32
     return {"float32": torch.float32, "bfloat16": torch.bfloat16}[precision]

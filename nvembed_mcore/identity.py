@@ -27,9 +27,9 @@ _KINDS: dict[Kind, str] = {
     "content": """
         data.tokenizer data.max_bad_records
         data.datasets.path data.datasets.instruction data.datasets.instruct_documents
-        model.config model.init_from model.precision model.lora
+        model.config model.init_from precision.dtype model.lora
     """,
-    "resumable": "parallel step optim.distributed",
+    "resumable": "parallel step optim.distributed model.backend precision",
     "free": """
         run_dir stop_at max_minutes data.cache_dir model.pooling.initializer_range model.lora.init_from
         parallel.timeout_minutes checkpoint eval log
@@ -105,7 +105,7 @@ def _identity(facts: dict[str, Any]) -> dict[str, Any]:
     found |= {f"hf_config.{name}": facts["hf_config"].get(name) for name in ARCHITECTURE}
     return found | {
         "data.tokenizer": facts["tokenizer"][:16],
-        "model.precision": facts["precision"],
+        "precision.dtype": facts["precision"],
         "model.lora": store.adapters_of(facts),
     }
 

@@ -40,7 +40,7 @@ def facts_of(
             "data": source.fingerprint,
             "stores": [store.identity for store in source.stores],
             "tokenizer": tokenizer,
-            "precision": str(device.default_dtype(config.model.precision)).removeprefix("torch."),
+            "precision": str(device.default_dtype(config.precision.dtype)).removeprefix("torch."),
             "hardware": {"device": device.name(), "world_size": groups.world_size},
         }
     )

@@ -306,7 +306,7 @@ def _metrics(
     seconds: dict[str, float],
 ) -> dict[str, float]:
     """The line of `metrics.jsonl` for a step."""
-    peak = device_peak_flops(device.name(), device.default_dtype(config.model.precision))
+    peak = device_peak_flops(device.name(), device.default_dtype(config.precision.dtype))
     how = {"causal": config.model.attention_mask == "causal", "lora": config.model.adapters}
     line = StepMetrics(
         step=step,

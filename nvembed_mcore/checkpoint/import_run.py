@@ -19,7 +19,7 @@ from nvembed_mcore.checkpoint.hf_import import verify_sums
 from nvembed_mcore.checkpoint.hf_model import HfModel, check_token_ids, open_hf_model
 from nvembed_mcore.checkpoint.names import copy_shard
 from nvembed_mcore.checkpoint.weights_store import check_new, save_weights
-from nvembed_mcore.config import ParallelConfig, PoolingConfig
+from nvembed_mcore.config import ParallelConfig, PoolingConfig, PrecisionConfig
 from nvembed_mcore.data.prompts import query_prompt
 from nvembed_mcore.data.tokenizer import load_tokenizer, tokenizer_fingerprint
 from nvembed_mcore.parallel.groups import every_rank_does, initialize
@@ -113,9 +113,9 @@ def describe(model: HfModel, tokenizer: str | None = None) -> dict[str, Any]:
                 "config": None,
                 "init_from": os.path.abspath(model.path),
                 "attention_mask": model.attention_mask,
-                "precision": "auto",
                 "pooling": dataclasses.asdict(model.pooling or PoolingConfig(kind="mean")),
             },
+            "precision": dataclasses.asdict(PrecisionConfig()),
             "loss": {},
             "data": {
                 "tokenizer": tokenizer_dir,

@@ -10,6 +10,7 @@ from typing import Any, get_args, get_type_hints
 
 import yaml
 
+from nvembed_mcore.cli import yaml_loader
 from nvembed_mcore.config import ConfigError, RunConfig
 
 
@@ -20,8 +21,9 @@ def read_run_config(arguments: list[str]) -> RunConfig:
         FileNotFoundError: there is no such file.
         ConfigError: a field is unknown, missing, or has a value that cannot work.
     """
-    from jsonargparse import ActionConfigFile, ArgumentError, ArgumentParser, set_parsing_settings
+    from jsonargparse import ActionConfigFile, ArgumentError, ArgumentParser, set_loader, set_parsing_settings
 
+    set_loader("yaml", yaml_loader.load)
     set_parsing_settings(docstring_parse_attribute_docstrings=True)
     parser = ArgumentParser(
         prog="nvembed train",
@@ -63,7 +65,7 @@ def _tree(file: str) -> Any:
         ConfigError: it is none: then the parser, which is more lenient, must not see it.
     """
     try:
-        return yaml.safe_load(Path(file).read_text(encoding="utf-8"))
+        return yaml_loader.load(Path(file).read_text(encoding="utf-8"))
     except (ValueError, yaml.YAMLError) as error:
         raise ConfigError(f"{error}\n(in {file})") from error
 

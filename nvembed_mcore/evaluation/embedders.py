@@ -21,7 +21,7 @@ from nvembed_mcore.checkpoint import store
 from nvembed_mcore.checkpoint.hf_model import open_hf_model
 from nvembed_mcore.checkpoint.import_run import describe
 from nvembed_mcore.checkpoint.peft import SETTINGS_FILE
-from nvembed_mcore.config import LoraConfig, ModelConfig, ParallelConfig, PoolingConfig
+from nvembed_mcore.config import LoraConfig, ModelConfig, ParallelConfig, PoolingConfig, PrecisionConfig
 from nvembed_mcore.data import prompts
 from nvembed_mcore.data.packing import make_pack
 from nvembed_mcore.data.tokenizer import load_tokenizer, tokenizer_fingerprint
@@ -161,13 +161,14 @@ class PackedEmbedder:
             prompts.check_room(self._tokenizer, *how)
         config = _model_config(model, facts)
         hf_config = read_architecture(config)
-        self._chunks: Chunks = build_encoders(config, hf_config, parallel, self._groups)
+        precision = PrecisionConfig(dtype=facts["config"]["precision"]["dtype"])
+        self._chunks: Chunks = build_encoders(config, hf_config, parallel, self._groups, precision=precision)
         for chunk in self._chunks:
             chunk.eval().requires_grad_(False)
         self._token_budget = token_budget
         self._facts = {
             "weights": weights,
-            "precision": str(device.default_dtype(config.precision)).removeprefix("torch."),
+            "precision": str(device.default_dtype(precision.dtype)).removeprefix("torch."),
             "tokenizer": self._tokenizer_fingerprint,
         }
         self.dim = hf_config.hidden_size
@@ -255,7 +256,6 @@ def _model_config(model: str, facts: dict[str, Any]) -> ModelConfig:
     return ModelConfig(
         init_from=model,
         attention_mask=saved["attention_mask"],
-        precision=saved["precision"],
         pooling=PoolingConfig(**saved["pooling"]),
         lora=dataclasses.replace(lora, init_from=None),  # the checkpoint has the adapters
     )

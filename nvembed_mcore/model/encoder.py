@@ -19,9 +19,10 @@ from torch.nn.functional import normalize
 from transformers import MistralConfig
 
 from nvembed_mcore import device
-from nvembed_mcore.config import ModelConfig, ParallelConfig, PoolingConfig
+from nvembed_mcore.config import ModelConfig, ParallelConfig, PoolingConfig, PrecisionConfig
 from nvembed_mcore.data.packing import Pack
 from nvembed_mcore.model.attention import Packing, RotaryTable, packing_of
+from nvembed_mcore.model.backend import choose
 from nvembed_mcore.model.layer_summaries import LayerSummaries, watch_layers
 from nvembed_mcore.model.lora import attach_adapters
 from nvembed_mcore.model.mistral import check_layout, head_dim, layer_specs, padded_vocabulary, transformer_config
@@ -43,20 +44,24 @@ class Encoder(MegatronModule):
         parallel: ParallelConfig,
         groups: Groups,
         *,
+        precision: PrecisionConfig | None = None,
         chunk: int = 0,
         temperature: float | None = None,
     ) -> None:
         """Build with uninitialised weights; `checkpoint.hf_import` fills them by name.
 
         Args:
+            precision: data types; None: the default ones.
             chunk: number of the chunk in its stage (interleaved stages have several).
             temperature: where a learned temperature starts; None: it is not learned.
 
         Raises:
-            ConfigError: the layout does not divide the model's heads, groups, feed-forward width or layers.
+            ConfigError: the layout does not divide the model's heads, groups, feed-forward width or layers; or the
+                layers cannot be computed here as `model.backend` and `precision` ask.
         """
         check_layout(hf_config, parallel)
-        config = transformer_config(hf_config, model, parallel)
+        self.backend = choose(model, precision or PrecisionConfig())
+        config = transformer_config(hf_config, self.backend, parallel)
         super().__init__(config)
         # Asked for by Megatron's schedule and by its gradient finalisation.
         self.model_type = ModelType.encoder_or_decoder
@@ -76,14 +81,7 @@ class Encoder(MegatronModule):
                 tp_group=groups.tp,
             )
         self.rotary = RotaryTable(head_dim(hf_config), hf_config.rope_parameters["rope_theta"])
-        self.decoder = TransformerBlock(
-            config,
-            layer_specs(config, model.attention_mask, chunk),
-            pre_process=self.pre_process,
-            post_process=self.post_process,
-            pg_collection=groups.collection,
-            vp_stage=chunk if parallel.chunks_per_stage > 1 else None,
-        )
+        self.decoder = self._layers(model, groups, chunk)
         self._mark_sharded_weights()
         if model.adapters:
             # Before the head is there, which trains whole.
@@ -96,6 +94,16 @@ class Encoder(MegatronModule):
         if temperature is not None and self.post_process:
             # float32 in every precision: its steps are smaller than what bfloat16 can tell apart.
             self.log_scale = torch.nn.Parameter(torch.tensor([-math.log(temperature)], device=device.current()))
+
+    def _layers(self, model: ModelConfig, groups: Groups, chunk: int) -> TransformerBlock:
+        return TransformerBlock(
+            self.config,
+            layer_specs(self.config, model.attention_mask, chunk),
+            pre_process=self.pre_process,
+            post_process=self.post_process,
+            pg_collection=groups.collection,
+            vp_stage=chunk if self.config.virtual_pipeline_model_parallel_size else None,
+        )
 
     def _head(self, pooling: PoolingConfig) -> torch.nn.Module | None:
         with torch.device("meta"):  # torch would draw three gigabytes for NV-Embed's head, to be written over

@@ -18,8 +18,9 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from transformers import MistralConfig
 
 from nvembed_mcore import device
-from nvembed_mcore.config import ConfigError, ModelConfig, ParallelConfig
+from nvembed_mcore.config import ConfigError, ParallelConfig
 from nvembed_mcore.model.attention import PackedCoreAttention
+from nvembed_mcore.model.backend import Backend
 
 VOCABULARY_MULTIPLE = 128
 """The embedding table is padded to this multiple in every layout, so that checkpoints fit any tensor-parallel size."""
@@ -123,9 +124,9 @@ def padded_vocabulary(hf_config: MistralConfig) -> int:
     return -(-hf_config.vocab_size // VOCABULARY_MULTIPLE) * VOCABULARY_MULTIPLE
 
 
-def transformer_config(hf_config: MistralConfig, model: ModelConfig, parallel: ParallelConfig) -> TransformerConfig:
+def transformer_config(hf_config: MistralConfig, backend: Backend, parallel: ParallelConfig) -> TransformerConfig:
     """The Megatron configuration of these layers in this layout."""
-    dtype = device.default_dtype(model.precision)
+    dtype = backend.dtype
     is_interleaved = parallel.chunks_per_stage > 1
     return TransformerConfig(
         num_layers=hf_config.num_hidden_layers,

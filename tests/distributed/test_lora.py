@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from transformers import MistralConfig, MistralModel
 
 from nvembed_mcore.checkpoint.store import find_checkpoint
-from nvembed_mcore.config import LoraConfig, LossConfig, ParallelConfig, PoolingConfig
+from nvembed_mcore.config import LoraConfig, LossConfig, ParallelConfig, PoolingConfig, PrecisionConfig
 from nvembed_mcore.log import read_metrics
 from nvembed_mcore.train import train
 from tests.helpers import cases, runs
@@ -343,6 +343,6 @@ def test_adapters_of_a_backbone_that_was_trained_are_refused_on_its_base(world, 
 
 def test_bfloat16_adapters_train(world, inputs, straight, tmp_path):
     config = lora_run(inputs, tmp_path, steps=3)
-    world(2).run(train, dataclasses.replace(config, model=dataclasses.replace(config.model, precision="bfloat16")))
+    world(2).run(train, dataclasses.replace(config, precision=PrecisionConfig(dtype="bfloat16")))
     assert losses(tmp_path)[0] == pytest.approx(losses(straight)[0], rel=0.02)
     assert losses(tmp_path)[2] < losses(tmp_path)[0]

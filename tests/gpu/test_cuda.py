@@ -55,7 +55,7 @@ def test_variable_length_attention_forward_and_backward(causal):
 def test_encoder_equals_hugging_face_on_the_cpu(precision):
     """Unit vectors of the trainer on the GPU against Hugging Face in float32 on the CPU."""
     from nvembed_mcore.checkpoint.names import local_shard, name_table
-    from nvembed_mcore.config import ModelConfig, ParallelConfig, PoolingConfig
+    from nvembed_mcore.config import ModelConfig, ParallelConfig, PoolingConfig, PrecisionConfig
     from nvembed_mcore.model.encoder import Encoder, wrap_data_parallel
     from nvembed_mcore.parallel.groups import initialize, shutdown
     from nvembed_mcore.schedule import embed_texts
@@ -64,8 +64,8 @@ def test_encoder_equals_hugging_face_on_the_cpu(precision):
     reference = models.hf_reference(config)
     groups = initialize(ParallelConfig())
     pooling = PoolingConfig(kind="mean")
-    model = ModelConfig(config="unused", precision=precision, pooling=pooling)
-    encoder = Encoder(config, model, ParallelConfig(), groups)
+    model = ModelConfig(config="unused", pooling=pooling)
+    encoder = Encoder(config, model, ParallelConfig(), groups, precision=PrecisionConfig(dtype=precision))
     source = {f"embedding_model.{name}": value for name, value in reference.state_dict().items()}
     parameters = encoder.parameters_by_global_name()
     with torch.no_grad():

@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from nvembed_mcore.config import LoraConfig, ModelConfig, ParallelConfig
+from nvembed_mcore.config import LoraConfig, ParallelConfig
+from nvembed_mcore.model.backend import Backend
 from nvembed_mcore.model.lora import Adapter, adapted_linears, add_to_output
 from nvembed_mcore.model.mistral import transformer_config
 from tests.helpers import cases, models
@@ -28,8 +29,8 @@ def test_adapters_on_transformer_engine_linears(number):
     hf_config = models.tiny_config(hidden_size=128, head_dim=16, intermediate_size=256)
     lora = LoraConfig(rank=8, dropout=0.0)
     half, whole = (
-        transformer_config(hf_config, ModelConfig(config="unused", precision=precision), ParallelConfig())
-        for precision in ("bfloat16", "float32")
+        transformer_config(hf_config, Backend(layers="transformer_engine", dtype=dtype), ParallelConfig())
+        for dtype in (torch.bfloat16, torch.float32)
     )
     linear = adapted_linears(128, 256, 8, 2, 16)[number]
     kind, how = (

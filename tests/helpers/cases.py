@@ -9,7 +9,15 @@ from unittest import mock
 import numpy as np
 import torch
 
-from nvembed_mcore.config import LoraConfig, LossConfig, ModelConfig, OptimConfig, ParallelConfig, StepConfig
+from nvembed_mcore.config import (
+    LoraConfig,
+    LossConfig,
+    ModelConfig,
+    OptimConfig,
+    ParallelConfig,
+    PrecisionConfig,
+    StepConfig,
+)
 from nvembed_mcore.data.packing import make_pack
 from tests.helpers import models
 from tests.helpers.plain import (
@@ -60,9 +68,17 @@ def build(
 
     lora = lora or LoraConfig()
     pooling = pooling_config(kind)
-    model = ModelConfig(config="unused", attention_mask=mask, precision="float32", pooling=pooling, lora=lora)
+    model = ModelConfig(config="unused", attention_mask=mask, pooling=pooling, lora=lora)
     encoders = [
-        Encoder(hf_config, model, parallel, groups, chunk=chunk, temperature=temperature)
+        Encoder(
+            hf_config,
+            model,
+            parallel,
+            groups,
+            precision=PrecisionConfig(dtype="float32"),
+            chunk=chunk,
+            temperature=temperature,
+        )
         for chunk in range(parallel.chunks_per_stage)
     ]
     table = {entry.name: entry for entry in name_table(hf_config, pooling, model.adapters)}

@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from transformers import MistralConfig
 
 from nvembed_mcore.checkpoint.names import local_shard, name_table
-from nvembed_mcore.config import ModelConfig, PoolingConfig
+from nvembed_mcore.config import ModelConfig, PoolingConfig, PrecisionConfig
 from tests.helpers.cases import layout
 from tests.helpers.checkpoints import seal
 
@@ -100,8 +100,8 @@ def build_encoder(config: MistralConfig, pooling: PoolingConfig, dtype: str, tp:
     from nvembed_mcore.model.encoder import Encoder
 
     parallel, groups = layout(tp, pp, False)
-    model = ModelConfig(config="unused", precision=dtype, pooling=pooling)
-    return Encoder(config, model, parallel, groups), parallel, groups
+    model = ModelConfig(config="unused", pooling=pooling)
+    return Encoder(config, model, parallel, groups, precision=PrecisionConfig(dtype=dtype)), parallel, groups
 
 
 def import_and_save(folder: Path, output: Path, pooling: PoolingConfig, dtype: str, tp: int, pp: int) -> set[str]:

@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from nvembed_mcore.checkpoint.store import find_checkpoint
-from nvembed_mcore.config import CheckpointConfig, LossConfig, ParallelConfig, RunConfig
+from nvembed_mcore.config import CheckpointConfig, LossConfig, ParallelConfig, PrecisionConfig, RunConfig
 from nvembed_mcore.exits import Exit, exit_of
 from nvembed_mcore.log import read_metrics
 from nvembed_mcore.nonfinite import NonFiniteLossError
@@ -196,7 +196,7 @@ def test_a_run_writes_the_samples_and_its_checkpoint_stays(world, tmp_path):
     config = runs.run_config(inputs, tmp_path / "run", parallel=ParallelConfig(timeout_minutes=2), steps=4)
     config = dataclasses.replace(
         config,
-        model=dataclasses.replace(config.model, precision="bfloat16"),
+        precision=PrecisionConfig(dtype="bfloat16"),
         loss=LossConfig(temperature=0.1, learn_temperature=True),
         eval=dataclasses.replace(config.eval, path=None),
         checkpoint=CheckpointConfig(every_steps=1),

@@ -17,6 +17,7 @@ from nvembed_mcore.config import (
     LoraConfig,
     LossConfig,
     ParallelConfig,
+    PrecisionConfig,
     RunConfig,
     StepConfig,
 )
@@ -64,6 +65,7 @@ def check(found: list[resumed.Record], expected: list[resumed.Record]) -> None:
         assert [name for name in one if one[name] != other[name]] == [], step
 
 
+BFLOAT16 = PrecisionConfig(dtype="bfloat16")
 # Pairwise: each layout, way of stepping, precision, head and option of the optimizer meets others.
 CASES = {
     "many buckets, auto, multi-layer head": dict(
@@ -72,7 +74,7 @@ CASES = {
         pooling={"kind": "multi_layer"},
     ),
     "bfloat16 beside a float32 temperature, causal": dict(
-        model={"precision": "bfloat16", "attention_mask": "causal"}, pooling={"kind": "last"}, loss=LEARNED
+        precision=BFLOAT16, model={"attention_mask": "causal"}, pooling={"kind": "last"}, loss=LEARNED
     ),
     "tensor and sequence parallel, cached, LoRA": dict(
         parallel=layout(2), model={"lora": ADAPTERS}, step=CACHED, loss=LEARNED
@@ -85,7 +87,7 @@ CASES = {
         loss=LossConfig(temperature=0.1, matryoshka_dims=[8], symmetric=True),
     ),
     "pipeline, bfloat16, optimizer not sharded": dict(
-        parallel=layout(1, 2), model={"precision": "bfloat16"}, optim={"distributed": False}, loss=LEARNED
+        parallel=layout(1, 2), precision=BFLOAT16, optim={"distributed": False}, loss=LEARNED
     ),
     "interleaved pipeline, LoRA, multi-layer head": dict(
         parallel=layout(1, 2, 2),

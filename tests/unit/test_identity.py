@@ -88,6 +88,9 @@ RESUMABLE: dict[str, tuple[Any, str]] = {
     "parallel.sequence_parallel": (False, "parallel.sequence_parallel: True -> False"),
     "parallel.overlap_grad_reduce": (True, "parallel.overlap_grad_reduce: False -> True"),
     "parallel.bucket_size": (10, "parallel.bucket_size: None -> 10"),
+    "model.backend": ("local", "model.backend: 'auto' -> 'local'"),
+    "precision.fp8": ("tensorwise", "precision.fp8: 'off' -> 'tensorwise'"),
+    "precision.fp8_attention": ("auto", "precision.fp8_attention: 'off' -> 'auto'"),
     "step.way": ("cached", "step.way: 'auto' -> 'cached'"),
     "step.tokens_per_microbatch": (99, "step.tokens_per_microbatch: 160 -> 99"),
     "step.gradient_exchange": ("recompute", "step.gradient_exchange: 'auto' -> 'recompute'"),
@@ -100,7 +103,7 @@ CONTENT = {
     "data.datasets.instruct_documents",
     "model.config",
     "model.init_from",
-    "model.precision",
+    "precision.dtype",
     "model.lora.rank",
     "model.lora.alpha",
     "model.lora.dropout",
@@ -211,7 +214,7 @@ def test_what_does_not_matter_by_itself_is_not_told(field):
             "b" * 64,
             ["data.tokenizer: 'aaaaaaaaaaaaaaaa' -> 'bbbbbbbbbbbbbbbb' (the content of inputs/tokenizer)"],
         ),
-        ("precision", "bfloat16", ["model.precision: 'float32' -> 'bfloat16'"]),
+        ("precision", "bfloat16", ["precision.dtype: 'float32' -> 'bfloat16'"]),
         ("hf_config.hidden_size", 64, ["hf_config.hidden_size: 32 -> 64"]),
         ("hf_config.attention_dropout", 0.1, ["hf_config.attention_dropout: 0.0 -> 0.1"]),
         (
@@ -275,7 +278,7 @@ def test_a_resume_tells_its_changes_before_it_loads(monkeypatch, caplog):
         resume.restore(CONFIG, [], None, now)
     assert str(caught.value) == (
         "run/step-5 belongs to another run; changed (saved -> now):\n"
-        "  model.precision: 'float32' -> 'bfloat16'\n"
+        "  precision.dtype: 'float32' -> 'bfloat16'\n"
         "  seed: 1234 -> 5\n"
         "Set these back, or give a new run_dir"
     )

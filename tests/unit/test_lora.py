@@ -8,22 +8,23 @@ import pytest
 import torch
 
 from nvembed_mcore.checkpoint.names import PROJECTIONS, join_shards, local_shard, name_table, to_hf
-from nvembed_mcore.config import LoraConfig, ModelConfig, ParallelConfig, PoolingConfig
+from nvembed_mcore.config import LoraConfig, ParallelConfig, PoolingConfig
+from nvembed_mcore.model.backend import Backend
 from nvembed_mcore.model.lora import Adapter, adapted_linears, add_to_output
 from nvembed_mcore.model.mistral import transformer_config
 from tests.helpers.models import tiny_config
 
 CONFIG = tiny_config(num_hidden_layers=1, num_key_value_heads=4)
 LINEARS = adapted_linears(32, 64, 8, 4, 8)
-MODEL = ModelConfig(config="unused", precision="float32", pooling=PoolingConfig(kind="mean"))
+BACKEND = Backend(layers="local", dtype=torch.float32)
 
 
 def adapter_of(linear, lora, source, tp=1, rank=0):
     """This tensor rank's adapter with its part of the tensors that `source` has by Hugging Face name."""
     parallel = ParallelConfig(tp=tp, sequence_parallel=False)
-    adapter = Adapter(linear, lora, transformer_config(CONFIG, MODEL, parallel))
+    adapter = Adapter(linear, lora, transformer_config(CONFIG, BACKEND, parallel))
     prefix = f"decoder.layers.0.lora_{linear.name}."
-    entries = {entry.name: entry for entry in name_table(CONFIG, MODEL.pooling, lora)}
+    entries = {entry.name: entry for entry in name_table(CONFIG, PoolingConfig(kind="mean"), lora)}
     with torch.no_grad():
         for name, parameter in adapter.named_parameters():
             parameter.copy_(local_shard(entries[prefix + name], source.__getitem__, rank, tp))
@@ -36,7 +37,7 @@ def test_blocks_of_ranks_are_rows_of_the_linear(linear, targets):
     if not set(targets) & set(linear.rows):
         return
     lora = LoraConfig(rank=3, targets=targets)
-    table = name_table(CONFIG, MODEL.pooling, lora)
+    table = name_table(CONFIG, PoolingConfig(kind="mean"), lora)
     shapes = {name: shape for entry in table if entry.is_adapter for name, shape in entry.hf.items()}
     source = {name: torch.randn(shape) for name, shape in shapes.items()}
     whole = adapter_of(linear, lora, source)._blocks()

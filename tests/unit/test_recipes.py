@@ -70,7 +70,7 @@ def test_the_paper_s_values(stages):
         assert config.batch_size == 128
         assert (config.optim.warmup_steps, config.optim.weight_decay) == (50, 0.03)
         assert (config.data.max_query_tokens, config.data.max_document_tokens) == (512, 512)
-        assert (config.model.attention_mask, config.model.precision) == ("bidirectional", "bfloat16")
+        assert (config.model.attention_mask, config.precision.dtype) == ("bidirectional", "bfloat16")
         pooling = config.model.pooling
         assert (pooling.kind, pooling.num_latents, pooling.num_heads) == ("latent", 512, 8)
         lora = config.model.lora

@@ -12,7 +12,7 @@ from nvembed_mcore.checkpoint.hf_export import export
 from nvembed_mcore.checkpoint.hf_import import RandomWeights, load_weights
 from nvembed_mcore.checkpoint.hf_model import open_hf_model
 from nvembed_mcore.checkpoint.names import local_shard, name_table
-from nvembed_mcore.config import ModelConfig, ParallelConfig, PoolingConfig
+from nvembed_mcore.config import ModelConfig, ParallelConfig, PoolingConfig, PrecisionConfig
 from nvembed_mcore.data.tokenizer import load_tokenizer, write_mistral_tokenizer
 from nvembed_mcore.evaluation.encode import tokenize
 from nvembed_mcore.model.encoder import Encoder, wrap_data_parallel
@@ -91,9 +91,10 @@ class Trainer:
         self.found, self.folder, parallel = open_hf_model(folder), folder, ParallelConfig()
         is_causal = json.loads((folder / "config.json").read_text(encoding="utf-8"))["is_causal"]
         mask = "causal" if is_causal else "bidirectional"
-        model = ModelConfig(config=str(folder), attention_mask=mask, pooling=self.found.pooling, precision="float32")
+        model = ModelConfig(config=str(folder), attention_mask=mask, pooling=self.found.pooling)
         self.groups = initialize(parallel)
-        self.encoder = Encoder(self.found.hf_config, model, parallel, self.groups)
+        precision = PrecisionConfig(dtype="float32")
+        self.encoder = Encoder(self.found.hf_config, model, parallel, self.groups, precision=precision)
         self.tokenizer = load_tokenizer(tokenizer or folder)
         self.chunks = wrap_data_parallel([self.encoder], parallel, distributed_optimizer=False)
 
