@@ -92,6 +92,21 @@ def opened(before: Attempt | None, number: int, now: datetime, elapsed: float) -
     }
 
 
+def check(attempt: Attempt) -> None:
+    """Whether a record that comes from a file can be gone on with.
+
+    Raises:
+        ValueError, KeyError, TypeError: it was not written by this version.
+    """
+    datetime.fromisoformat(attempt["start"])
+    if attempt["end"] is not None:
+        datetime.fromisoformat(attempt["end"])
+    if not attempt["seconds"].keys() >= BUCKETS.keys():
+        raise ValueError(f"attempt {attempt['number']} has its seconds by {sorted(attempt['seconds'])}")
+    for name in ("from_step", "last_step", "kept_step", "saves", "state"):
+        attempt[name]
+
+
 def update(attempt: Attempt, ledger: Ledger, step: int | None, saves: int) -> None:
     """Write down what the ledger says now. `step`: steps done, or None before the loop."""
     seconds = ledger.seconds()

@@ -92,7 +92,10 @@ def _read_attempts(file: Path) -> list[goodput.Attempt]:
     if not file.exists():
         return []
     try:
-        return list(json.loads(file.read_text(encoding="utf-8"))["attempts"])
+        attempts = list(json.loads(file.read_text(encoding="utf-8"))["attempts"])
+        for one in attempts:
+            goodput.check(one)
+        return attempts
     except (ValueError, KeyError, TypeError) as error:
         log.warning("%s cannot be read (%r): the account of the run's time begins anew", file, error)
         return []

@@ -187,7 +187,7 @@ class _Run:
             retain_tokens=resume.retained_tokens(found, self.facts),
         )
         self.saver = Saver(config.checkpoint, config.run_dir, groups)
-        self.saver.check_space(self.chunks)
+        self.saver.prepare(self.chunks, found and found.path)
         self.timer = PhaseTimer(device.synchronize, watch.enter)
         self.stragglers = Stragglers(config.log.straggler_window, groups)
 

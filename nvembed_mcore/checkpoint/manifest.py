@@ -25,6 +25,8 @@ from torch.distributed.checkpoint.filesystem import FileSystem
 MANIFEST = "manifest.json"
 FORMAT = 1
 _BLOCK_BYTES = 1 << 22
+_READ_BYTES = 1 << 20
+"""What is read of a file before it is hashed: it should still be in the processor's cache then."""
 
 Files = dict[str, tuple[int, str]]
 """Bytes and hash (32 hexadecimal digits) of files, by their path in the folder."""
@@ -205,7 +207,7 @@ def faults(folder: Path, files: Files, hashed: Iterable[str]) -> list[str]:
 def hash_of(path: Path) -> str:
     """The hash of a file's content. Not by mapping it: an error of the disk would end the process."""
     digest = xxhash.xxh3_128()
-    block = memoryview(bytearray(_BLOCK_BYTES))
+    block = memoryview(bytearray(_READ_BYTES))
     with open(path, "rb", buffering=0) as file:
         while count := file.readinto(block):
             digest.update(block[:count])

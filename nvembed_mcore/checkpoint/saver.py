@@ -65,9 +65,12 @@ class Saver:
         self._groups, self._group = groups, patient_group()
         self._pending: _Pending | None = None
 
-    def check_space(self, chunks: list[DistributedDataParallel]) -> None:
-        """Make the folder of checkpoints, without what an interrupted save left there. Refuse to start what cannot
-        write its first one: for want of permission, or of room, as the model's size tells.
+    def prepare(self, chunks: list[DistributedDataParallel], restored: Path | None) -> None:
+        """Make the folder of checkpoints, or do in it what an interrupted save left undone. Refuse to start what
+        cannot write its first one: for want of permission, or of room, as the model's size tells.
+
+        Args:
+            restored: the checkpoint that the run goes on from.
 
         Raises:
             StorageError: on every rank.
@@ -81,6 +84,8 @@ class Saver:
             self.root.mkdir(parents=True, exist_ok=True)
             # Here too, for a run that was killed at its last save never saves again.
             folders.clear_leftovers(self.root)
+            if restored:
+                folders.prune(restored, self.config.keep)
             check_space(self.root, int(total), self._groups.world_size, "a checkpoint of this run")
 
         first_rank_does(check, self._group)

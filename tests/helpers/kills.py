@@ -53,7 +53,7 @@ class Blow:
 
     @property
     def fault(self) -> dict[str, str]:
-        """The environment that makes it happen at its point; the first removal of an attempt, whatever its step."""
+        """The environment that makes it happen at its point; the first removal of an attempt, also at its start."""
         step = "" if self.point == "during_prune" else self.step
         return {"NVEMBED_FAULT": f"kill@{self.point}:{self.rank}:{step}"} if self.point else {}
 
@@ -76,7 +76,7 @@ class Blow:
         """Whether an attempt that was struck so may end with these codes."""
         if self.point:
             # The step before was done, so it was no other failure that ended the attempt earlier.
-            before = began + 1 if self.point == "during_prune" else self.step - 1
+            before = began if self.point == "during_prune" else self.step - 1
             return codes[self.rank] == -signal.SIGKILL and reached >= before >= began
         if not any(codes):
             return True  # it was done before

@@ -235,6 +235,8 @@ def pruned(inputs: Path, root: Path) -> list:
     with fault("error@during_prune:0"):
         found.append((error_of_save(trainer, 6), trainer.folders()))
     found.append((root / "checkpoints/latest").read_text())
+    trainer.saver.prepare(trainer.chunks, root / "checkpoints" / "step-00000006")
+    found.append(trainer.folders())
     return found
 
 
@@ -242,12 +244,13 @@ def test_what_is_kept(world, inputs, tmp_path):
     step = "step-0000000{}".format
     first, second = world(2).run(pruned, inputs, tmp_path)
     assert first == second
-    kept, beside_damaged, saved_again, interrupted, pointer = first
+    kept, beside_damaged, saved_again, interrupted, pointer, tidied = first
     assert kept == ["latest", step(3), step(4)]
     assert beside_damaged == ["latest", step(3), step(4), step(5)], "a damaged one does not count"
     assert saved_again == (["latest", step(3), step(4), step(5)], True, True), "a step saved again is replaced"
     error, folders = interrupted
     assert "during_prune" in error and {step(5), step(6)} <= {*folders} and pointer == f"{step(6)}\n"
+    assert tidied == ["latest", step(5), step(6)], "the next start does what was cut short"
 
 
 @pytest.fixture
@@ -325,7 +328,7 @@ def test_a_disk_that_is_full(world, inputs, small_disk):
 def without_room(inputs: Path, run_dir: Path) -> str:
     trainer = Trainer(inputs, run_dir)
     try:
-        trainer.saver.check_space(trainer.chunks)
+        trainer.saver.prepare(trainer.chunks, None)
     except Exception as error:
         return f"{type(error).__name__}: {error}"
     return ""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import random
 from datetime import datetime, timedelta, timezone
@@ -9,6 +10,7 @@ from datetime import datetime, timedelta, timezone
 import pytest
 
 from nvembed_mcore import goodput
+from nvembed_mcore.run_record import RUN_FILE, RunRecord
 
 BEGAN = datetime(2026, 1, 1, tzinfo=timezone.utc)
 
@@ -202,3 +204,24 @@ def test_seconds_add_up_whatever_happens(log_every):
             assert found["lost"] == pytest.approx(run.truth["lost"], abs=1e-4), seed
         assert found["restart"] == pytest.approx(run.truth["restart"], abs=1e-4)
         assert sum(found.values()) == pytest.approx(sum(run.truth.values()), abs=1e-4)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "[]",
+        '{"attempts": 1}',
+        '{"attempts": [{}]}',
+        '{"attempts": [{"number": 1, "start": "today", "end": null, "seconds": {}}]}',
+        '{"attempts": [{"number": 1, "start": "2026-01-01T00:00:00+00:00", "end": null, "seconds": {"idle": 1}}]}',
+    ],
+)
+def test_a_file_of_another_shape_costs_the_account_only(tmp_path, caplog, text):
+    (tmp_path / RUN_FILE).write_text(text, encoding="utf-8")
+    RunRecord(tmp_path).begin(2, 1.0, "killed", {})
+    assert "the account of the run's time begins anew" in caplog.text
+    assert [one["number"] for one in json.loads((tmp_path / RUN_FILE).read_text())["attempts"]] == [2]
+    caplog.clear()
+    RunRecord(tmp_path).begin(3, 1.0, "killed", {})
+    assert [one["number"] for one in json.loads((tmp_path / RUN_FILE).read_text())["attempts"]] == [2, 3]
+    assert not caplog.text
