@@ -77,7 +77,9 @@ def sharded_state(optimizer: MegatronOptimizer, weights: dict, *, is_loading: bo
     # TransformerEngine's Adam does not count in groups of which this rank has no parameter.
     step = max(group.get("step", 0) for group in optimizer.param_groups)
     groups = [{key: value for key, value in group.items() if key != "params"} for group in optimizer.param_groups]
-    return {"tensors": tensors, "groups": [{**group, "step": step} for group in groups]}
+    state: dict[str, Any] = {"groups": [{**group, "step": step} for group in groups]}
+    # An empty part would count as a value, in which this rank differs from others.
+    return state | {"tensors": tensors} if tensors else state
 
 
 @torch.no_grad()

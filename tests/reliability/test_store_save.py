@@ -6,6 +6,7 @@ import contextlib
 import gc
 import hashlib
 import json
+import logging
 import os
 import resource
 import subprocess
@@ -213,6 +214,23 @@ def saved_and_loaded(inputs: Path, root: Path) -> tuple[list[str], list[str], st
 def test_each_save_has_the_weights_of_its_step_and_megatron_reads_it(world, inputs, tmp_path):
     for saved, loaded, by_megatron in world(2).run(saved_and_loaded, inputs, tmp_path):
         assert len({*saved}) == 3 and loaded == saved and by_megatron == saved[2]
+
+
+def complaints(inputs: Path, run_dir: Path) -> list[str]:
+    """What Megatron says of a save in which rank 1 has the end of one parameter only and nothing else."""
+    trainer, said = Trainer(inputs, run_dir), []
+    handler = logging.Handler()
+    handler.emit = lambda record: said.append(record.getMessage())
+    trainer.step(0)
+    logging.getLogger("megatron.core.dist_checkpointing").addHandler(handler)
+    trainer.save(1)
+    logging.getLogger("megatron.core.dist_checkpointing").removeHandler(handler)
+    return said
+
+
+def test_a_rank_without_a_share_of_its_own_saves_in_silence(world, tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps(tiny_config(vocab_size=20_000).to_dict()))
+    assert world(2).run(complaints, tmp_path, tmp_path / "run") == [[], []]
 
 
 def pruned(inputs: Path, root: Path) -> list:
