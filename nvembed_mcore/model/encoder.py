@@ -21,6 +21,7 @@ from transformers import MistralConfig
 from nvembed_mcore import device
 from nvembed_mcore.config import ModelConfig, ParallelConfig, PoolingConfig, PrecisionConfig
 from nvembed_mcore.data.packing import Pack
+from nvembed_mcore.model import fp8_attention
 from nvembed_mcore.model.attention import Packing, packing_of
 from nvembed_mcore.model.backend import choose
 from nvembed_mcore.model.layer_summaries import LayerSummaries, watch_layers
@@ -84,6 +85,8 @@ class Encoder(MegatronModule):
         self.rotary = RotaryTable(head_dim(hf_config), hf_config.rope_parameters["rope_theta"])
         self.decoder = self._layers(model, groups, chunk)
         self._mark_sharded_weights()
+        if self.backend.fp8_attention == "on":
+            fp8_attention.require(self)
         if model.adapters:
             # Before the head is there, which trains whole.
             self.requires_grad_(False)
