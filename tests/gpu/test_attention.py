@@ -122,10 +122,10 @@ def skip_without_fp8():
 @pytest.mark.parametrize("name", ["mixed", "many", "a dummy at the end"])
 def test_padded_in_fp8_is_close_and_no_pad_leaks(name, mask):
     """The second pass has scales from the first."""
+    skip_without_fp8()
     import transformer_engine.pytorch as te
     from transformer_engine.pytorch.quantization import FP8GlobalStateManager
 
-    skip_without_fp8()
     lengths = PACKS[name]
     attention, (states, upstream), packing = core_attention(mask), states_of(lengths), packed(lengths)
     attention.is_fp8 = True
@@ -160,7 +160,7 @@ def test_small_gradients_survive_the_first_step_in_fp8():
 def test_positions_by_the_fused_kernel_in_a_pack_as_long_as_the_table(lengths):
     attention, (states, _), packing = core_attention(AttnMaskType.padding), states_of(lengths), packed(lengths)
     assert len(packing.rotary.table(sum(lengths))) == sum(lengths)  # and is kept
-    for dtype, bound in ((torch.float32, 1e-5), (torch.bfloat16, 0.02)):
+    for dtype, bound in ((torch.float32, 1e-4), (torch.bfloat16, 0.04)):
         query = states[0].to(dtype).requires_grad_()
         found = attention._rotated(query, packing)
         truth = torch.cat(
