@@ -16,6 +16,7 @@ from nvembed_mcore.checkpoint import store
 from nvembed_mcore.config import RunConfig
 from nvembed_mcore.data.source import BatchSource
 from nvembed_mcore.identity import logged_changes, refused_changes
+from nvembed_mcore.model import fp8_attention
 from nvembed_mcore.parallel.groups import Groups
 
 log = logging.getLogger(__name__)
@@ -46,15 +47,19 @@ def facts_of(
     )
 
 
-def retained_tokens(found: store.Checkpoint | None, facts: dict[str, Any]) -> int | None:
-    """What `step.way: auto` decided before, so that a run resumed in the same layout goes on by bits."""
+def decided(found: store.Checkpoint | None, facts: dict[str, Any], what: str) -> Any:
+    """What an `auto` found by measuring before, so that a run resumed in the same layout goes on by bits; or None.
+
+    Args:
+        what: `retain_tokens` (of `step.way`) or `fp8_attention` (of `precision`).
+    """
     if found is None:
         return None
     saved, now = found.facts, facts
     same = saved["hardware"] == now["hardware"] and all(
         saved["config"][key] == now["config"][key] for key in ("parallel", "step", "optim")
     )
-    return saved["retain_tokens"] if same else None
+    return saved.get(what) if same else None
 
 
 def restore(
@@ -85,6 +90,9 @@ def restore(
         )
     for line in logged_changes(found.facts, facts):
         log.info("changed since step %d: %s", found.step, line)
+    saved = decided(found, facts, "fp8_attention")
+    if saved is not None:  # before its scales are loaded
+        fp8_attention.settle([chunk.module for chunk in chunks], saved=saved)
     store.load_checkpoint(found, chunks, optimizer)
     log.info("going on after step %d from %s", found.step, found.path)
     return found

@@ -9,6 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch.distributed as dist
 import yaml
 from transformers import MistralConfig
@@ -30,9 +31,11 @@ from nvembed_mcore.exits import Preempted, StorageError
 from nvembed_mcore.fault_injection import point
 from nvembed_mcore.log import MetricLog, setup_logging
 from nvembed_mcore.metrics import PhaseTimer, StepMetrics, device_peak_flops, pack_flops
+from nvembed_mcore.model import fp8_attention
 from nvembed_mcore.nonfinite import NonFiniteLossError, reported
 from nvembed_mcore.optim import build_optimizer, learning_rate, set_learning_rate
 from nvembed_mcore.parallel.groups import Groups, first_rank_does, initialize
+from nvembed_mcore.schedule import packs_of_rank, plan_texts
 from nvembed_mcore.step import ContrastiveStep, StepOutput
 from nvembed_mcore.stop import BAD_DATA, StopRequests, refuse_if_stopped
 from nvembed_mcore.stragglers import Stragglers
@@ -177,6 +180,11 @@ class _Run:
         self.facts = resume.facts_of(config, self.hf_config, self.data.source, self.data.tokenizer, groups)
         found = resume.restore(config, self.chunks, self.optimizer, self.facts)
         self.done = self.saved = found.step if found else 0
+        self.facts["fp8_attention"] = fp8_attention.settle(
+            [chunk.module for chunk in self.chunks],
+            self._lengths_of_a_pack,
+            saved=resume.decided(found, self.facts, "fp8_attention"),
+        )
         self.step = ContrastiveStep(
             self.chunks,
             self.optimizer,
@@ -184,12 +192,18 @@ class _Run:
             step=config.step,
             loss=config.loss,
             seed=config.seed,
-            retain_tokens=resume.retained_tokens(found, self.facts),
+            retain_tokens=resume.decided(found, self.facts, "retain_tokens"),
         )
         self.saver = Saver(config.checkpoint, config.run_dir, groups)
         self.saver.prepare(self.chunks, found and found.path)
         self.timer = PhaseTimer(device.synchronize, watch.enter)
         self.stragglers = Stragglers(config.log.straggler_window, groups)
+
+    def _lengths_of_a_pack(self) -> np.ndarray:
+        """Of the sequences of this rank's first pack of the next step."""
+        batch = self.data.source.batch(min(self.done, self.config.steps - 1))
+        plan = plan_texts(batch.lengths, self.chunks, self.groups, self.config.step.tokens_per_microbatch)
+        return packs_of_rank(batch.texts, plan, self.chunks, self.groups)[0].lengths
 
     def advance(self) -> dict[str, float]:
         """Take the next step; returns its line of `metrics.jsonl`."""

@@ -1,16 +1,17 @@
-"""Bidirectional attention over packed tokens, with rotary positions counted inside each sequence.
+"""Bidirectional attention over packed tokens.
 
 Letters: `T` tokens in a pack, `B` sequences, `A` query heads and `G` key/value groups of this tensor rank, `d` head
 width, `P` places of all padded buckets, `L` padded length of a bucket, `b` sequences in a bucket.
 
-On CUDA in half precision, torch's variable-length attention runs on the pack as it is. Elsewhere sequences of similar
-length are attended together in padded buckets: one call a sequence costs three times as much.
+There are two forms with the same result. `attend_packed` attends to the pack as it lies; `attend_padded` lays
+sequences of similar length into padded batches, hides the pads, and takes the tokens back. `packed_attention` picks
+the faster one. te_attention.py has both with TransformerEngine's kernels.
 """
 
 from __future__ import annotations
 
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -23,6 +24,7 @@ from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from nvembed_mcore.kernels.varlen import varlen_attention
+from nvembed_mcore.model.rotary import Rotary, rotate
 
 if TYPE_CHECKING:
     from nvembed_mcore.model.layer_summaries import LayerSummaries
@@ -37,12 +39,17 @@ BUCKET_GRANULARITY = 16
 class Bucket:
     """Sequences attended in one padded call.
 
-    `is_token` bool [b, L], false at pads; None where there are none.
+    Attributes:
+        num_sequences: b.
+        length: L.
+        is_token: bool [b, L], false at pads; None where there are none. Every sequence has a token.
+        bounds: int32 [b + 1], running sum of the sequences' tokens.
     """
 
     num_sequences: int
     length: int
     is_token: torch.Tensor | None
+    bounds: torch.Tensor
 
 
 @dataclass(frozen=True)
@@ -53,7 +60,7 @@ class Padding:
         buckets: in order.
         rows: int64 [P], token of the pack at each place (a pad repeats the sequence's first token; its mask hides it).
         places: int64 [T], place of each token.
-        pads: int64, places that are pads.
+        pads: int64, places that are nobody's: pads and whole sequences that only fill a bucket.
     """
 
     buckets: list[Bucket]
@@ -67,23 +74,38 @@ class Packing(PackedSeqParams):
     """What attention must know about a pack; Megatron hands it through its layers untouched.
 
     Attributes:
+        lengths: int64 [B], tokens of each sequence, on the host.
         position_ids: int64 [T], position inside its own sequence.
         segment_ids: int64 [T], number of its sequence.
-        padding: the padded form.
-        rotary: see `RotaryTable`.
+        rotary: angles of its positions.
         summaries: of the states after each layer, where the pooling head reads them.
     """
 
+    lengths: np.ndarray | None = None
     position_ids: torch.Tensor | None = None
     segment_ids: torch.Tensor | None = None
-    padding: Padding | None = None
-    rotary: tuple[torch.Tensor, torch.Tensor] | None = None
+    rotary: Rotary | None = None
     summaries: LayerSummaries | None = None
+    _paddings: dict[tuple[int, bool], Padding] = field(default_factory=dict, repr=False)
+
+    def padding(self, granularity: int = BUCKET_GRANULARITY, *, few_shapes: bool = False) -> Padding:
+        """The padded form; made when it is first asked for, and kept for the other layers.
+
+        Args:
+            granularity: sequences whose lengths round up to the same multiple of it share a bucket.
+            few_shapes: for kernels that are compiled for each shape: buckets have the full length of their multiple,
+                and their sequences are rounded up to four numbers an octave with sequences of one token.
+        """
+        key = (granularity, few_shapes)
+        if key not in self._paddings:
+            self._paddings[key] = _padding(self.lengths, granularity, few_shapes, self.position_ids.device)
+        return self._paddings[key]
 
 
 def packing_of(lengths: np.ndarray, device: torch.device) -> Packing:
     """Describe a pack of sequences with these `lengths` (int64 [B], each at least 1)."""
     lengths = np.asarray(lengths, dtype=np.int64)
+    assert lengths.min() >= 1, "a kernel may hang on an empty sequence"
     starts = np.concatenate([[0], np.cumsum(lengths)])
     longest = int(lengths.max())
     bounds = torch.as_tensor(starts, dtype=torch.int32).to(device)
@@ -93,105 +115,84 @@ def packing_of(lengths: np.ndarray, device: torch.device) -> Packing:
         cu_seqlens_kv=bounds,
         max_seqlen_q=longest,
         max_seqlen_kv=longest,
+        lengths=lengths,
         position_ids=torch.as_tensor(np.arange(starts[-1]) - np.repeat(starts[:-1], lengths)).to(device),
         segment_ids=torch.as_tensor(np.repeat(np.arange(len(lengths)), lengths)).to(device),
-        padding=_padding(lengths, starts[:-1], device),
     )
 
 
-def _padding(lengths: np.ndarray, starts: np.ndarray, device: torch.device) -> Padding:
-    classes = -(-lengths // BUCKET_GRANULARITY)
-    buckets, rows, is_token = [], [], []
-    for length_class in np.unique(classes):
+def _padding(lengths: np.ndarray, granularity: int, few_shapes: bool, device: torch.device) -> Padding:
+    starts, classes = np.cumsum(lengths) - lengths, -(-lengths // granularity)
+    buckets, rows, is_wanted = [], [], []
+    for length_class in np.unique(classes).tolist():
         members = np.flatnonzero(classes == length_class)
-        width = int(lengths[members].max())
+        fillers = _few_counts(len(members)) - len(members) if few_shapes else 0
+        own, first = np.pad(lengths[members], (0, fillers), constant_values=1), np.pad(starts[members], (0, fillers))
+        width = length_class * granularity if few_shapes else int(own.max())
         positions = np.arange(width)[None]
-        inside = positions < lengths[members, None]
-        rows.append((starts[members, None] + np.where(inside, positions, 0)).ravel())
-        is_token.append(inside.ravel())
-        buckets.append(Bucket(len(members), width, None if inside.all() else torch.as_tensor(inside).to(device)))
-    rows, is_token = np.concatenate(rows), np.concatenate(is_token)
+        inside = positions < own[:, None]
+        rows.append((first[:, None] + np.where(inside, positions, 0)).ravel())
+        is_wanted.append((inside & (np.arange(len(own)) < len(members))[:, None]).ravel())
+        mask = None if inside.all() else torch.as_tensor(inside).to(device)
+        bounds = torch.as_tensor(np.concatenate([[0], np.cumsum(own)]), dtype=torch.int32).to(device)
+        buckets.append(Bucket(len(own), width, mask, bounds))
+    rows, is_wanted = np.concatenate(rows), np.concatenate(is_wanted)
     places = np.empty(int(lengths.sum()), dtype=np.int64)
-    places[rows[is_token]] = np.flatnonzero(is_token)
-    arrays = (rows, places, np.flatnonzero(~is_token))
+    places[rows[is_wanted]] = np.flatnonzero(is_wanted)
+    arrays = (rows, places, np.flatnonzero(~is_wanted))
     return Padding(buckets, *(torch.as_tensor(array).to(device) for array in arrays))
 
 
-class _Rearranged(torch.autograd.Function):
-    """Rows of a tensor by number, [n, ...] -> [len(rows), ...]; the gradient, too, is taken by number.
+def _few_counts(count: int) -> int:
+    """`count` rounded up to one of 1 to 8, 10, 12, 14, 16, 20, ...: four numbers an octave."""
+    step = 1 << max(0, count.bit_length() - 3)
+    return -(-count // step) * step
 
-    Row `i` of the gradient is that of `back[i]`, and zero where `i` is in `zero`. Autograd's own would add row by row,
-    because it does not know that every row is wanted once.
+
+class _Scattered(torch.autograd.Function):
+    """Rows of the pack to every bucket: [T, n] -> [b * L, n] each, with memory of its own.
+
+    Nothing that is asked for depends on a pad, so the gradient of its copy is zero and need not be added: the
+    gradient, too, is taken by number. Autograd's own would add row by row, because it does not know that each is
+    wanted once.
     """
 
     @staticmethod
-    def forward(ctx, states: torch.Tensor, rows: torch.Tensor, back: torch.Tensor, zero: torch.Tensor | None):
-        ctx.save_for_backward(back, zero)
-        return states.index_select(0, rows)
+    def forward(ctx, states: torch.Tensor, padding: Padding):
+        ctx.padding = padding
+        sizes = [bucket.num_sequences * bucket.length for bucket in padding.buckets]
+        return tuple(states.index_select(0, rows) for rows in padding.rows.split(sizes))
+
+    @staticmethod
+    def backward(ctx, *grads: torch.Tensor):
+        return torch.cat(grads).index_select(0, ctx.padding.places), None
+
+
+class _Gathered(torch.autograd.Function):
+    """Tokens back from their places, [P, n] -> [T, n]; the gradient of a pad is zero."""
+
+    @staticmethod
+    def forward(ctx, states: torch.Tensor, padding: Padding):
+        ctx.padding = padding
+        return states.index_select(0, padding.places)
 
     @staticmethod
     def backward(ctx, grad: torch.Tensor):
-        back, zero = ctx.saved_tensors
-        grad = grad.index_select(0, back)
-        return grad if zero is None else grad.index_fill_(0, zero, 0.0), None, None, None
+        return grad.index_select(0, ctx.padding.rows).index_fill_(0, ctx.padding.pads, 0.0), None
 
 
-def _pad(states: torch.Tensor, padding: Padding) -> list[torch.Tensor]:
-    """[T, heads, d] -> for each bucket [b, L, heads, d].
-
-    Nothing that is asked for depends on a pad, so the gradient of its copy is zero and need not be added.
-    """
-    width = states.shape[1:]
-    padded = _Rearranged.apply(states.flatten(1), padding.rows, padding.places, None)
-    parts = padded.split([bucket.num_sequences * bucket.length for bucket in padding.buckets])
+def pad(states: torch.Tensor, padding: Padding) -> list[torch.Tensor]:
+    """[T, heads, d] -> for each bucket [b, L, heads, d]."""
+    parts = _Scattered.apply(states.flatten(1), padding)
     return [
-        part.view(bucket.num_sequences, bucket.length, *width)
+        part.view(bucket.num_sequences, bucket.length, *states.shape[1:])
         for part, bucket in zip(parts, padding.buckets, strict=True)
     ]
 
 
-def _unpad(parts: list[torch.Tensor], padding: Padding) -> torch.Tensor:
-    """For each bucket [b, L, heads, d] -> [T, heads, d]."""
-    padded = torch.cat([part.flatten(0, 1) for part in parts])
-    return _Rearranged.apply(padded, padding.places, padding.rows, padding.pads)
-
-
-class RotaryTable(torch.nn.Module):
-    """Cosines and sines by position; computed in float32, not stored in checkpoints."""
-
-    def __init__(self, width: int, theta: float) -> None:
-        super().__init__()
-        self.width, self.theta = width, theta
-
-    @torch.no_grad()
-    def forward(self, position_ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Factors of a state and of its other half, float32 [T, 1, d] each, for int64 [T] positions.
-
-        They are `cos, cos` and `-sin, sin` of angle = position * theta ** (-2 i / d).
-        """
-        exponent = torch.arange(0, self.width, 2, dtype=torch.float32, device=position_ids.device) / self.width
-        angles = (position_ids[:, None].float() * (1.0 / self.theta**exponent)[None])[:, None]
-        cos, sin = angles.cos(), angles.sin()
-        return torch.cat([cos, cos], dim=-1), torch.cat([-sin, sin], dim=-1)
-
-
-class _Rotated(torch.autograd.Function):
-    """States turned by their positions; the gradient is turned back."""
-
-    @staticmethod
-    def forward(ctx, states: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor):
-        ctx.save_for_backward(cos, sin)
-        return torch.addcmul(states * cos, states.roll(states.size(-1) // 2, dims=-1), sin)
-
-    @staticmethod
-    def backward(ctx, grad: torch.Tensor):
-        cos, sin = ctx.saved_tensors
-        return torch.addcmul(grad * cos, grad.roll(grad.size(-1) // 2, dims=-1), sin, value=-1), None, None
-
-
-def rotate(states: torch.Tensor, rotary: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
-    """Turn `states` [T, heads, d] by their positions, in the half-split order of Hugging Face's Mistral."""
-    return _Rotated.apply(states, *(table.to(states.dtype) for table in rotary))
+def unpad(parts: list[torch.Tensor], padding: Padding) -> torch.Tensor:
+    """For each bucket [b, L, n] -> [T, n]."""
+    return _Gathered.apply(torch.cat([part.flatten(0, 1) for part in parts]), padding)
 
 
 def packed_attention(
@@ -203,7 +204,7 @@ def packed_attention(
     causal: bool = False,
     dropout: float = 0.0,
 ) -> torch.Tensor:
-    """Softmax attention inside each sequence of a pack.
+    """Softmax attention inside each sequence of a pack, in the form that is faster here.
 
     Args:
         query: [T, A, d]. key, value: [T, G, d], with A a multiple of G (grouped queries).
@@ -214,24 +215,61 @@ def packed_attention(
     Returns:
         [T, A, d], same dtype as `query`.
     """
+    if _has_varlen(query) and dropout == 0.0:  # FlashAttention needs no pads
+        return attend_packed(query, key, value, packing, causal=causal)
+    # One call a sequence, the packed form elsewhere, takes three times as long as a call for each bucket.
+    return attend_padded(query, key, value, packing, causal=causal, dropout=dropout)
+
+
+def _has_varlen(query: torch.Tensor) -> bool:
     is_half = query.dtype in (torch.bfloat16, torch.float16)
-    if query.is_cuda and is_half and query.size(-1) in VARLEN_WIDTHS and dropout == 0.0:
+    return query.is_cuda and is_half and query.size(-1) in VARLEN_WIDTHS
+
+
+def attend_packed(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, packing: Packing, *, causal: bool = False
+) -> torch.Tensor:
+    """The packed form: torch's variable-length attention in half precision on CUDA, elsewhere one call a sequence.
+
+    Arguments and result as in `packed_attention`.
+    """
+    if _has_varlen(query):
         return varlen_attention(query, key, value, packing.cu_seqlens_q, packing.max_seqlen_q, causal=causal)
-    padding, repeats = packing.padding, query.size(1) // key.size(1)
-    # The query heads of a group attend to the same keys: they are further queries, [b, G, L * repeats, d].
-    query = query.unflatten(1, (key.size(1), repeats))
-    padded = (_pad(states, padding) for states in (query, key, value))
+    lengths, parts = packing.lengths.tolist(), []
+    for q, k, v in zip(*(states.split(lengths) for states in (query, key, value)), strict=True):
+        q, k, v = (states.transpose(0, 1)[None] for states in (q, k, v))
+        out = F.scaled_dot_product_attention(q, k, v, is_causal=causal, enable_gqa=True)
+        parts.append(out[0].transpose(0, 1))
+    return torch.cat(parts)
+
+
+def attend_padded(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    packing: Packing,
+    *,
+    causal: bool = False,
+    dropout: float = 0.0,
+) -> torch.Tensor:
+    """The padded form: one call for each bucket of sequences of similar length, whose mask hides the pads.
+
+    Arguments and result as in `packed_attention`.
+    """
+    padding, repeats = packing.padding(), query.size(1) // key.size(1)
+    padded = (pad(states, padding) for states in (query, key, value))
     parts = []
     for bucket, q, k, v in zip(padding.buckets, *padded, strict=True):
+        # The query heads of a group attend to the same keys: they are further queries, [b, G, L * repeats, d].
         out = F.scaled_dot_product_attention(
-            q.transpose(1, 2).flatten(2, 3),
+            q.unflatten(2, (-1, repeats)).transpose(1, 2).flatten(2, 3),
             k.transpose(1, 2),
             v.transpose(1, 2),
             attn_mask=_mask(bucket, causal, repeats, query.device),
             dropout_p=dropout,
         )
-        parts.append(out.unflatten(2, (bucket.length, repeats)).transpose(1, 2))
-    return _unpad(parts, padding).flatten(1, 2)
+        parts.append(out.unflatten(2, (bucket.length, repeats)).transpose(1, 2).flatten(2))
+    return unpad(parts, padding).unflatten(1, query.shape[1:])
 
 
 def _mask(bucket: Bucket, causal: bool, repeats: int, device: torch.device) -> torch.Tensor | None:

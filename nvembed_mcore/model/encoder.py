@@ -21,12 +21,14 @@ from transformers import MistralConfig
 from nvembed_mcore import device
 from nvembed_mcore.config import ModelConfig, ParallelConfig, PoolingConfig, PrecisionConfig
 from nvembed_mcore.data.packing import Pack
-from nvembed_mcore.model.attention import Packing, RotaryTable, packing_of
+from nvembed_mcore.model import fp8_attention
+from nvembed_mcore.model.attention import Packing, packing_of
 from nvembed_mcore.model.backend import choose
 from nvembed_mcore.model.layer_summaries import LayerSummaries, watch_layers
 from nvembed_mcore.model.lora import attach_adapters
 from nvembed_mcore.model.mistral import check_layout, head_dim, layer_specs, padded_vocabulary, transformer_config
 from nvembed_mcore.model.pooling import build_head, segment_sum, weights_of
+from nvembed_mcore.model.rotary import RotaryTable
 from nvembed_mcore.parallel.groups import Groups
 
 
@@ -83,6 +85,8 @@ class Encoder(MegatronModule):
         self.rotary = RotaryTable(head_dim(hf_config), hf_config.rope_parameters["rope_theta"])
         self.decoder = self._layers(model, groups, chunk)
         self._mark_sharded_weights()
+        if self.backend.fp8_attention == "on":
+            fp8_attention.require(self)
         if model.adapters:
             # Before the head is there, which trains whole.
             self.requires_grad_(False)

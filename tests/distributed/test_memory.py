@@ -11,7 +11,7 @@ from nvembed_mcore.checkpoint import store
 from nvembed_mcore.checkpoint.store import Checkpoint
 from nvembed_mcore.data.packing import make_pack
 from nvembed_mcore.memory import graph_bytes
-from nvembed_mcore.resume import restore, retained_tokens
+from nvembed_mcore.resume import decided, restore
 from tests.helpers import cases, models, runs
 from tests.helpers.cases import Case
 from tests.helpers.grid import budget_for
@@ -119,10 +119,10 @@ def test_a_resumed_run_keeps_the_limit_of_its_hardware_and_layout():
     layout = {"parallel": {"tp": 1}, "step": {"way": "auto"}, "optim": {"distributed": True}}
     facts = {"hardware": {"device": "cpu", "world_size": 2}, "config": layout}
     saved = Checkpoint(Path("run"), 5, facts | {"retain_tokens": 777})
-    assert retained_tokens(None, facts) is None
-    assert retained_tokens(saved, facts) == 777
-    assert retained_tokens(saved, facts | {"hardware": {"device": "cpu", "world_size": 4}}) is None
-    assert retained_tokens(saved, facts | {"config": layout | {"parallel": {"tp": 2}}}) is None
+    assert decided(None, facts, "retain_tokens") is decided(saved, facts, "fp8_attention") is None
+    assert decided(saved, facts, "retain_tokens") == 777
+    assert decided(saved, facts | {"hardware": {"device": "cpu", "world_size": 4}}, "retain_tokens") is None
+    assert decided(saved, facts | {"config": layout | {"parallel": {"tp": 2}}}, "retain_tokens") is None
 
 
 def test_a_checkpoint_of_an_older_version_is_refused(tmp_path, monkeypatch):
