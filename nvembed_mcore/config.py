@@ -33,6 +33,9 @@ class ParallelConfig:
     """Split norms and the pooling head over the tokens of a pack; takes effect when `tp` is above 1."""
     overlap_grad_reduce: bool = False
     """Reduce gradients bucket by bucket while the backward pass still runs."""
+    overlap_param_gather: bool = False
+    """Gather the new weights bucket by bucket while the next forward pass runs; needs `overlap_grad_reduce` and
+    `optim.distributed`."""
     bucket_size: int | None = None
     """Parameters of one bucket at least (with `overlap_grad_reduce`); null: Megatron's choice, 40 million or more."""
     timeout_minutes: float = 10.0
@@ -49,6 +52,10 @@ class ParallelConfig:
             self.bucket_size is None or (self.bucket_size >= 1 and self.overlap_grad_reduce),
             f"parallel.bucket_size must be at least 1 and needs overlap_grad_reduce, got {self.bucket_size} and "
             f"{self.overlap_grad_reduce}",
+        )
+        require(
+            self.overlap_grad_reduce or not self.overlap_param_gather,
+            "parallel.overlap_param_gather is true, which needs parallel.overlap_grad_reduce, and that is false",
         )
         require(self.timeout_minutes > 0, f"parallel.timeout_minutes must be above 0, got {self.timeout_minutes}")
 
@@ -259,6 +266,10 @@ class RunConfig:
             self.parallel.pp == 1 or self.step.way in ("auto", "cached"),
             f"step.way {self.step.way!r} keeps graphs, which pipeline stages cannot; parallel.pp is "
             f"{self.parallel.pp}. Use 'auto' or 'cached'",
+        )
+        require(
+            self.optim.distributed or not self.parallel.overlap_param_gather,
+            "parallel.overlap_param_gather is true, which needs optim.distributed, and that is false",
         )
         require(
             self.step.gradient_exchange != "recompute" or self.loss.false_negative_margin is None,

@@ -92,6 +92,7 @@ def build_optimizer(config: OptimConfig, chunks: list[DistributedDataParallel]) 
             # With 0 Megatron would not compute the norm either, which the metrics show.
             clip_grad=config.clip_norm or math.inf,
             use_distributed_optimizer=config.distributed,
+            overlap_param_gather=chunks[0].ddp_config.overlap_param_gather,
             params_dtype=dtype,
             bf16=dtype == torch.bfloat16,
         ),

@@ -29,6 +29,7 @@ from nvembed_mcore.checkpoint.writing import Writing, check_space, check_writabl
 from nvembed_mcore.config import CheckpointConfig
 from nvembed_mcore.fault_injection import point
 from nvembed_mcore.parallel.groups import Groups, every_rank_does, first_rank_does, patient_group
+from nvembed_mcore.parallel.param_gather import finish_param_gather
 
 log = logging.getLogger(__name__)
 
@@ -109,6 +110,7 @@ class Saver:
         """
         self.wait()
         first_rank_does(lambda: folders.clear_leftovers(self.root), self._group)
+        finish_param_gather(chunks)
         self._pending = self._stage(step, chunks, optimizer, facts)
         if self._pending.thread:
             self._pending.thread.start()

@@ -30,6 +30,7 @@ from nvembed_mcore.model.mistral import check_layout, head_dim, layer_specs, pad
 from nvembed_mcore.model.pooling import build_head, segment_sum, weights_of
 from nvembed_mcore.model.rotary import RotaryTable
 from nvembed_mcore.parallel.groups import Groups
+from nvembed_mcore.parallel.param_gather import wait_for_parts
 
 
 class Encoder(MegatronModule):
@@ -215,10 +216,13 @@ def wrap_data_parallel(
         grad_reduce_in_fp32=True,
         use_distributed_optimizer=distributed_optimizer,
         overlap_grad_reduce=parallel.overlap_grad_reduce,
+        overlap_param_gather=parallel.overlap_param_gather and distributed_optimizer,
         bucket_size=parallel.bucket_size,
     )
     chunks = [DistributedDataParallel(encoder.config, config, encoder) for encoder in encoders]
     for chunk in chunks:
+        if config.overlap_param_gather:
+            wait_for_parts(chunk)
         # Megatron's schedules read these from the configuration of the first chunk.
         chunk.config.finalize_model_grads_func = finalize_model_grads
         chunk.config.no_sync_func = [one.no_sync for one in chunks] if len(chunks) > 1 else chunk.no_sync

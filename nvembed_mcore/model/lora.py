@@ -71,6 +71,9 @@ class Adapter(torch.nn.Module):
     its gradient is summed over tensor ranks.
     """
 
+    reads_parts = True
+    """It multiplies with its matrices without calling the dictionaries that hold them (parallel/param_gather.py)."""
+
     def __init__(self, linear: AdaptedLinear, lora: LoraConfig, config: TransformerConfig) -> None:
         """Uninitialised; `checkpoint.hf_import` fills it by name."""
         super().__init__()

@@ -67,6 +67,9 @@ class Mlp(nn.Module):
 class AttendingHead(Mlp):
     """Projections and norms of the heads with attention; what attends to what is theirs."""
 
+    reads_parts = True
+    """They fold projections without calling them (parallel/param_gather.py)."""
+
     def __init__(self, hidden: int, config: PoolingConfig) -> None:
         super().__init__(hidden)
         self.num_heads, self.head_width = config.num_heads, config.head_width or hidden

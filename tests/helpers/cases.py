@@ -174,6 +174,7 @@ class Case:
     budget: int = 100_000
     distributed: bool = True
     overlap: bool = False
+    gather: bool = False
     exchange: str = "auto"
     loss: dict = field(default_factory=dict, hash=False)
     kind: str = "latent"
@@ -207,6 +208,7 @@ def build_step(case: Case, **changes):
 
     # Small buckets, so that there are several to overlap.
     overlap = dict(overlap_grad_reduce=case.overlap, bucket_size=4000 if case.overlap else None)
+    overlap |= dict(overlap_param_gather=case.gather)
     parallel, groups = layout(case.tp, case.pp, case.sp, chunks_per_stage=case.chunks, **overlap)
     hf_config = step_config(**changes)
     loss = LossConfig(**{"temperature": TEMPERATURE, **case.loss})

@@ -87,6 +87,7 @@ RESUMABLE: dict[str, tuple[Any, str]] = {
     "parallel.chunks_per_stage": (2, "parallel.chunks_per_stage: 1 -> 2"),
     "parallel.sequence_parallel": (False, "parallel.sequence_parallel: True -> False"),
     "parallel.overlap_grad_reduce": (True, "parallel.overlap_grad_reduce: False -> True"),
+    "parallel.overlap_param_gather": (True, "parallel.overlap_param_gather: False -> True"),
     "parallel.bucket_size": (10, "parallel.bucket_size: None -> 10"),
     "model.backend": ("local", "model.backend: 'auto' -> 'local'"),
     "precision.fp8": ("tensorwise", "precision.fp8: 'off' -> 'tensorwise'"),
