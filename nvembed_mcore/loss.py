@@ -13,6 +13,8 @@ found as tensors, because a step pushes `dL/dE` through each pack on its own.
 
 from __future__ import annotations
 
+import functools
+import importlib.util
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
@@ -220,12 +222,26 @@ def _in_scores(masks: Masks, scale: float) -> Masks:
     return masks if masks.margin is None else replace(masks, margin=masks.margin * scale)
 
 
+def why_no_kernel(device_type: str, dtype: torch.dtype) -> str:
+    """Why torch computes the softmax of scores and its gradient, and not the Triton kernel; empty where that does."""
+    if device_type != "cuda":
+        return "the kernel needs a CUDA device"
+    if dtype != torch.float32:
+        return f"the kernel takes float32 scores, and not {dtype}"
+    return "" if _has_triton() else "Triton is not installed"
+
+
+@functools.cache
+def _has_triton() -> bool:
+    return importlib.util.find_spec("triton") is not None
+
+
 def _softmax_gradient_(
     scores: Tensor, rows: Rows, columns: Columns, masks: Masks, known: Softmax | None = None
 ) -> tuple[Softmax, Tensor | None]:
-    """`reference.softmax_gradient_`, by the Triton kernel on CUDA."""
-    if scores.is_cuda and scores.dtype == torch.float32:
-        from nvembed_mcore.kernels.info_nce import softmax_gradient_
-    else:
+    """`reference.softmax_gradient_`, by the Triton kernel where it can."""
+    if why_no_kernel(scores.device.type, scores.dtype):
         softmax_gradient_ = reference.softmax_gradient_
+    else:
+        from nvembed_mcore.kernels.info_nce import softmax_gradient_
     return softmax_gradient_(scores, rows, columns, masks, known)

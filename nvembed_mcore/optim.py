@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import importlib
 import math
+from typing import Literal
 
 import torch
 from megatron.core.distributed import DistributedDataParallel
@@ -10,7 +12,10 @@ from megatron.core.optimizer import ChainedOptimizer, OptimizerConfig, get_megat
 from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
 from torch.optim.adamw import adamw
 
+from nvembed_mcore import device
+from nvembed_mcore.apex_kernels import fused_adam, why_no_fused_adam
 from nvembed_mcore.config import OptimConfig
+from nvembed_mcore.model.backend import why_no_transformer_engine
 
 
 class FusedAdam(torch.optim.Optimizer):
@@ -65,20 +70,39 @@ class FusedAdam(torch.optim.Optimizer):
         )
 
 
-def _use_fused_adam() -> None:
-    """Give Megatron the optimizer above where neither TransformerEngine nor Apex brings one."""
+def choose_adam() -> tuple[Literal["TransformerEngine", "Apex", "torch"], str]:
+    """Whose fused AdamW updates the weights here, and why. The state is the same: any of them goes on from any."""
+    if not device.has_cuda():
+        return "torch", "there is no CUDA device"
+    why_not = why_no_transformer_engine()
+    if not why_not:
+        return "TransformerEngine", "it can be imported"
+    if not why_no_fused_adam():
+        return "Apex", f"TransformerEngine: {why_not}"
+    return "torch", f"TransformerEngine: {why_not}; Apex: {why_no_fused_adam()}"
+
+
+def _give_megatron_its_adam() -> None:
+    """Let Megatron take what `choose_adam` says: by itself it takes what can be imported, kernels and device or not,
+    and torch's own Adam otherwise.
+    """
     from megatron.core import optimizer
     from megatron.core.optimizer import distrib_optimizer
 
-    if optimizer.USING_PYTORCH_OPTIMIZER:
-        optimizer.Adam, optimizer.USING_PYTORCH_OPTIMIZER = FusedAdam, False
-        distrib_optimizer.Adam, distrib_optimizer.HAVE_APEX_OR_TE = FusedAdam, True
-        distrib_optimizer.USING_APEX_OPTIMIZER = True
+    name, _ = choose_adam()
+    if name == "TransformerEngine":
+        kind = importlib.import_module("transformer_engine.pytorch.optimizers").FusedAdam
+    else:
+        kind = fused_adam() if name == "Apex" else FusedAdam
+    optimizer.Adam, optimizer.USING_PYTORCH_OPTIMIZER = kind, False
+    distrib_optimizer.Adam, distrib_optimizer.HAVE_APEX_OR_TE = kind, True
+    # All three count steps as Apex does.
+    distrib_optimizer.USING_APEX_OPTIMIZER = True
 
 
 def build_optimizer(config: OptimConfig, chunks: list[DistributedDataParallel]) -> ChainedOptimizer:
     """Adam with decoupled weight decay on everything but vectors (norms, biases), and clipping by the global norm."""
-    _use_fused_adam()
+    _give_megatron_its_adam()
     dtype = chunks[0].module.config.params_dtype
     optimizer = get_megatron_optimizer(
         OptimizerConfig(

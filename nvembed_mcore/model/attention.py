@@ -195,6 +195,17 @@ def unpad(parts: list[torch.Tensor], padding: Padding) -> torch.Tensor:
     return _Gathered.apply(torch.cat([part.flatten(0, 1) for part in parts]), padding)
 
 
+def why_padded(device_type: str, dtype: torch.dtype, width: int, dropout: float) -> str:
+    """Why heads of this width are attended in padded buckets; empty where torch attends to the pack as it is."""
+    if device_type != "cuda":
+        return "attention to a pack as it is needs a CUDA device"
+    if dtype not in (torch.bfloat16, torch.float16):
+        return f"attention to a pack as it is takes half precision, and not {dtype}"
+    if width not in VARLEN_WIDTHS:
+        return f"FlashAttention computes heads of width 8 to 256 in steps of 8, and not {width}"
+    return "FlashAttention here drops no attention weights" if dropout else ""
+
+
 def packed_attention(
     query: torch.Tensor,
     key: torch.Tensor,
@@ -215,15 +226,10 @@ def packed_attention(
     Returns:
         [T, A, d], same dtype as `query`.
     """
-    if _has_varlen(query) and dropout == 0.0:  # FlashAttention needs no pads
+    if not why_padded(query.device.type, query.dtype, query.size(-1), dropout):  # FlashAttention needs no pads
         return attend_packed(query, key, value, packing, causal=causal)
     # One call a sequence, the packed form elsewhere, takes three times as long as a call for each bucket.
     return attend_padded(query, key, value, packing, causal=causal, dropout=dropout)
-
-
-def _has_varlen(query: torch.Tensor) -> bool:
-    is_half = query.dtype in (torch.bfloat16, torch.float16)
-    return query.is_cuda and is_half and query.size(-1) in VARLEN_WIDTHS
 
 
 def attend_packed(
@@ -233,7 +239,7 @@ def attend_packed(
 
     Arguments and result as in `packed_attention`.
     """
-    if _has_varlen(query):
+    if not why_padded(query.device.type, query.dtype, query.size(-1), dropout=0.0):
         return varlen_attention(query, key, value, packing.cu_seqlens_q, packing.max_seqlen_q, causal=causal)
     lengths, parts = packing.lengths.tolist(), []
     for q, k, v in zip(*(states.split(lengths) for states in (query, key, value)), strict=True):

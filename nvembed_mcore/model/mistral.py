@@ -18,6 +18,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from transformers import MistralConfig
 
 from nvembed_mcore import device
+from nvembed_mcore.apex_kernels import fused_rms_norm, why_no_fused_norm
 from nvembed_mcore.config import ConfigError, ParallelConfig
 from nvembed_mcore.model.attention import PackedCoreAttention
 from nvembed_mcore.model.backend import Backend
@@ -169,7 +170,7 @@ def transformer_config(hf_config: MistralConfig, backend: Backend, parallel: Par
 
 
 class RMSNorm(torch.nn.Module):
-    """Root mean square norm over the last dimension.
+    """Root mean square norm over the last dimension, by Apex's kernel where it is installed.
 
     Megatron's wrapper of the torch norm refuses sequence parallelism; here the weight is marked so that its gradient
     is summed over the tensor ranks, which each see a part of the tokens.
@@ -184,7 +185,10 @@ class RMSNorm(torch.nn.Module):
         self.weight.sequence_parallel = config.sequence_parallel
 
     def forward(self, hidden: torch.Tensor) -> torch.Tensor:
-        return F.rms_norm(hidden, (hidden.size(-1),), self.weight, self.eps)
+        shape = (hidden.size(-1),)
+        if not why_no_fused_norm():
+            return fused_rms_norm()(hidden, self.weight, shape, self.eps)
+        return F.rms_norm(hidden, shape, self.weight, self.eps)
 
 
 def layer_specs(config: TransformerConfig, attention_mask: str, chunk: int = 0) -> TransformerBlockSubmodules:
