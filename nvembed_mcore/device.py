@@ -11,6 +11,7 @@ import ctypes
 import functools
 import logging
 import os
+from dataclasses import dataclass
 
 import torch
 
@@ -31,6 +32,31 @@ def current() -> torch.device:
 def name() -> str:
     """The device's name as the driver reports it, or `cpu`."""
     return torch.cuda.get_device_name() if has_cuda() else "cpu"
+
+
+@dataclass(frozen=True)
+class Gpu:
+    """A device as the driver describes it; `capability` (9, 0) is Hopper, (10, 0) Blackwell."""
+
+    name: str
+    capability: tuple[int, int]
+    memory_bytes: int
+
+
+def gpus() -> list[Gpu]:
+    """The devices that this process may use."""
+    found = [torch.cuda.get_device_properties(number) for number in range(torch.cuda.device_count())]
+    return [Gpu(one.name, (one.major, one.minor), one.total_memory) for one in found]
+
+
+def cuda_build() -> str | None:
+    """Version of CUDA that torch is built for; None: it is built for CPUs."""
+    return torch.version.cuda
+
+
+def nccl_version() -> str:
+    """Version of the NCCL that torch is built with; empty where it is built without."""
+    return ".".join(map(str, torch.cuda.nccl.version())) if torch.distributed.is_nccl_available() else ""
 
 
 def backend() -> str:

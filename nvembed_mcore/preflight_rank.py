@@ -53,7 +53,7 @@ def look_around(read: Callable[[], RunConfig], rank: int) -> Rank:
     except (ValueError, OSError) as error:
         findings.append((Exit.CONFIGURATION, "configuration", str(error)))
     if config is not None:
-        findings += [(Exit.CONFIGURATION, "configuration", text) for text in _missing_paths(config)]
+        findings += [(Exit.CONFIGURATION, "configuration", text) for text in missing_paths(config)]
     if os.environ.get("LOCAL_RANK", "0") == "0":
         findings += _gpu_findings()
         if config is not None:
@@ -70,7 +70,7 @@ def _host() -> str:
     return os.environ.get("SLURMD_NODENAME") or socket.gethostname()
 
 
-def _missing_paths(config: RunConfig) -> list[str]:
+def missing_paths(config: RunConfig) -> list[str]:
     """Paths that the configuration names and that are not there."""
     named = {
         "data.tokenizer": config.data.tokenizer,

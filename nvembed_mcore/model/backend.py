@@ -52,6 +52,19 @@ def why_no_transformer_engine() -> str:
     return ""
 
 
+def why_no_fp8(recipe: Fp8) -> str:
+    """Why TransformerEngine cannot compute by an FP8 recipe here; empty where it can."""
+    te = importlib.import_module("transformer_engine.pytorch")
+    is_available = {
+        "delayed": te.is_fp8_available,
+        "tensorwise": te.is_fp8_available,
+        "blockwise": te.is_fp8_block_scaling_available,
+        "mxfp8": te.is_mxfp8_available,
+    }[recipe]
+    _, reason = is_available(return_reason=True)
+    return reason.rstrip(".")
+
+
 def choose(model: ModelConfig, precision: PrecisionConfig) -> Backend:
     """Resolve `model.backend` and `precision`.
 
