@@ -22,8 +22,15 @@ export PATH="$NVEMBED_VENV/bin:$PATH"
 export NCCL_DEBUG="${NCCL_DEBUG:-WARN}"
 # A collective that fails ends its process instead of waiting for ever.
 export TORCH_NCCL_ASYNC_ERROR_HANDLING=1
-# Megatron's tensor parallelism overlaps communication by the order in which kernels are queued.
-export CUDA_DEVICE_MAX_CONNECTIONS=1
+# Megatron's tensor parallelism overlaps communication by the order in which kernels are queued: 1, where parallel.tp is
+# above 1. Without it, what travels beside the computation (parallel.overlap_grad_reduce, overlap_param_gather) should
+# have queues of its own: 32, in NVIDIA's recipes.
+export CUDA_DEVICE_MAX_CONNECTIONS="${CUDA_DEVICE_MAX_CONNECTIONS:-1}"
+# TransformerEngine's norms take all multiprocessors of a GPU at once, and NCCL's kernels then wait until they end. This
+# many are left to NCCL: 16 to 20 in NVIDIA's recipes. Only worth it where something overlaps, on more than one GPU.
+# export NVTE_FWD_LAYERNORM_SM_MARGIN=16 NVTE_BWD_LAYERNORM_SM_MARGIN=16
+# Norms by cuDNN, as in NVIDIA's recipes for Hopper.
+# export NVTE_NORM_FWD_USE_CUDNN=1 NVTE_NORM_BWD_USE_CUDNN=1
 # On top of seeds: what cuBLAS and NCCL need to give the same bits again in the same layout. Costs speed.
 # export CUBLAS_WORKSPACE_CONFIG=:4096:8 NCCL_ALGO=Ring NVTE_ALLOW_NONDETERMINISTIC_ALGO=0
 

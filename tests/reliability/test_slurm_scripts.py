@@ -17,9 +17,8 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 SCRIPTS = ROOT / "examples" / "slurm"
-SHELL = sorted(
-    [*SCRIPTS.glob("*.sh"), *SCRIPTS.glob("*.sbatch"), ROOT / "tools/local_slurm.sh", ROOT / "tools/ci_setup.sh"]
-)
+TOOLS = [ROOT / "tools" / name for name in ("local_slurm.sh", "ci_setup.sh", "install_gpu.sh")]
+SHELL = sorted([*SCRIPTS.glob("*.sh"), *SCRIPTS.glob("*.sbatch"), *TOOLS])
 
 # What `srun` does here: prints the run folder, or behaves as its rank's WORK says. Each call is noted.
 SRUN = """\
