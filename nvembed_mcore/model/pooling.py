@@ -3,13 +3,15 @@
 Letters: `T` tokens, `B` texts, `H` hidden size, `R` latents, `A` heads of the head, `w` their width, `L` layers.
 
 A head transforms token states; the pooled mean (or the choice of the last token) is a weighted sum over each text's
-tokens that is the same for all heads and is done by `weights_of` and `segment_sum`. Only `MultiLayerPooling` comes
-after that sum: it reads one for each layer (`layer_summaries`).
+tokens that is the same for all heads and is done by `weights_of` and `pool`, or `segment_sum` where the sum is not yet
+whole. Only `MultiLayerPooling` comes after that sum: it reads one for each layer (`layer_summaries`).
 """
 
 from __future__ import annotations
 
+import importlib.util
 import math
+from types import ModuleType
 
 import numpy as np
 import torch
@@ -18,6 +20,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from nvembed_mcore.config import PoolingConfig
+from nvembed_mcore.kernels import reference_head
 from nvembed_mcore.model.attention import Packing, packed_attention
 
 ROWS_AT_ONCE = 4096
@@ -43,12 +46,25 @@ def weights_of(lengths: np.ndarray, pooled_from: np.ndarray, num_tokens: int, ki
     return weights
 
 
+def kernels_for(states: torch.Tensor) -> ModuleType:
+    """Who does what lies between the matrix products: Triton in half precision on CUDA, otherwise plain torch."""
+    if states.is_cuda and states.dtype in (torch.bfloat16, torch.float16) and importlib.util.find_spec("triton"):
+        from nvembed_mcore.kernels import latent_head
+
+        return latent_head
+    return reference_head
+
+
 def segment_sum(
     states: torch.Tensor, weights: torch.Tensor, segment_ids: torch.Tensor, num_segments: int
 ) -> torch.Tensor:
     """Weighted sum of token states [T, H] over each sequence, in float32: [num_segments, H]."""
-    total = states.new_zeros(num_segments, states.size(-1), dtype=torch.float32)
-    return total.index_add(0, segment_ids, states.float() * weights[:, None])
+    return kernels_for(states).segment_sum(states, weights, segment_ids, num_segments)
+
+
+def pool(states: torch.Tensor, weights: torch.Tensor, segment_ids: torch.Tensor, num_segments: int) -> torch.Tensor:
+    """`segment_sum` at unit length, float32 [num_segments, H]; for states of all tokens."""
+    return kernels_for(states).pool(states, weights, segment_ids, num_segments)
 
 
 class Mlp(nn.Module):
@@ -60,8 +76,7 @@ class Mlp(nn.Module):
         self.mlp_out = nn.Linear(4 * hidden, hidden)
 
     def forward(self, states: torch.Tensor) -> torch.Tensor:
-        value, gate = self.mlp_in(states).chunk(2, dim=-1)
-        return self.mlp_out(value * F.gelu(gate))
+        return self.mlp_out(kernels_for(states).geglu(self.mlp_in(states)))
 
 
 class AttendingHead(Mlp):
@@ -117,8 +132,7 @@ class LatentAttention(AttendingHead):
     def forward(self, states: torch.Tensor, packing: Packing) -> torch.Tensor:
         """Token states [T, H] -> token states [T, H]; each token on its own, so any part of a text will do."""
         into, out_of = (matrix.to(states.dtype) for matrix in self.fold())
-        logits = (self.norm_query(states) @ into).unflatten(-1, (self.num_heads, -1))
-        attention = logits.float().softmax(dim=-1).to(states.dtype).flatten(-2)
+        attention = kernels_for(states).group_softmax(self.norm_query(states) @ into, self.num_heads)
         states = states + attention @ out_of
         return states + super().forward(self.norm_mlp(states))
 

@@ -182,8 +182,11 @@ def compile_all() -> None:
         assert len(compiled.asm["cubin"]) > 0
 
 
-def in_child(call: str, *arguments: str, **environment: str) -> subprocess.CompletedProcess:
-    program = f"import sys; from tests.unit import test_kernels; test_kernels.{call}(*sys.argv[1:])"
+def in_child(
+    call: str, *arguments: str, module: str = "test_kernels", **environment: str
+) -> subprocess.CompletedProcess:
+    """Call a function of a module of tests/unit in a process of its own."""
+    program = f"import sys; from tests.unit import {module}; {module}.{call}(*sys.argv[1:])"
     return subprocess.run(
         [sys.executable, "-c", program, *arguments],
         env={**os.environ, **environment},
