@@ -10,6 +10,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 
+def fold_product(left: Tensor, right: Tensor) -> Tensor:
+    """A matrix product of the fold, float32 [.., m, k] @ [.., k, n]."""
+    return left @ right
+
+
 def group_softmax(logits: Tensor, groups: int) -> Tensor:
     """Softmax over each of `groups` equal parts of a row, in float32: [T, A * R] -> [T, A * R] in the same dtype."""
     return logits.unflatten(-1, (groups, -1)).float().softmax(dim=-1).to(logits.dtype).flatten(-2)

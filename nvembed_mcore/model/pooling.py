@@ -114,6 +114,7 @@ class LatentAttention(AttendingHead):
         output: `sum_a Wo_a (V_a^T p_a)` = `sum_a (V_a Wo_a^T)^T p_a`.
         """
         heads, width = self.num_heads, self.head_width
+        product = kernels_for(self.latents).fold_product
         context = F.layer_norm(
             self.latents.float(),
             self.latents.shape[-1:],
@@ -121,12 +122,12 @@ class LatentAttention(AttendingHead):
             self.norm_context.bias.float(),
             self.norm_context.eps,
         )
-        keys, values = (context @ self.to_kv.weight.float().T).chunk(2, dim=-1)
+        keys, values = product(context, self.to_kv.weight.float().T).chunk(2, dim=-1)
         keys, values = (x.unflatten(1, (heads, width)).transpose(0, 1) for x in (keys, values))  # [A, R, w]
         to_q = self.to_q.weight.float().unflatten(0, (heads, width))  # [A, w, H]
         to_out = self.to_out.weight.float().unflatten(1, (heads, width)).permute(1, 2, 0)  # [A, w, H]
-        into = torch.bmm(keys / math.sqrt(width), to_q).flatten(0, 1).T  # [H, A * R]
-        out_of = torch.bmm(values, to_out).flatten(0, 1)  # [A * R, H]
+        into = product(keys / math.sqrt(width), to_q).flatten(0, 1).T  # [H, A * R]
+        out_of = product(values, to_out).flatten(0, 1)  # [A * R, H]
         return into, out_of
 
     def forward(self, states: torch.Tensor, packing: Packing) -> torch.Tensor:
