@@ -6,6 +6,7 @@ child process interprets and another one compiles.
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -67,15 +68,16 @@ CASES = {
 
 
 def arguments_of(case: Case) -> tuple[Tensor, list]:
-    """Float64 numbers that float16 holds as they are, and what else the function takes."""
+    """Float64 numbers that float16 and bfloat16 hold as they are, and what else the function takes."""
     generator = torch.Generator().manual_seed(0)
     lengths = case.rows if isinstance(case.rows, tuple) else (case.rows,)
     inputs = torch.randn(sum(lengths), case.width, generator=generator, dtype=torch.float64) * case.scale
     inputs[:, :: case.width // case.groups] += case.towards
+    inputs = inputs.bfloat16().half().double()
     if case.what in ("segment_sum", "pool"):
         segments = torch.repeat_interleave(torch.arange(len(lengths)), torch.tensor(lengths))
-        return inputs.half().double(), [torch.rand(len(segments), generator=generator), segments, len(lengths)]
-    return inputs.half().double(), [case.groups] if case.what == "group_softmax" else []
+        return inputs, [torch.rand(len(segments), generator=generator), segments, len(lengths)]
+    return inputs, [case.groups] if case.what == "group_softmax" else []
 
 
 def exact(case: Case, inputs: Tensor, *others) -> Tensor:
@@ -97,7 +99,7 @@ def run(case: Case, function: Callable[..., Tensor], dtype: torch.dtype, device:
     inputs = inputs.to(device, dtype).requires_grad_()
     output = function(inputs, *(one.to(device) if isinstance(one, Tensor) else one for one in others))
     generator = torch.Generator().manual_seed(1)
-    upstream = torch.randn(output.shape, generator=generator).half().to(output)
+    upstream = torch.randn(output.shape, generator=generator).bfloat16().half().to(output)
     (gradient,) = torch.autograd.grad(output, inputs, upstream)
     return {"output": output.detach().cpu(), "gradient": gradient.cpu()}
 
@@ -194,6 +196,33 @@ def test_the_kernels_compile_for_gpus_that_are_not_here(tmp_path):
         pytest.skip("this Triton has no NVIDIA compiler")
     child = in_child("compile_all", module="test_latent_head", TRITON_CACHE_DIR=str(tmp_path), TRITON_INTERPRET="0")
     assert child.returncode == 0, child.stderr
+
+
+def test_the_benchmark_runs_plain_torch_on_a_cpu(tmp_path, monkeypatch, capsys):
+    from nvembed_mcore.kernels import benchmark
+
+    written = tmp_path / "figures.json"
+    words = ["benchmark", "--device", "cpu", "--tiny", "--repeats", "1", "--json", str(written)]
+    monkeypatch.setattr("sys.argv", words)
+    benchmark.main()
+    figures = json.loads(written.read_text(encoding="utf-8"))
+    assert "No kernel runs on a CPU" in capsys.readouterr().out
+    names = ("group_softmax", "geglu", "segment_sum", "pool", "fold_product", "info_nce")
+    assert all(figures[f"{name}_torch_ms"] > 0 for name in names)
+    assert not [key for key in figures if "_ours_" in key or "_compile_" in key]
+    monkeypatch.setattr("sys.argv", ["benchmark", "--device", "cpu"])
+    with pytest.raises(SystemExit):
+        benchmark.main()
+
+
+def test_streaming_and_naive_infonce_of_the_benchmark_are_the_same():
+    """Otherwise one would be timed for another's work."""
+    from nvembed_mcore.kernels import benchmark
+
+    batch = benchmark.InfoNce(benchmark.TINY, torch.device("cpu"))
+    inputs = (batch.anchors.double(), batch.candidates.double())
+    for one, other in zip(batch.streaming(*inputs), batch.naive(*inputs), strict=True):
+        torch.testing.assert_close(one, other.double(), rtol=1e-6, atol=1e-9)
 
 
 def test_the_reference_is_what_the_heads_always_computed():
