@@ -1,8 +1,8 @@
 """The block of InfoNCE as one Triton kernel: `reference.softmax_gradient_` without its intermediate tensors.
 
 Plain torch reads and writes the block four to nine times (masks, maximum, softmax, one taken off at the positive).
-Here a program owns a row, reads it twice and writes it once; ids are compared in registers. The matrix products around
-it stay the library's, which no kernel of ours beats.
+Here a program owns a row, reads it twice and writes it once, in bfloat16 where the products are made in it; ids are
+compared in registers. The matrix products around it stay the library's, which no kernel of ours beats.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ def _allowed(
 
 @triton.jit
 def _softmax_gradient(
-    scores, stride, num_columns, margin,
+    scores, stride, gradient, gradient_stride, num_columns, margin,
     row_query, row_positive, row_in_batch, row_dataset, row_documents, row_is_masked,
     column_query, column_hard, column_shared, column_dataset, column_documents,
     log_sum_out, of_positive_out, best_out,
@@ -59,6 +59,7 @@ def _softmax_gradient(
     """One row: its softmax over the allowed columns (unless known), then softmax minus one at the positive."""
     row = tl.program_id(0).to(tl.int64)
     scores += row * stride
+    gradient += row * gradient_stride
     row_documents += row * ROW_DOCUMENTS
     query, positive = tl.load(row_query + row), tl.load(row_positive + row)
     in_batch, dataset = tl.load(row_in_batch + row), tl.load(row_dataset + row)
@@ -99,21 +100,32 @@ def _softmax_gradient(
             )  # fmt: skip
         # By way of the sum's logarithm, large scores would lose digits to it.
         weights = tl.where(keep, tl.exp(block - best) / total, 0.0)
-        tl.store(scores + columns, tl.where(columns == positive, weights - 1.0, weights), mask=inside)
+        tl.store(gradient + columns, tl.where(columns == positive, weights - 1.0, weights), mask=inside)
 
 
 def softmax_gradient_(
-    scores: Tensor, rows: Rows, columns: Columns, masks: Masks, known: Softmax | None = None
+    scores: Tensor,
+    rows: Rows,
+    columns: Columns,
+    masks: Masks,
+    known: Softmax | None = None,
+    *,
+    gradient: Tensor | None = None,
 ) -> tuple[Softmax, Tensor | None]:
-    """`reference.softmax_gradient_` for float32 scores [r, c] with contiguous rows; same arguments and results."""
+    """`reference.softmax_gradient_` for float32 scores [r, c] with contiguous rows; same arguments and results.
+
+    Where `gradient` has memory of its own, the scores stay as they are.
+    """
+    gradient = scores if gradient is None else gradient
     assert scores.dtype == torch.float32 and scores.stride(1) == 1, (scores.dtype, scores.stride())
+    assert gradient.shape == scores.shape and gradient.stride(1) == 1, (gradient.shape, gradient.stride())
     num_rows, num_columns = scores.shape
     best = None if known is not None else scores.new_empty(num_rows)
     known = known and Softmax(known.log_sum.contiguous(), known.of_positive.contiguous())
     found = known or Softmax(scores.new_empty(num_rows), scores.new_empty(num_rows))
     if num_rows and num_columns:
         _softmax_gradient[(num_rows,)](
-            scores, scores.stride(0), num_columns, float(masks.margin or 0.0),
+            scores, scores.stride(0), gradient, gradient.stride(0), num_columns, float(masks.margin or 0.0),
             rows.query, rows.positive, rows.in_batch, rows.dataset, rows.documents.contiguous(), rows.is_masked,
             columns.query, columns.hard, columns.shared, columns.dataset, columns.documents.contiguous(),
             found.log_sum, found.of_positive, found.log_sum if best is None else best,

@@ -121,15 +121,23 @@ def allowed(scores: Tensor, of_positive: Tensor, rows: Rows, columns: Columns, m
 
 
 def softmax_gradient_(
-    scores: Tensor, rows: Rows, columns: Columns, masks: Masks, known: Softmax | None = None
+    scores: Tensor,
+    rows: Rows,
+    columns: Columns,
+    masks: Masks,
+    known: Softmax | None = None,
+    *,
+    gradient: Tensor | None = None,
 ) -> tuple[Softmax, Tensor | None]:
-    """Turn scores into the gradient of each row's `log_sum - of_positive` to them, in place.
+    """Turn scores into the gradient of each row's `log_sum - of_positive` to them.
 
     Args:
-        scores: float32 [r, c]; becomes softmax over the allowed columns minus one at the positive.
+        scores: float32 [r, c], written over.
         rows, columns, masks: who takes part.
         known: the rows' softmax over more columns than these, of which this block is a part. None: these are all
             columns, and each row's positive is among them.
+        gradient: [r, c] of any floating dtype; becomes softmax over the allowed columns minus one at the positive.
+            None: the scores do.
 
     Returns:
         The rows' softmax, and the largest score [r] among allowed columns (None where `known` is given).
@@ -149,6 +157,8 @@ def softmax_gradient_(
         scores.sub_(known.log_sum[:, None]).exp_()
     place = rows.positive.clamp_min(0)[:, None]
     scores.scatter_add_(1, place, -(rows.positive >= 0).to(scores.dtype)[:, None])
+    if gradient is not None and gradient is not scores:
+        gradient.copy_(scores)
     return found, best
 
 

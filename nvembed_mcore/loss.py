@@ -25,15 +25,19 @@ from torch import Tensor
 from nvembed_mcore.kernels import reference
 from nvembed_mcore.kernels.reference import Columns, Masks, Rows, Softmax
 
-BLOCK_SCORES = 1 << 23
-"""Scores of one block (32 MiB in float32)."""
-LEAST_ROWS = 64
-"""Rows of a block at least, however many columns there are: fewer make slow matrix products."""
+BLOCK_SCORES, CUDA_BLOCK_SCORES = 1 << 23, 1 << 27
+"""Scores of one block on a CPU (32 MiB in float32) and on CUDA (512 MiB, and half as much for a bfloat16 gradient).
+
+Each block reads and writes the columns' gradient once, 8 c D bytes beside 6 r c D operations: on an H200, at some 170
+bfloat16 operations a byte, 220 rows take as long for the one as for the other; with 1024 the traffic is a fifth."""
+LEAST_ROWS, TILE_ROWS = 64, 128
+"""Rows of a block at least, however many columns there are: fewer make slow matrix products. More than TILE_ROWS are
+whole multiples of it, as the library's products cut them."""
 
 
 @dataclass(frozen=True)
 class Found:
-    """What `score_rows` finds, in the dtype of the embeddings.
+    """What `score_rows` finds, in float32 (of float64 embeddings, in float64).
 
     Attributes:
         loss: scalar, sum of the rows' losses.
@@ -125,19 +129,61 @@ def _meets_its_documents(documents: np.ndarray, positive: np.ndarray, column_doc
     return (columns_of[documents] > is_positives).any(1)
 
 
-def _blocks(anchors: Tensor, candidates: Tensor, scale: float) -> Iterator[tuple[slice, Tensor, Tensor]]:
-    """Blocks of rows: which, their anchors times the scale [r, D], and their scores [r, c].
+@dataclass(frozen=True)
+class _Block:
+    """Some rows, and their scores against all columns.
+
+    Attributes:
+        rows: which.
+        anchors: [r, D], and `factor`: what their products are multiplied by. Together the anchors times the scale.
+        scores: [r, c], float32 or wider.
+        gradient: [r, c], where that to the scores goes: the scores' own memory, or as bfloat16 beside it.
+    """
+
+    rows: slice
+    anchors: Tensor
+    factor: float
+    scores: Tensor
+    gradient: Tensor
+
+
+def _blocks(anchors: Tensor, candidates: Tensor, scale: float) -> Iterator[_Block]:
+    """Blocks of rows with their scores.
 
     All scores lie in the same memory: that of a new block would first have to be mapped, and the small tensors that a
     loop keeps would break up the one just freed.
     """
-    height = max(LEAST_ROWS, BLOCK_SCORES // max(1, len(candidates)))
-    height = max(1, min(height, len(anchors)))
-    memory = anchors.new_empty(height, len(candidates))
+    height = _height(anchors, len(candidates))
+    wide = torch.promote_types(anchors.dtype, torch.float32)
+    is_half = anchors.dtype != wide
+    # Tensor cores want rows that begin at multiples of 16 bytes, and the kernel's loads at multiples of 16 numbers.
+    width = -(-len(candidates) // 16) * 16 if anchors.is_cuda or is_half else len(candidates)
+    memory = anchors.new_empty(height, width, dtype=wide)[:, : len(candidates)]
+    gradients = anchors.new_empty(height, width)[:, : len(candidates)] if is_half else memory
     for begin in range(0, len(anchors), height):
-        block = slice(begin, min(begin + height, len(anchors)))
-        scaled = anchors[block] * scale
-        yield block, scaled, torch.mm(scaled, candidates.T, out=memory[: len(scaled)])
+        rows = slice(begin, min(begin + height, len(anchors)))
+        # A scale in bfloat16 anchors would round them again.
+        some, factor = (anchors[rows], scale) if is_half else (anchors[rows] * scale, 1.0)
+        scores = _product_(memory[: len(some)], some, candidates.T, factor=factor)
+        yield _Block(rows, some, factor, scores, gradients[: len(some)])
+
+
+def _height(anchors: Tensor, num_columns: int) -> int:
+    """Rows of a block."""
+    most = CUDA_BLOCK_SCORES if anchors.is_cuda else BLOCK_SCORES
+    height = max(LEAST_ROWS, most // max(1, num_columns))
+    if anchors.is_cuda and height > TILE_ROWS:
+        height -= height % TILE_ROWS
+    return max(1, min(height, len(anchors)))
+
+
+def _product_(out: Tensor, left: Tensor, right: Tensor, *, keep: float = 0.0, factor: float = 1.0) -> Tensor:
+    """`out = keep * out + factor * left @ right`, in place; bfloat16 is added up in the dtype of `out`."""
+    if left.dtype == out.dtype:
+        return torch.addmm(out, left, right, beta=keep, alpha=factor, out=out)
+    if out.is_cuda:
+        return torch.addmm(out, left, right, out_dtype=out.dtype, beta=keep, alpha=factor, out=out)
+    return torch.addmm(out, left.to(out.dtype), right.to(out.dtype), beta=keep, alpha=factor, out=out)
 
 
 def score_rows(
@@ -153,37 +199,46 @@ def score_rows(
     """Losses and gradients of some rows against all columns.
 
     Args:
-        anchors: float32 [a, D], unit vectors. `a` may be 0.
-        candidates: float32 [c, D], unit vectors.
+        anchors: float32 [a, D], unit vectors. `a` may be 0. In bfloat16, all products are made in it and added up in
+            float32, and the gradient to the scores is rounded to it between them.
+        candidates: [c, D], unit vectors, likewise.
         rows, columns: on the same device; every row's positive is among the columns.
         masks: `margin` in cosines.
         scale: one over the temperature.
         with_columns: make `grad_columns` too, these rows' part of it.
     """
     masks = _in_scores(masks, scale)
-    grad_anchors = torch.empty_like(anchors)
-    grad_candidates = torch.zeros_like(candidates) if with_columns else None
-    every = Softmax(anchors.new_empty(len(anchors)), anchors.new_empty(len(anchors)))
-    loss, correct = anchors.new_zeros(()), anchors.new_zeros(())
-    for block, scaled, scores in _blocks(anchors, candidates, scale):
-        some = rows[block]
-        softmax, best = _softmax_gradient_(scores, some, columns, masks)
-        weight = some.weight.to(anchors.dtype)
+    wide = torch.promote_types(anchors.dtype, torch.float32)
+    grad_anchors = torch.empty_like(anchors, dtype=wide)
+    grad_candidates = torch.zeros_like(candidates, dtype=wide) if with_columns else None
+    every = Softmax(grad_anchors.new_empty(len(anchors)), grad_anchors.new_empty(len(anchors)))
+    loss, correct, grad_log_scale = (grad_anchors.new_zeros(()) for _ in range(3))
+    for block in _blocks(anchors, candidates, scale):
+        some = rows[block.rows]
+        softmax, best = _softmax_gradient_(block, some, columns, masks)
+        weight = some.weight.to(wide)
         loss += (weight * (softmax.log_sum - softmax.of_positive)).sum()
         correct += (weight * (best <= softmax.of_positive)).sum()
-        every.log_sum[block], every.of_positive[block] = softmax.log_sum, softmax.of_positive
-        torch.mm(scores, candidates, out=grad_anchors[block]).mul_((weight * scale)[:, None])
+        every.log_sum[block.rows], every.of_positive[block.rows] = softmax.log_sum, softmax.of_positive
+        grad = _product_(grad_anchors[block.rows], block.gradient, candidates).mul_((weight * scale)[:, None])
+        # A score is the scale times a product with the anchor, so its derivative to log(scale) is the score itself.
+        grad_log_scale += (anchors[block.rows] * grad).sum()
         if grad_candidates is not None:
-            grad_candidates.addmm_(scores.T, scaled * weight[:, None])
+            _add_to_columns_(grad_candidates, block, weight)
     return Found(
         loss=loss,
         correct=correct,
         softmax=every,
         grad_rows=grad_anchors,
         grad_columns=grad_candidates,
-        # A score is the scale times a product with the anchor, so its derivative to log(scale) is the score itself.
-        grad_log_scale=(anchors * grad_anchors).sum(),
+        grad_log_scale=grad_log_scale,
     )
+
+
+def _add_to_columns_(grad_candidates: Tensor, block: _Block, weight: Tensor) -> None:
+    """Add what a block's rows, of these weights, say of the columns [c, D]."""
+    weighted = (block.anchors * weight[:, None]).to(block.anchors.dtype)
+    _product_(grad_candidates, block.gradient.T, weighted, keep=1.0, factor=block.factor)
 
 
 def score_columns(
@@ -198,8 +253,8 @@ def score_columns(
     """Gradient of all rows' losses to some columns: [c, D]. The sum of what every rank's `score_rows` says of them.
 
     Args:
-        anchors: float32 [a, D], those of all rows.
-        candidates: float32 [c, D], some of the columns.
+        anchors: [a, D], those of all rows; as in `score_rows`.
+        candidates: [c, D], some of the columns.
         rows: `positive` counts among these columns, -1 for a positive elsewhere.
         columns: of the candidates.
         masks: `margin` in cosines.
@@ -207,13 +262,13 @@ def score_columns(
         softmax: of each row over all columns.
     """
     masks = _in_scores(masks, scale)
-    grad_candidates = torch.zeros_like(candidates)
+    grad_candidates = torch.zeros_like(candidates, dtype=torch.promote_types(candidates.dtype, torch.float32))
     if len(candidates) == 0:
         return grad_candidates
-    for block, scaled, scores in _blocks(anchors, candidates, scale):
-        some = rows[block]
-        _softmax_gradient_(scores, some, columns, masks, softmax[block])
-        grad_candidates.addmm_(scores.T, scaled * some.weight.to(anchors.dtype)[:, None])
+    for block in _blocks(anchors, candidates, scale):
+        some = rows[block.rows]
+        _softmax_gradient_(block, some, columns, masks, softmax[block.rows])
+        _add_to_columns_(grad_candidates, block, some.weight.to(grad_candidates.dtype))
     return grad_candidates
 
 
@@ -237,11 +292,11 @@ def _has_triton() -> bool:
 
 
 def _softmax_gradient_(
-    scores: Tensor, rows: Rows, columns: Columns, masks: Masks, known: Softmax | None = None
+    block: _Block, rows: Rows, columns: Columns, masks: Masks, known: Softmax | None = None
 ) -> tuple[Softmax, Tensor | None]:
-    """`reference.softmax_gradient_`, by the Triton kernel where it can."""
-    if why_no_kernel(scores.device.type, scores.dtype):
+    """`reference.softmax_gradient_` of a block, by the Triton kernel where it can."""
+    if why_no_kernel(block.scores.device.type, block.scores.dtype):
         softmax_gradient_ = reference.softmax_gradient_
     else:
         from nvembed_mcore.kernels.info_nce import softmax_gradient_
-    return softmax_gradient_(scores, rows, columns, masks, known)
+    return softmax_gradient_(block.scores, rows, columns, masks, known, gradient=block.gradient)

@@ -88,7 +88,7 @@ class ContrastiveStep:
         self.chunks, self.optimizer, self.groups = chunks, optimizer, groups
         self.config, self.loss_config, self.seed = step, loss, seed
         self.retain_tokens = retain_tokens
-        self.scorer = Scorer(loss, groups, step.gradient_exchange)
+        self.scorer = Scorer(loss, groups, step.gradient_exchange, chunks[-1].module.backend.dtype)
         self._is_first = True
         self._logged: set[str] = set()
 

@@ -27,7 +27,7 @@ from nvembed_mcore.model.backend import choose
 from nvembed_mcore.model.layer_summaries import LayerSummaries, watch_layers
 from nvembed_mcore.model.lora import attach_adapters
 from nvembed_mcore.model.mistral import check_layout, head_dim, layer_specs, padded_vocabulary, transformer_config
-from nvembed_mcore.model.pooling import build_head, segment_sum, weights_of
+from nvembed_mcore.model.pooling import build_head, pool, segment_sum, weights_of
 from nvembed_mcore.model.rotary import RotaryTable
 from nvembed_mcore.parallel.groups import Groups
 from nvembed_mcore.parallel.param_gather import wait_for_parts
@@ -191,10 +191,11 @@ class Encoder(MegatronModule):
             is_sharded = False
         if self.pooling is not None:
             states = self.pooling(states, packing)
-        pooled = segment_sum(states, *self._weights(pack, packing, is_sharded), len(pack.lengths))
-        if is_sharded:
-            # Forward sums the shards; backward is the identity, since every tensor rank goes on with the same vector.
-            pooled = tensor_parallel.reduce_from_tensor_model_parallel_region(pooled)
+        tokens = (states, *self._weights(pack, packing, is_sharded), len(pack.lengths))
+        if not is_sharded:
+            return pool(*tokens)[: pack.num_texts]
+        # Forward sums the shards; backward is the identity, since every tensor rank goes on with the same vector.
+        pooled = tensor_parallel.reduce_from_tensor_model_parallel_region(segment_sum(*tokens))
         return normalize(pooled[: pack.num_texts], dim=-1)
 
     def _pool_layers(self, states: Tensor, pack: Pack, packing: Packing) -> Tensor:

@@ -3,13 +3,16 @@
 Letters: `T` tokens, `B` texts, `H` hidden size, `R` latents, `A` heads of the head, `w` their width, `L` layers.
 
 A head transforms token states; the pooled mean (or the choice of the last token) is a weighted sum over each text's
-tokens that is the same for all heads and is done by `weights_of` and `segment_sum`. Only `MultiLayerPooling` comes
-after that sum: it reads one for each layer (`layer_summaries`).
+tokens that is the same for all heads and is done by `weights_of` and `pool`, or `segment_sum` where the sum is not yet
+whole. Only `MultiLayerPooling` comes after that sum: it reads one for each layer (`layer_summaries`).
 """
 
 from __future__ import annotations
 
+import functools
+import importlib.util
 import math
+from types import ModuleType
 
 import numpy as np
 import torch
@@ -18,6 +21,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from nvembed_mcore.config import PoolingConfig
+from nvembed_mcore.kernels import reference_head
 from nvembed_mcore.model.attention import Packing, packed_attention
 
 ROWS_AT_ONCE = 4096
@@ -43,12 +47,39 @@ def weights_of(lengths: np.ndarray, pooled_from: np.ndarray, num_tokens: int, ki
     return weights
 
 
+def kernels_for(states: torch.Tensor) -> ModuleType:
+    """Who does what lies between the matrix products: Triton in half precision on CUDA, otherwise plain torch."""
+    if why_no_kernels(states.device.type, states.dtype):
+        return reference_head
+    from nvembed_mcore.kernels import latent_head
+
+    return latent_head
+
+
+def why_no_kernels(device_type: str, dtype: torch.dtype) -> str:
+    """Why torch computes between the head's products; empty where the Triton kernels do."""
+    if device_type != "cuda":
+        return "the kernels need a CUDA device"
+    if dtype not in (torch.bfloat16, torch.float16):
+        return f"the kernels save what half precision costs in copies, and the weights are {dtype}"
+    return "" if _has_triton() else "Triton is not installed"
+
+
+@functools.cache
+def _has_triton() -> bool:
+    return importlib.util.find_spec("triton") is not None
+
+
 def segment_sum(
     states: torch.Tensor, weights: torch.Tensor, segment_ids: torch.Tensor, num_segments: int
 ) -> torch.Tensor:
     """Weighted sum of token states [T, H] over each sequence, in float32: [num_segments, H]."""
-    total = states.new_zeros(num_segments, states.size(-1), dtype=torch.float32)
-    return total.index_add(0, segment_ids, states.float() * weights[:, None])
+    return kernels_for(states).segment_sum(states, weights, segment_ids, num_segments)
+
+
+def pool(states: torch.Tensor, weights: torch.Tensor, segment_ids: torch.Tensor, num_segments: int) -> torch.Tensor:
+    """`segment_sum` at unit length, float32 [num_segments, H]; for states of all tokens."""
+    return kernels_for(states).pool(states, weights, segment_ids, num_segments)
 
 
 class Mlp(nn.Module):
@@ -60,8 +91,7 @@ class Mlp(nn.Module):
         self.mlp_out = nn.Linear(4 * hidden, hidden)
 
     def forward(self, states: torch.Tensor) -> torch.Tensor:
-        value, gate = self.mlp_in(states).chunk(2, dim=-1)
-        return self.mlp_out(value * F.gelu(gate))
+        return self.mlp_out(kernels_for(states).geglu(self.mlp_in(states)))
 
 
 class AttendingHead(Mlp):
@@ -102,6 +132,7 @@ class LatentAttention(AttendingHead):
         output: `sum_a Wo_a (V_a^T p_a)` = `sum_a (V_a Wo_a^T)^T p_a`.
         """
         heads, width = self.num_heads, self.head_width
+        product = kernels_for(self.latents).fold_product
         context = F.layer_norm(
             self.latents.float(),
             self.latents.shape[-1:],
@@ -109,19 +140,18 @@ class LatentAttention(AttendingHead):
             self.norm_context.bias.float(),
             self.norm_context.eps,
         )
-        keys, values = (context @ self.to_kv.weight.float().T).chunk(2, dim=-1)
+        keys, values = product(context, self.to_kv.weight.float().T).chunk(2, dim=-1)
         keys, values = (x.unflatten(1, (heads, width)).transpose(0, 1) for x in (keys, values))  # [A, R, w]
         to_q = self.to_q.weight.float().unflatten(0, (heads, width))  # [A, w, H]
         to_out = self.to_out.weight.float().unflatten(1, (heads, width)).permute(1, 2, 0)  # [A, w, H]
-        into = torch.bmm(keys / math.sqrt(width), to_q).flatten(0, 1).T  # [H, A * R]
-        out_of = torch.bmm(values, to_out).flatten(0, 1)  # [A * R, H]
+        into = product(keys / math.sqrt(width), to_q).flatten(0, 1).T  # [H, A * R]
+        out_of = product(values, to_out).flatten(0, 1)  # [A * R, H]
         return into, out_of
 
     def forward(self, states: torch.Tensor, packing: Packing) -> torch.Tensor:
         """Token states [T, H] -> token states [T, H]; each token on its own, so any part of a text will do."""
         into, out_of = (matrix.to(states.dtype) for matrix in self.fold())
-        logits = (self.norm_query(states) @ into).unflatten(-1, (self.num_heads, -1))
-        attention = logits.float().softmax(dim=-1).to(states.dtype).flatten(-2)
+        attention = kernels_for(states).group_softmax(self.norm_query(states) @ into, self.num_heads)
         states = states + attention @ out_of
         return states + super().forward(self.norm_mlp(states))
 

@@ -79,15 +79,17 @@ def test_encoder_equals_hugging_face_on_the_cpu(precision):
     assert (ours * expected).sum(1).min() >= (0.99999 if precision == "float32" else 0.995)
 
 
-def kernel_on_cuda(block, rows, columns, masks, known):
+def kernel_on_cuda(block, rows, columns, masks, known, *, gradient):
     """The kernel on the GPU, for tensors of the CPU."""
     from nvembed_mcore.kernels.info_nce import softmax_gradient_
     from nvembed_mcore.kernels.reference import Softmax
 
     scores = block.cuda().contiguous()
     known = known and Softmax(known.log_sum.cuda(), known.of_positive.cuda())
-    found, best = softmax_gradient_(scores, rows.to(scores.device), columns.to(scores.device), masks, known)
-    block.copy_(scores)
+    on_cuda = scores if gradient is None else torch.empty_like(scores, dtype=gradient.dtype)
+    where = (rows.to(scores.device), columns.to(scores.device))
+    found, best = softmax_gradient_(scores, *where, masks, known, gradient=on_cuda)
+    (block if gradient is None else gradient).copy_(on_cuda)
     return Softmax(found.log_sum.cpu(), found.of_positive.cpu()), None if best is None else best.cpu()
 
 

@@ -33,6 +33,7 @@ class Case:
         masked: share of rows that are compared at all.
         part: columns of the block; the softmax is known, over all `columns`. None: all, and it is not.
         gap: floats between a row's end and the next row.
+        apart: the gradient goes into memory of its own, as float16 (the interpreter cuts bfloat16 off).
     """
 
     rows: int = 9
@@ -46,6 +47,7 @@ class Case:
     most: int = 16
     part: slice | None = None
     gap: int = 0
+    apart: bool = False
 
 
 ALL_ON = Case(
@@ -79,6 +81,8 @@ CASES = {
     "known_of_some_columns": replace(ALL_ON, part=slice(21, 54)),
     "known_without_masks": Case(part=slice(21, 54), masked=0.0),
     "known_without_positives": replace(ALL_ON, rows=4, part=slice(66, 70)),
+    "gradient_apart": replace(ALL_ON, gap=7, apart=True),
+    "known_and_gradient_apart": replace(ALL_ON, part=slice(21, 54), apart=True),
     "known_and_no_rows": replace(ALL_ON, rows=0, part=slice(21, 54)),
 }
 
@@ -136,9 +140,19 @@ def run(case: Case, function, dtype: torch.dtype) -> dict[str, Tensor]:
         rows, columns = part_of(case.part, rows, columns)
     wide = torch.full((len(scores), scores.size(1) + case.gap), 5.0, dtype=dtype)
     block = wide[:, : scores.size(1)].copy_(scores)
-    found, best = function(block, rows, columns, case.masks, known)
+    gradient = None
+    if case.apart:
+        memory = torch.full_like(wide, 5.0, dtype=torch.float64 if dtype == torch.float64 else torch.float16)
+        gradient = memory[:, : scores.size(1)]
+    found, best = function(block, rows, columns, case.masks, known, gradient=gradient)
     assert torch.all(wide[:, scores.size(1) :] == 5.0), "written beyond the block"
-    result = {"gradient": block.clone(), "log_sum": found.log_sum, "of_positive": found.of_positive}
+    if gradient is not None:
+        assert torch.all(memory[:, scores.size(1) :] == 5.0), "written beyond the gradient"
+    result = {
+        "gradient": (block if gradient is None else gradient).clone(),
+        "log_sum": found.log_sum,
+        "of_positive": found.of_positive,
+    }
     return result if best is None else result | {"best": best}
 
 
@@ -158,7 +172,7 @@ POINTERS = {
     "i64": ("row_positive",),
     "fp32": ("scores", "log_sum_out", "of_positive_out", "best_out"),
 }
-NUMBERS = {"stride": "i32", "num_columns": "i32", "margin": "fp32"}
+NUMBERS = {"stride": "i32", "gradient_stride": "i32", "num_columns": "i32", "margin": "fp32"}
 
 
 def compile_all() -> None:
@@ -174,6 +188,7 @@ def compile_all() -> None:
     for capability, is_known, has_masks in ((80, False, True), (90, True, True), (90, False, False)):
         constants = dict(ROW_DOCUMENTS=2, COLUMN_DOCUMENTS=1, IS_KNOWN=is_known, BLOCK=info_nce.MOST_COLUMNS)
         constants |= dict(SAME_DOCUMENT=has_masks, SAME_DATASET=has_masks, HAS_MARGIN=has_masks)
+        types["gradient"] = "*bf16" if is_known else "*fp32"
         signature = {name: "constexpr" if name in constants else types.get(name, "*i32") for name in kernel.arg_names}
         places = {(kernel.arg_names.index(name),): value for name, value in constants.items()}
         source = ASTSource(kernel, signature, constexprs=places)
@@ -182,8 +197,11 @@ def compile_all() -> None:
         assert len(compiled.asm["cubin"]) > 0
 
 
-def in_child(call: str, *arguments: str, **environment: str) -> subprocess.CompletedProcess:
-    program = f"import sys; from tests.unit import test_kernels; test_kernels.{call}(*sys.argv[1:])"
+def in_child(
+    call: str, *arguments: str, module: str = "test_kernels", **environment: str
+) -> subprocess.CompletedProcess:
+    """Call a function of a module of tests/unit in a process of its own."""
+    program = f"import sys; from tests.unit import {module}; {module}.{call}(*sys.argv[1:])"
     return subprocess.run(
         [sys.executable, "-c", program, *arguments],
         env={**os.environ, **environment},
@@ -211,7 +229,7 @@ def test_the_kernel_is_as_exact_as_its_reference(name, interpreted):
     found = interpreted[name]
     assert found.keys() == truth.keys()
     for what, values in truth.items():
-        assert found[what].dtype == torch.float32 and found[what].shape == values.shape
+        assert found[what].dtype == plain[what].dtype and found[what].shape == values.shape
         if values.numel():
             error, of_plain = ((other[what] - values).abs().max().item() for other in (found, plain))
             assert error <= 2 * of_plain + EPSILON * max(1.0, values.abs().max().item()), what

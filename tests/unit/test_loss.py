@@ -135,6 +135,43 @@ def test_float32_at_a_low_temperature():
     assert_same(score(anchors.float(), candidates.float(), targets, Masks(), 50.0), expected, 3e-5)
 
 
+def naive_bfloat16(anchors, candidates, targets, masks, scale) -> dict[str, torch.Tensor]:
+    """What autograd makes of the whole score matrix in bfloat16."""
+    rows, columns = make_targets(**targets, masks=masks)
+    anchors, candidates = (vectors.clone().requires_grad_() for vectors in (anchors, candidates))
+    scores = (anchors * scale) @ candidates.T
+    of_positive = scores.gather(1, rows.positive[:, None])[:, 0]
+    keep = allowed(scores, of_positive, rows, columns, masks)
+    losses = torch.nn.functional.cross_entropy(
+        scores.masked_fill(~keep, float("-inf")), rows.positive, reduction="none"
+    )
+    total = (losses * rows.weight).sum()
+    total.backward()
+    return {"loss": total.detach(), "grad_rows": anchors.grad, "grad_columns": candidates.grad}
+
+
+@pytest.mark.usefixtures("block_scores")
+@pytest.mark.parametrize("seed", [0, 1])
+def test_bfloat16_is_at_least_as_exact_as_plain_torch(seed):
+    """Products of bfloat16 added up in float32: against float64 of the same rounded vectors, everything is float32."""
+    anchors, candidates, targets = random_case(seed)
+    anchors, candidates = anchors.bfloat16(), candidates.bfloat16()
+    truth = double_loop(anchors.double(), candidates.double(), targets, Masks(), 20.0)
+    plain = naive_bfloat16(anchors, candidates, targets, Masks(), 20.0)
+    found = score(anchors, candidates, targets, Masks(), 20.0)
+    for name, naive in plain.items():
+        value = getattr(found, name)
+        assert value.dtype == torch.float32
+        error, of_plain = ((one.double() - truth[name]).abs().max() for one in (value, naive))
+        assert error <= of_plain, (name, error, of_plain)
+    for name in ("loss", "correct", "grad_log_scale"):
+        # The gradient to log(scale) is a sum of rounded numbers that almost cancel.
+        torch.testing.assert_close(getattr(found, name).double(), truth[name].double(), rtol=1e-2, atol=2e-2)
+    rows, columns = make_targets(**targets, masks=Masks())
+    again = score_columns(anchors, candidates, rows, columns, Masks(), 20.0, found.softmax)
+    torch.testing.assert_close(again, found.grad_columns, rtol=1e-2, atol=1e-3)
+
+
 @pytest.mark.parametrize("rows", [[2, 5, 7], [8], []])
 def test_a_rank_that_holds_some_rows_or_none(rows):
     anchors, candidates, targets = random_case(4)
