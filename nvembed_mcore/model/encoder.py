@@ -102,7 +102,7 @@ class Encoder(MegatronModule):
     def _layers(self, model: ModelConfig, groups: Groups, chunk: int) -> TransformerBlock:
         return TransformerBlock(
             self.config,
-            layer_specs(self.config, model.attention_mask, chunk),
+            layer_specs(self.config, model.attention_mask, self.backend, chunk),
             pre_process=self.pre_process,
             post_process=self.post_process,
             pg_collection=groups.collection,
@@ -127,8 +127,9 @@ class Encoder(MegatronModule):
             tensor_parallel.RowParallelLinear: 1,
         }
         for module in self.modules():
-            if type(module) in sharded_dim:
-                tensor_parallel.set_tensor_model_parallel_attributes(module.weight, True, sharded_dim[type(module)], 1)
+            for kind, dim in sharded_dim.items():
+                if isinstance(module, kind):
+                    tensor_parallel.set_tensor_model_parallel_attributes(module.weight, True, dim, 1)
 
     def set_input_tensor(self, tensor: Tensor | list[Tensor]) -> None:
         """Called by Megatron's schedule with the previous stage's output."""
