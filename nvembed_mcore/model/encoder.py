@@ -137,13 +137,14 @@ class Encoder(MegatronModule):
 
     def parameters_by_global_name(self) -> dict[str, torch.nn.Parameter]:
         """This rank's parameters, with layers numbered over all pipeline stages from 0."""
-        return {self._global_name(name): parameter for name, parameter in self.named_parameters()}
+        return {self.global_name(name): parameter for name, parameter in self.named_parameters()}
 
     def local_names(self, global_names: set[str]) -> set[str]:
         """Names in this stage's state dict of those of its parameters that are among `global_names`."""
-        return {name for name, _ in self.named_parameters() if self._global_name(name) in global_names}
+        return {name for name, _ in self.named_parameters() if self.global_name(name) in global_names}
 
-    def _global_name(self, name: str) -> str:
+    def global_name(self, name: str) -> str:
+        """Of a parameter or module of this stage, with its layer numbered so."""
         prefix = "decoder.layers."
         if not name.startswith(prefix):
             return name

@@ -28,6 +28,7 @@ from megatron.core.tensor_parallel import (
 )
 from torch import Tensor
 
+from nvembed_mcore import device
 from nvembed_mcore.model.fp8 import (
     HISTORY_STEPS,
     Role,
@@ -55,9 +56,12 @@ class Fp8Rounding(torch.nn.Module):
         super().__init__()
         self.recipe = recipe
         self._weight: tuple[Tensor, Tensor] | None = None
+        self._amax_of_weight: Tensor | None = None
         if recipe == "delayed":
-            self.register_buffer("amax_history", torch.zeros(HISTORY_STEPS, len(ROLES)), persistent=False)
-            self.register_buffer("scale", torch.ones(len(ROLES)), persistent=False)
+            here = {"dtype": torch.float32, "device": device.current()}
+            # They are no weights: checkpoints keep them beside (checkpoint/fp8_state.py).
+            self.register_buffer("amax_history", torch.zeros(HISTORY_STEPS, len(ROLES), **here), persistent=False)
+            self.register_buffer("scale", torch.ones(len(ROLES), **here), persistent=False)
 
     def both(self, values: Tensor, role: Role) -> tuple[Tensor, Tensor]:
         """A matrix [m, n] rounded for a product that sums over its columns, and for one over its rows."""
@@ -69,11 +73,14 @@ class Fp8Rounding(torch.nn.Module):
         return along, along if is_same else quantized(values, self.recipe, role, over_rows=True)
 
     def weight(self, weight: Tensor) -> tuple[Tensor, Tensor]:
-        """`both` of the weight, from the first time in a step on."""
+        """`both` of the weight, made when it is first needed and kept until it is forgotten."""
         if self._weight is None:
-            self.remember(weight, "weight")
-            self._weight = self.both(weight, "weight")
+            self._weight, self._amax_of_weight = self.both(weight, "weight"), amax_of(weight)
         return self._weight
+
+    def forget_weight(self) -> None:
+        """The weight is no more what it was."""
+        self._weight = None
 
     def remember(self, values: Tensor, role: Role) -> None:
         """Count a tensor for the scales of the steps to come."""
@@ -81,17 +88,20 @@ class Fp8Rounding(torch.nn.Module):
             slot = self.amax_history[0, ROLES.index(role)]
             torch.maximum(slot, amax_of(values), out=slot)
 
-    def end_step(self, is_frozen: bool) -> None:
-        """The optimizer has changed the weight; with `delayed`, `amax_history[0]` is that of all ranks."""
-        is_stale = not is_frozen
-        if self.recipe == "delayed":
-            largest = torch.tensor([torch.finfo(format_of("delayed", role)).max for role in ROLES])
-            history, scale = roll(self.amax_history, self.scale, largest.to(self.scale.device))
-            is_stale = is_stale or bool(scale[1] != self.scale[1])
-            self.amax_history.copy_(history)
-            self.scale.copy_(scale)
-        if is_stale:
-            self._weight = None
+    def magnitudes(self) -> Tensor:
+        """`delayed` only: the largest of this step, float32 [3], where one forward at least was."""
+        self.amax_history[0, ROLES.index("weight")] = self._amax_of_weight
+        return self.amax_history[0]
+
+    def move(self, magnitudes: Tensor) -> None:
+        """`delayed` only: the end of a step with these magnitudes, float32 [3]."""
+        self.amax_history[0] = magnitudes
+        largest = torch.tensor([torch.finfo(format_of("delayed", role)).max for role in ROLES])
+        history, scale = roll(self.amax_history, self.scale, largest.to(self.scale.device))
+        if scale[ROLES.index("weight")] != self.scale[ROLES.index("weight")]:
+            self.forget_weight()
+        self.amax_history.copy_(history)
+        self.scale.copy_(scale)
 
 
 class _Product(torch.autograd.Function):
@@ -143,25 +153,42 @@ class Fp8RowParallelLinear(_Fp8Linear, RowParallelLinear):
     """`RowParallelLinear` in emulated FP8 by the recipe `fp8`."""
 
 
-def roundings(model: torch.nn.Module) -> Iterator[tuple[str, torch.nn.Module]]:
+def linears_of(model: torch.nn.Module) -> Iterator[tuple[str, _Fp8Linear]]:
     """The emulated linears of a model, by name."""
     return ((name, module) for name, module in model.named_modules() if isinstance(module, _Fp8Linear))
 
 
-@torch.no_grad()
-def end_step(chunks: list[torch.nn.Module], groups: list[dist.ProcessGroup]) -> None:
-    """After the optimizer's step: weights are to be rounded anew, and histories move by one.
+def forget_weights(models: list[torch.nn.Module], *, frozen: bool) -> None:
+    """Weights have changed; with `frozen`, those that do not train, too."""
+    for model in models:
+        for _, linear in linears_of(model):
+            if frozen or linear.weight.requires_grad:
+                linear.fp8.forget_weight()
 
-    All ranks of `groups` (the tensor and data ranks that share these layers) call this once a step, however many
-    microbatches each of them had, so reducing the magnitudes over both here makes none wait for another.
+
+def begin_step(models: list[torch.nn.Module]) -> None:
+    """Before the first forward of an optimizer step: what was computed since the last one does not count."""
+    for one in _delayed(models):
+        one.amax_history[0] = 0
+
+
+@torch.no_grad()
+def end_step(models: list[torch.nn.Module], groups: list[dist.ProcessGroup]) -> None:
+    """After the optimizer's step: trained weights have changed, and histories move by one.
+
+    Args:
+        groups: those whose ranks together share these layers, tensor and data. All of them call this once a step,
+            however many packs each of them had, so that none waits for another.
     """
-    linears = [module for chunk in chunks for _, module in roundings(chunk)]
-    delayed = [linear.fp8 for linear in linears if linear.fp8.recipe == "delayed"]
-    if delayed:
-        amax = torch.stack([one.amax_history[0] for one in delayed])
+    if delayed := _delayed(models):
+        magnitudes = torch.stack([one.magnitudes() for one in delayed])
         for group in groups:
-            dist.all_reduce(amax, dist.ReduceOp.MAX, group=group)
-        for one, row in zip(delayed, amax, strict=True):
-            one.amax_history[0] = row
-    for linear in linears:
-        linear.fp8.end_step(is_frozen=not linear.weight.requires_grad)
+            dist.all_reduce(magnitudes, dist.ReduceOp.MAX, group=group)
+        for one, row in zip(delayed, magnitudes, strict=True):
+            one.move(row)
+    forget_weights(models, frozen=False)
+
+
+def _delayed(models: list[torch.nn.Module]) -> list[Fp8Rounding]:
+    linears = [linear for model in models for _, linear in linears_of(model)]
+    return [linear.fp8 for linear in linears if linear.fp8.recipe == "delayed"]
