@@ -229,7 +229,7 @@ def load_checkpoint(
     state = load_state(checkpoint.path, sharded_state(chunks, optimizer, is_loading=True))
     for number, chunk in enumerate(chunks):
         chunk.module.load_state_dict(state["model"][str(number)])
-        fp8_state.load(chunk, state["fp8"].get(str(number), {}))
+        fp8_state.load(chunk, state.get("fp8", {}).get(str(number), {}))
     optimizer_state.load(optimizer, _weights_of(chunks), state["optimizer"])
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from unittest import mock
 
 import numpy as np
 import torch
@@ -204,3 +205,71 @@ def unequal_ranks() -> tuple[float, list[float]]:
         truth.end_step()
     scales = torch.tensor([truth.scales[role] for role in fp8_linear.ROLES])
     return difference, (made.fp8.scale / scales).tolist()
+
+
+def two_steps(case, evaluates: bool = False) -> dict[str, list]:
+    """Losses and clip norms of two steps, and each linear's scales then; `evaluates`: embeds texts in between."""
+    from nvembed_mcore.metrics import PhaseTimer
+    from nvembed_mcore.model import fp8_linear
+    from nvembed_mcore.schedule import embed_texts
+    from tests.helpers.cases import build_step
+    from tests.helpers.models import random_texts
+    from tests.helpers.plain import training_batch
+
+    step, groups, *_ = build_step(case, initializer_range=0.2)
+    found: dict[str, list] = {"losses": [], "norms": [], "scales": []}
+    roundings = [linear.fp8 for chunk in step.chunks for _, linear in fp8_linear.linears_of(chunk)]
+    for number in (1, 2):
+        output = step(training_batch(case.queries, number), number, PhaseTimer())
+        found["losses"].append(output.loss)
+        found["norms"].append(output.grad_norm)
+        if evaluates:
+            before = [one.amax_history.clone() for one in roundings]
+            embed_texts(step.chunks, groups, random_texts([30, 9], 250, seed=9), case.budget)
+            assert all(map(torch.equal, before, [one.amax_history for one in roundings]))
+    if case.fp8 == "delayed":
+        found["scales"] = [one.scale.tolist() for one in roundings]
+    return found
+
+
+def roundings_of_weights(case) -> tuple[int, int, int]:
+    """How many linears there are, and how often a weight was rounded in each of two steps of several packs."""
+    from nvembed_mcore.metrics import PhaseTimer
+    from nvembed_mcore.model import fp8_linear
+    from tests.helpers.cases import build_step
+    from tests.helpers.plain import training_batch
+
+    step, *_ = build_step(case)
+    original, counts = fp8_linear.Fp8Rounding.both, []
+
+    def counted(self, values, role):
+        counts[-1] += role == "weight"
+        return original(self, values, role)
+
+    with mock.patch.object(fp8_linear.Fp8Rounding, "both", counted):
+        for number in (1, 2):
+            counts.append(0)
+            assert step(training_batch(case.queries, number), number, PhaseTimer()).num_microbatches > 1
+    return len([*fp8_linear.linears_of(step.chunks[0])]), *counts
+
+
+def adapted_linear() -> tuple[list[str], float]:
+    """The modules of an encoder with adapters that round, and how far an adapted output is from the rounded linear's
+    plus the adapter's own, which is not rounded."""
+    from nvembed_mcore.model import fp8_linear
+    from tests.helpers.cases import Case, build_step
+
+    step, *_ = build_step(Case(fp8="tensorwise", targets=("q", "down")))
+    encoder = step.chunks[0].module
+    layer = encoder.decoder.layers[0]
+    linear = layer.mlp.linear_fc2
+    states = torch.randn(9, 1, linear.input_size, generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        weight, x = linear.weight, states[:, 0]
+        a, b = (
+            value for name, value in layer.named_parameters() if name.startswith("lora_") and name.endswith("down")
+        )
+        expected = plain(x, "tensorwise", "input") @ plain(weight, "tensorwise", "weight").T + 5 / 3 * x @ a.T @ b.T
+        found = linear(states)[0][:, 0]
+    names = [encoder.global_name(name) for name, _ in fp8_linear.linears_of(encoder)]
+    return names, ((found - expected).abs().max() / expected.abs().max()).item()
