@@ -1,7 +1,7 @@
 """What a checkpoint keeps of delayed scaling: the histories and scales of every linear, as plain tensors.
 
 All ranks that share a layer have the same ones, so they load into any layout. A run that had none, because it began
-without FP8 or with another recipe or backend, goes on with empty ones.
+without FP8 or with another recipe or backend, goes on with empty ones; so do those of FP8 attention, always.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 import torch
 from megatron.core.dist_checkpointing.mapping import ShardedTensor
 from megatron.core.distributed import DistributedDataParallel
+from megatron.core.fp8_utils import get_fp8_context
 from torch import Tensor
 
 from nvembed_mcore.model import fp8_linear
@@ -44,12 +45,21 @@ def histories_of(encoder: Encoder) -> dict[str, Tensor]:
     if encoder.backend.is_fp8_emulated:
         states = {name: linear.fp8 for name, linear in fp8_linear.linears_of(encoder)}
         return _named(encoder, states, "")
-    from nvembed_mcore.model import te_layers  # only where it can be imported
-
     forward, backward = ({}, {})
-    for name, linear in te_layers.linears_with_histories(encoder):
+    for name, linear in _transformer_engine_linears(encoder).items():
         forward[name], backward[name] = (linear.fp8_meta[key] for key in ("scaling_fwd", "scaling_bwd"))
     return _named(encoder, forward, "forward.") | _named(encoder, backward, "backward.")
+
+
+def _transformer_engine_linears(encoder: Encoder) -> dict[str, torch.nn.Module]:
+    """By name, with the histories that a linear otherwise makes in its first forward."""
+    from nvembed_mcore.model import te_layers  # only where it can be imported
+
+    linears = {*te_layers.linears_of(encoder)}
+    with te_layers.histories_kept(), get_fp8_context(encoder.config):
+        for linear in linears:
+            linear.init_fp8_metadata()
+    return {name: module for name, module in encoder.named_modules() if module in linears}
 
 
 def _named(encoder: Encoder, states: dict[str, object], prefix: str) -> dict[str, Tensor]:
