@@ -41,7 +41,7 @@ Figures of --json, one object with a name a figure; RECIPE is off, tensorwise, d
   RECIPE_cpu_seconds                         processor time of a pair, mean over the seeds
   seeds, stage1_steps, stage2_steps
 """
-console = Console(highlight=False, soft_wrap=True)
+console = Console(highlight=False, width=120)
 Pair = dict[str, Any]
 """Of a recipe and a seed: `loss` and `ndcg_at_10` of each stage, and `cpu_seconds`."""
 

@@ -18,9 +18,20 @@ def test_products_are_those_of_the_formulas(world, recipe, kind):
     assert world(1).run(fp8.products, recipe, kind, (150, 136))[0] <= 1e-6
 
 
-@pytest.mark.parametrize("recipe", RECIPES)
+@pytest.mark.parametrize(
+    ("recipe", "is_sequence_parallel"),
+    [
+        ("tensorwise", False),
+        ("tensorwise", True),
+        pytest.param("delayed", False, marks=pytest.mark.slow),
+        ("delayed", True),
+        pytest.param("blockwise", False, marks=pytest.mark.slow),
+        ("blockwise", True),
+        pytest.param("mxfp8", False, marks=pytest.mark.slow),
+        ("mxfp8", True),
+    ],
+)
 @pytest.mark.parametrize("kind", ["column", "row"])
-@pytest.mark.parametrize("is_sequence_parallel", [False, True])
 def test_tensor_parallel_scales(world, recipe, kind, is_sequence_parallel):
     """Blocks know of no rank, `delayed` has one scale for all, and `tensorwise` one for each part of a tensor; but
     under sequence parallelism one for what is gathered."""
