@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from rich.table import Column, Table
 
-from nvembed_mcore.checkpoint import store
+from nvembed_mcore.checkpoint import fp8_state, store
 from nvembed_mcore.checkpoint.hf_folder import (
     StoredTensor,
     WeightsError,
@@ -163,13 +163,15 @@ def _checkpoint(checkpoint: store.Checkpoint) -> dict[str, Any]:
     config, model = facts["config"], facts["config"]["model"]
     stored = {store.parameter_name(name): one for name, one in store.stored_tensors(checkpoint).items()}
     files = {file.name: file.stat().st_size for file in sorted((checkpoint.path / "state").glob("*.distcp"))}
-    weights = {name: one for name, one in stored.items() if not name.startswith(("optimizer.", "chained_"))}
-    described = _counted(weights)
+    histories = {name for name in stored if fp8_state.MARK in name}
+    optimizer = {name for name in stored if name.startswith(("optimizer.", "chained_"))}
+    described = _counted({name: one for name, one in stored.items() if name not in histories | optimizer})
     about = {"step": checkpoint.step}
     about |= {name: config[name] for name in ("stage", "steps", "seed", "parallel") if name in config}
     about |= {name: model[name] for name in ("pooling", "attention_mask", "lora") if model.get(name) is not None}
     about |= {name: facts[name] for name in ("hardware", "data", "tokenizer", "imported_from") if facts.get(name)}
-    about["optimizer tensors"] = len(stored) - len(weights)
+    about["optimizer tensors"] = len(optimizer)
+    about |= {"tensors of FP8 histories": len(histories)} if histories else {}
     return {
         "kind": "checkpoint",
         "path": str(checkpoint.path),

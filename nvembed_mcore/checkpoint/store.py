@@ -25,7 +25,7 @@ from megatron.core.distributed import DistributedDataParallel
 from megatron.core.optimizer import MegatronOptimizer
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
-from nvembed_mcore.checkpoint import folders, optimizer_state
+from nvembed_mcore.checkpoint import folders, fp8_state, optimizer_state
 from nvembed_mcore.checkpoint.manifest import MANIFEST, CheckpointError, faults, read_manifest
 from nvembed_mcore.checkpoint.names import Entry, name_table
 from nvembed_mcore.checkpoint.reader import StateReader, load_state
@@ -229,6 +229,7 @@ def load_checkpoint(
     state = load_state(checkpoint.path, sharded_state(chunks, optimizer, is_loading=True))
     for number, chunk in enumerate(chunks):
         chunk.module.load_state_dict(state["model"][str(number)])
+        fp8_state.load(chunk, state.get("fp8", {}).get(str(number), {}))
     optimizer_state.load(optimizer, _weights_of(chunks), state["optimizer"])
 
 
@@ -347,9 +348,13 @@ def weights_of(encoder: torch.nn.Module) -> dict[str, Any]:
 def sharded_state(
     chunks: list[DistributedDataParallel], optimizer: MegatronOptimizer, *, is_loading: bool
 ) -> dict[str, Any]:
-    """Weights and optimizer, likewise."""
+    """Weights, optimizer and histories of delayed FP8 scaling, likewise."""
     weights = _weights_of(chunks)
-    return {"model": weights, "optimizer": optimizer_state.sharded_state(optimizer, weights, is_loading=is_loading)}
+    return {
+        "model": weights,
+        "optimizer": optimizer_state.sharded_state(optimizer, weights, is_loading=is_loading),
+        "fp8": {str(number): fp8_state.sharded_state(chunk) for number, chunk in enumerate(chunks)},
+    }
 
 
 def _weights_of(chunks: list[DistributedDataParallel]) -> dict[str, Any]:

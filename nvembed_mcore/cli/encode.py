@@ -51,9 +51,19 @@ def add_embedder(command: argparse.ArgumentParser) -> None:
     )
     command.add_argument("--tp", type=int, default=1, metavar="N", help="tensor-parallel size (default 1)")
     command.add_argument("--pp", type=int, default=1, metavar="N", help="pipeline-parallel size (default 1)")
+    add_fp8(command)
     command.add_argument("--query-prompt", metavar="TEXT", help="st: what stands before queries, word for word")
     command.add_argument("--document-prompt", metavar="TEXT", help="st: what stands before documents, word for word")
     command.add_argument("--trust-remote-code", action="store_true", help=_TRUST)
+
+
+def add_fp8(command: argparse.ArgumentParser) -> None:
+    command.add_argument(
+        "--fp8",
+        choices=["off", "tensorwise", "blockwise", "mxfp8"],
+        default="off",
+        help="round the layers' weights and inputs to FP8 (precision.fp8; emulated without TransformerEngine)",
+    )
 
 
 def open_named(arguments: argparse.Namespace) -> Embedder:
@@ -71,6 +81,7 @@ def open_named(arguments: argparse.Namespace) -> Embedder:
         query_prompt=arguments.query_prompt,
         document_prompt=arguments.document_prompt,
         trust_remote_code=arguments.trust_remote_code,
+        fp8=arguments.fp8,
     )
 
 

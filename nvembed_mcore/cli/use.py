@@ -7,6 +7,8 @@ import json
 from collections.abc import Callable
 from pathlib import Path
 
+from nvembed_mcore.cli.encode import add_fp8
+
 
 def add(commands: argparse._SubParsersAction) -> None:
     _add_evaluate(commands)
@@ -37,18 +39,31 @@ def _add_evaluate(commands: argparse._SubParsersAction) -> None:
     _add_model(command)
     command.add_argument("data", help="folder with corpus.jsonl, queries.jsonl and qrels/test.tsv")
     command.add_argument("--json", help="write the metrics here as well")
+    add_fp8(command)
     command.set_defaults(run=_evaluate)
 
 
 def _evaluate(arguments: argparse.Namespace) -> None:
     from nvembed_mcore.evaluation.exported import evaluate_beir
 
-    encoder = _encoder(arguments)
+    encoder = _encoder(arguments) if arguments.fp8 == "off" else _fp8_encoder(arguments)
     metrics = evaluate_beir(encoder, arguments.data)
     if arguments.json:
         Path(arguments.json).write_text(json.dumps(metrics, indent=1) + "\n", encoding="utf-8")
     for name, value in metrics.items():
         print(f"{name:14} {value:.4f}")
+
+
+def _fp8_encoder(arguments: argparse.Namespace) -> Callable:
+    """The exported model as the trainer computes it, for transformers has no FP8 of this kind."""
+    import torch
+
+    from nvembed_mcore.evaluation.embedders import open_embedder
+
+    embedder = open_embedder(
+        arguments.model, instruction=arguments.instruction, max_length=arguments.max_length, fp8=arguments.fp8
+    )
+    return lambda texts, is_query: torch.from_numpy(embedder.embed(texts, is_query))
 
 
 def _add_search(commands: argparse._SubParsersAction) -> None:

@@ -26,6 +26,7 @@ from nvembed_mcore.data import prompts
 from nvembed_mcore.data.packing import make_pack
 from nvembed_mcore.data.tokenizer import load_tokenizer, tokenizer_fingerprint
 from nvembed_mcore.evaluation.encode import tokenize
+from nvembed_mcore.model.backend import Fp8
 from nvembed_mcore.parallel.groups import every_rank_does, first_rank_does, initialize
 from nvembed_mcore.schedule import Chunks, embed_packs, pack_multiple, plan_texts
 
@@ -87,6 +88,7 @@ def open_embedder(
     query_prompt: str | None = None,
     document_prompt: str | None = None,
     trust_remote_code: bool = False,
+    fp8: Fp8 = "off",
 ) -> Embedder:
     """Open a model on every rank; joins the processes and lays out their groups.
 
@@ -103,6 +105,7 @@ def open_embedder(
             model has.
         trust_remote_code: let sentence-transformers run code that lies beside the model, for `st:` only; what is not a
             folder needs a revision then.
+        fp8: how the linears of the layers round, not for `st:`. With `tensorwise` the texts of a pack share scales.
 
     Raises:
         EmbedderError: an option does not suit the model.
@@ -120,6 +123,7 @@ def open_embedder(
     sentence_options: dict[str, Any] = dict(
         query_prompt=query_prompt, document_prompt=document_prompt, trust_remote_code=trust_remote_code
     )
+    _check_fp8(model, fp8)
     if model.startswith(SENTENCE_TRANSFORMERS):
         from nvembed_mcore.evaluation.sentence_embedder import SentenceEmbedder
 
@@ -132,7 +136,14 @@ def open_embedder(
                 f"--{name.replace('_', '-')} is for models of sentence-transformers (st:...), and {model} is not one; "
                 f"it takes an --instruction"
             )
-    return PackedEmbedder(model, **how, tokenizer=tokenizer)
+    return PackedEmbedder(model, **how, tokenizer=tokenizer, fp8=fp8)
+
+
+def _check_fp8(model: str, fp8: Fp8) -> None:
+    if fp8 == "delayed":
+        raise EmbedderError("--fp8 delayed scales by earlier steps of a training, and here are none; use tensorwise")
+    if fp8 != "off" and model.startswith(SENTENCE_TRANSFORMERS):
+        raise EmbedderError(f"--fp8 is for models that Megatron computes, and {model} is not one; got {fp8}")
 
 
 class PackedEmbedder:
@@ -148,6 +159,7 @@ class PackedEmbedder:
         parallel: ParallelConfig,
         token_budget: int,
         tokenizer: str | None,
+        fp8: Fp8,
     ) -> None:
         """See `open_embedder`."""
         self._groups = initialize(parallel)
@@ -161,7 +173,7 @@ class PackedEmbedder:
             prompts.check_room(self._tokenizer, *how)
         config = _model_config(model, facts)
         hf_config = read_architecture(config)
-        precision = PrecisionConfig(dtype=facts["config"]["precision"]["dtype"])
+        precision = PrecisionConfig(dtype=facts["config"]["precision"]["dtype"], fp8=fp8)
         self._chunks: Chunks = build_encoders(config, hf_config, parallel, self._groups, precision=precision)
         for chunk in self._chunks:
             chunk.eval().requires_grad_(False)
@@ -170,7 +182,7 @@ class PackedEmbedder:
             "weights": weights,
             "precision": str(device.default_dtype(precision.dtype)).removeprefix("torch."),
             "tokenizer": self._tokenizer_fingerprint,
-        }
+        } | ({"fp8": fp8} if fp8 != "off" else {})
         self.dim = hf_config.hidden_size
         self.num_replicas, self.replica = self._groups.dp_size, self._groups.dp_rank
         self.is_writer = self._groups.is_last_stage and self._groups.tp_rank == 0

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
@@ -33,7 +33,7 @@ class ExportedEncoder:
         return self.model.encode(list(texts), self.prompt if is_query else "", max_length=self.max_length)
 
 
-def evaluate_beir(encoder: ExportedEncoder, folder: str | Path) -> dict[str, float]:
+def evaluate_beir(encoder: Callable[[list[str], bool], torch.Tensor], folder: str | Path) -> dict[str, float]:
     """Retrieval metrics on a BEIR-format test set, by exact search."""
     beir = read_beir(Path(folder))
     queries = encoder(list(beir.queries.values()), True)

@@ -103,7 +103,7 @@ class Encoder(MegatronModule):
     def _layers(self, model: ModelConfig, groups: Groups, chunk: int) -> TransformerBlock:
         return TransformerBlock(
             self.config,
-            layer_specs(self.config, model.attention_mask, chunk),
+            layer_specs(self.config, model.attention_mask, self.backend, chunk),
             pre_process=self.pre_process,
             post_process=self.post_process,
             pg_collection=groups.collection,
@@ -128,8 +128,9 @@ class Encoder(MegatronModule):
             tensor_parallel.RowParallelLinear: 1,
         }
         for module in self.modules():
-            if type(module) in sharded_dim:
-                tensor_parallel.set_tensor_model_parallel_attributes(module.weight, True, sharded_dim[type(module)], 1)
+            for kind, dim in sharded_dim.items():
+                if isinstance(module, kind):
+                    tensor_parallel.set_tensor_model_parallel_attributes(module.weight, True, dim, 1)
 
     def set_input_tensor(self, tensor: Tensor | list[Tensor]) -> None:
         """Called by Megatron's schedule with the previous stage's output."""
@@ -137,13 +138,14 @@ class Encoder(MegatronModule):
 
     def parameters_by_global_name(self) -> dict[str, torch.nn.Parameter]:
         """This rank's parameters, with layers numbered over all pipeline stages from 0."""
-        return {self._global_name(name): parameter for name, parameter in self.named_parameters()}
+        return {self.global_name(name): parameter for name, parameter in self.named_parameters()}
 
     def local_names(self, global_names: set[str]) -> set[str]:
         """Names in this stage's state dict of those of its parameters that are among `global_names`."""
-        return {name for name, _ in self.named_parameters() if self._global_name(name) in global_names}
+        return {name for name, _ in self.named_parameters() if self.global_name(name) in global_names}
 
-    def _global_name(self, name: str) -> str:
+    def global_name(self, name: str) -> str:
+        """Of a parameter or module of this stage, with its layer numbered so."""
         prefix = "decoder.layers."
         if not name.startswith(prefix):
             return name

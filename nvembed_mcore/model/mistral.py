@@ -22,6 +22,7 @@ from nvembed_mcore.apex_kernels import fused_rms_norm, why_no_fused_norm
 from nvembed_mcore.config import ConfigError, ParallelConfig
 from nvembed_mcore.model.attention import PackedCoreAttention
 from nvembed_mcore.model.backend import Backend
+from nvembed_mcore.model.fp8_linear import Fp8ColumnParallelLinear, Fp8RowParallelLinear
 
 VOCABULARY_MULTIPLE = 128
 """The embedding table is padded to this multiple in every layout, so that checkpoints fit any tensor-parallel size."""
@@ -191,7 +192,9 @@ class RMSNorm(torch.nn.Module):
         return F.rms_norm(hidden, shape, self.weight, self.eps)
 
 
-def layer_specs(config: TransformerConfig, attention_mask: str, chunk: int = 0) -> TransformerBlockSubmodules:
+def layer_specs(
+    config: TransformerConfig, attention_mask: str, backend: Backend, chunk: int = 0
+) -> TransformerBlockSubmodules:
     """Layers of this pipeline stage's chunk: Megatron's local layers with our norm and packed core attention."""
     layer: ModuleSpec = get_gpt_layer_local_spec(normalization="RMSNorm")
     attention = layer.submodules.self_attention
@@ -199,6 +202,12 @@ def layer_specs(config: TransformerConfig, attention_mask: str, chunk: int = 0) 
         AttnMaskType.padding if attention_mask == "bidirectional" else AttnMaskType.padding_causal
     )
     attention.submodules.core_attention = PackedCoreAttention
+    if backend.is_fp8_emulated:
+        column, row = (
+            ModuleSpec(linear, {"fp8": backend.fp8}) for linear in (Fp8ColumnParallelLinear, Fp8RowParallelLinear)
+        )
+        attention.submodules.linear_qkv, attention.submodules.linear_proj = column, row
+        layer.submodules.mlp.submodules.linear_fc1, layer.submodules.mlp.submodules.linear_fc2 = column, row
     layer.submodules.input_layernorm = layer.submodules.pre_mlp_layernorm = RMSNorm
     vp_stage = chunk if config.virtual_pipeline_model_parallel_size else None
     return TransformerBlockSubmodules([layer] * get_num_layers_to_build(config, vp_stage), layer_norm=RMSNorm)

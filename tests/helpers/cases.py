@@ -61,6 +61,7 @@ def build(
     distributed=False,
     temperature=None,
     lora=None,
+    fp8="off",
 ):
     """Our encoder's chunks with the reference's weights, under Megatron's data parallelism; table and parameters."""
     from nvembed_mcore.checkpoint.names import local_shard, name_table, to_hf
@@ -75,7 +76,7 @@ def build(
             model,
             parallel,
             groups,
-            precision=PrecisionConfig(dtype="float32"),
+            precision=PrecisionConfig(dtype="float32", fp8=fp8),
             chunk=chunk,
             temperature=temperature,
         )
@@ -182,6 +183,7 @@ class Case:
     clip: float = 0.5
     targets: tuple[str, ...] = ()
     lora_dropout: float = 0.0
+    fp8: str = "off"
 
     @property
     def layout(self) -> tuple[int, int, bool, int, int]:
@@ -222,6 +224,7 @@ def build_step(case: Case, **changes):
         distributed=case.distributed,
         temperature=loss.temperature if loss.learn_temperature else None,
         lora=dataclasses.replace(lora_config(case.targets), dropout=case.lora_dropout) if case.targets else None,
+        fp8=case.fp8,
     )
     optimizer = build_optimizer(OptimConfig(clip_norm=case.clip, distributed=case.distributed, **OPTIM), chunks)
     set_learning_rate(optimizer, OPTIM["lr"])

@@ -10,6 +10,7 @@ import dataclasses
 import json
 
 import pytest
+import torch
 
 from nvembed_mcore.config import (
     CheckpointConfig,
@@ -96,6 +97,7 @@ CASES = {
         loss=LEARNED,
         step=StepConfig(tokens_per_microbatch=50),
     ),
+    "delayed FP8, cached, LoRA": dict(precision=PrecisionConfig(fp8="delayed"), model={"lora": ADAPTERS}, step=CACHED),
 }
 
 
@@ -118,6 +120,32 @@ def test_goes_on_by_bits(world, inputs, tmp_path, case):
     last = [one[-1] for one in straight]
     assert resumed.total(last) == resumed.total([one[1][-1] for one in again])
     assert resumed.total(last) != resumed.total([one[-2] for one in straight])
+
+
+def histories(records: list[resumed.Record]) -> list[dict[str, str]]:
+    """What ranks remember of FP8."""
+    return [{name: value for name, value in one.items() if ".fp8." in name} for one in records]
+
+
+def test_fp8_histories_load_into_any_layout_or_begin_empty(world, inputs, tmp_path):
+    fp8 = [PrecisionConfig(dtype="float32", fp8=recipe) for recipe in ("delayed", "off")]
+    config = configured(inputs, tmp_path / "delayed", parallel=layout(), precision=fp8[0], step=RETAIN)
+    straight = world(RANKS).run(resumed.straight_run, config, saves=[1])
+    saved, after = (histories([one[step] for one in straight]) for step in (0, 1))
+    assert saved[0] == saved[1] != after[0] == after[1] and len(saved[0]) == 2 * 4 * 4
+    split = dataclasses.replace(config, parallel=layout(2))
+    again = world(RANKS).run(resumed.resumed_runs, split, {1: 2})
+    assert histories([one[1][0] for one in again]) == saved
+    # Without FP8 they are left; and a run that had none begins with empty ones.
+    world(RANKS).run(resumed.resumed_runs, dataclasses.replace(config, precision=fp8[1]), {1: 2})
+    without = configured(inputs, tmp_path / "off", parallel=layout(), precision=fp8[1], step=RETAIN)
+    world(RANKS).run(resumed.straight_run, without, saves=[1])
+    (empty, first), _ = (
+        one[1]
+        for one in world(RANKS).run(resumed.resumed_runs, dataclasses.replace(without, precision=fp8[0]), {1: 2})
+    )
+    ones = {resumed.digest(torch.ones(3)), resumed.digest(torch.zeros(1024, 3))}
+    assert {*histories([empty])[0].values()} == ones and not ones & {*histories([first])[0].values()}
 
 
 LONG = 7

@@ -30,6 +30,15 @@ def folder(cases, tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
+def inputs_of_beir(folder):
+    """The same as a test set: each query's own text is what it looks for."""
+    (folder / "qrels").mkdir()
+    rows = [f"q{number}\tc{number}\t1" for number in range(4)]
+    (folder / "qrels" / "test.tsv").write_text("\n".join(["query-id\tcorpus-id\tscore", *rows]) + "\n")
+    return folder
+
+
+@pytest.fixture(scope="module")
 def export(cases):
     return cases["latent"].folder
 
@@ -84,3 +93,24 @@ def test_a_line_now_and_then_where_there_is_no_terminal(capsys, monkeypatch, exp
     assert main(["encode", str(export), str(folder / "texts.txt"), str(tmp_path / "out"), "--shard-size", "4"]) == 0
     lines = [line for line in capsys.readouterr().err.splitlines() if line.endswith(" tokens/s")]
     assert [line.split(",")[0] for line in lines] == ["4 of 9 texts", "8 of 9 texts", "9 of 9 texts"]
+
+
+def test_fp8_is_no_other_half_of_a_corpus(capsys, export, folder, tmp_path):
+    """Shards of one precision are not completed in another."""
+    run(capsys, export, folder / "texts.txt", tmp_path / "out", "--shard-size", 4)
+    (tmp_path / "out" / "shard-00001.npy").unlink()
+    arguments = ["encode", export, folder / "texts.txt", tmp_path / "out", "--shard-size", 4, "--fp8", "blockwise"]
+    assert main([*map(str, arguments)]) != 0
+    said = capsys.readouterr().err
+    assert "holds other embeddings" in said and "embedder.fp8: None -> 'blockwise'" in said
+
+
+def test_evaluate_in_fp8(capsys, export, inputs_of_beir, tmp_path):
+    """As the trainer computes the export; nearly the figures of the export itself."""
+    found = []
+    for more in ([], ["--fp8", "blockwise"]):
+        words = ["evaluate", export, inputs_of_beir, "--max-length", LIMIT, "--json", tmp_path / "out.json", *more]
+        assert main([*map(str, words)]) == 0
+        found.append(json.loads((tmp_path / "out.json").read_text()))
+    assert found[0].keys() == found[1].keys()
+    assert found[1]["recall_at_100"] == found[0]["recall_at_100"] == 1.0

@@ -157,3 +157,13 @@ def test_the_fingerprint_of_a_model_follows_its_pooling_and_its_tokenizer(bert, 
     file.write_text(json.dumps(json.loads(file.read_text()) | {"do_lower_case": False}))
     found = {open_embedder(f"st:{tmp_path / name}").fingerprint for name in ("pooling", "tokenizer")}
     assert len(found | {first}) == 3
+
+
+def test_fp8_rounds_a_little_and_says_so(cases):
+    """Embeddings of different precision are told apart by their facts."""
+    export = str(cases["latent"].folder)
+    plain, rounded = (open_embedder(export, fp8=fp8) for fp8 in ("off", "blockwise"))
+    assert rounded.facts(True) == plain.facts(True) | {"fp8": "blockwise"} and "fp8" not in plain.facts(True)
+    assert rounded.fingerprint != plain.fingerprint
+    cosines = (plain.embed(TEXTS, True) * rounded.embed(TEXTS, True)).sum(1)
+    assert 0.9 < cosines.min() < 1 - 1e-6

@@ -249,6 +249,7 @@ def export(cases, tmp_path):
             "--trust-remote-code is for models of sentence-transformers (st:...), and TMP/export is not one; it takes "
             "an --instruction",
         ),
+        ({"fp8": "delayed"}, "--fp8 delayed scales by earlier steps of a training, and here are none; use tensorwise"),
         ({"max_length": 2}, "<s> takes 1 tokens, and with one token of text and </s> more than the limit of 2"),
         (
             {"parallel": ParallelConfig(tp=2)},
@@ -329,6 +330,9 @@ def test_options_that_do_not_suit_sentence_transformers(tmp_path, export, monkey
     )
     assert refusal(tmp_path, lambda: open_embedder(name, parallel=ParallelConfig(pp=2))) == (
         "st:TMP/export is whole in each process: --tp and --pp must be 1, got 1 and 2"
+    )
+    assert refusal(tmp_path, lambda: open_embedder(name, fp8="tensorwise")) == (
+        "--fp8 is for models that Megatron computes, and st:TMP/export is not one; got tensorwise"
     )
     bert = f"st:{tiny_bert(tmp_path)}"
     assert refusal(tmp_path, lambda: open_embedder(bert, max_length=2)) == (
