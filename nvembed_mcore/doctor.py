@@ -127,7 +127,7 @@ def paths_of(settings: Settings) -> Iterator[Path]:
     backend = choose(settings.model, settings.precision)
     yield from _layers(backend, settings.model)
     yield from _attention(backend, settings)
-    yield from _rest(settings)
+    yield from _rest(backend, settings)
 
 
 def _layers(backend: Backend, model: ModelConfig) -> Iterator[Path]:
@@ -151,22 +151,31 @@ _NAMES = {"transformer_engine": "TransformerEngine", "local": "Megatron's local 
 
 
 def _attention(backend: Backend, settings: Settings) -> Iterator[Path]:
+    from nvembed_mcore.model import fp8_attention
     from nvembed_mcore.model.attention import why_padded
-    from nvembed_mcore.model.mistral import head_dim
+    from nvembed_mcore.model.mistral import transformer_config
+    from nvembed_mcore.model.te_attention import why_torch
 
-    width, dropout = head_dim(settings.architecture), settings.architecture.attention_dropout
+    config = transformer_config(settings.architecture, backend, settings.parallel)
+    is_te, width, dropout = backend.layers == "transformer_engine", config.kv_channels, config.attention_dropout
+    why_not = why_torch(config) if is_te else f"the layers are {_NAMES[backend.layers]}"
     padded = why_padded(device.current().type, backend.dtype, width, dropout)
-    if padded:
-        yield Path("attention", "torch, padded buckets of similar length", padded)
+    if not why_not:
+        yield Path("attention", "TransformerEngine, packed", f"heads of width {width}, no dropout")
+        yield Path("rotary positions", "TransformerEngine, one kernel", "by the place in each text")
     else:
-        yield Path("attention", "torch's variable-length attention, packed", f"heads of width {width}, no dropout")
-    yield Path(
-        "FP8 attention", backend.fp8_attention, f"precision.fp8_attention is {settings.precision.fp8_attention}"
-    )
-    yield Path("rotary positions", "torch, inside attention", "by a position for each token of the pack")
+        form = "torch, padded buckets of similar length" if padded else "torch's variable-length attention, packed"
+        yield Path("attention", form, "; ".join(filter(None, [why_not if is_te else "", padded])) or why_not)
+        yield Path("rotary positions", "torch", "by the place in each text")
+    missing = fp8_attention.missing(config) if is_te else why_not
+    if backend.fp8_attention == "on" and missing:
+        raise ConfigError(f"precision.fp8_attention is 'on', but {missing}. Use 'off' or 'auto'")
+    asked = f"precision.fp8_attention is {settings.precision.fp8_attention}"
+    yield Path("FP8 attention", "off" if missing else backend.fp8_attention, f"{asked}; {missing or 'it can be here'}")
 
 
-def _rest(settings: Settings) -> Iterator[Path]:
+def _rest(backend: Backend, settings: Settings) -> Iterator[Path]:
+    from nvembed_mcore.model.pooling import kernels_for
     from nvembed_mcore.optim import choose_adam
 
     parallel = settings.parallel
@@ -176,6 +185,10 @@ def _rest(settings: Settings) -> Iterator[Path]:
     yield Path("optimizer's state", sharded, f"optim.distributed is {str(settings.optim.distributed).lower()}")
     no_kernel = loss.why_no_kernel(device.current().type, torch.float32)
     yield Path("loss", "torch" if no_kernel else "Triton kernel", no_kernel)
+    head = kernels_for(torch.empty(0, dtype=backend.dtype, device=device.current()))
+    has_kernels = head.__name__.endswith(".latent_head")
+    where = f"{str(backend.dtype).removeprefix('torch.')} on {device.name()}"
+    yield Path("pooling head", "Triton between its products" if has_kernels else "torch", where)
     adapters = settings.model.adapters or LoraConfig()
     trained = f"adapters of rank {adapters.rank} and the head" if adapters.rank else "all weights"
     yield Path("trained", trained, f"model.lora.rank is {adapters.rank}")

@@ -20,6 +20,7 @@ def test_of_this_machine():
     is_te = choose(ModelConfig(config=""), PrecisionConfig()).layers == "transformer_engine"
     assert (paths["layers"].choice == "TransformerEngine") == is_te == (why_no_transformer_engine() == "")
     assert paths["weights"].choice == "bfloat16" and paths["exchange"].choice == "cpu:gloo,cuda:nccl"
-    assert paths["loss"].choice == "Triton kernel" and paths["optimizer"].choice != ""
+    assert paths["loss"].choice == "Triton kernel" and paths["pooling head"].choice.startswith("Triton")
+    assert paths["optimizer"].choice != ""
     if is_te and torch.cuda.get_device_capability() >= (9, 0):
         assert paths["FP8 tensorwise"].choice == "supported"

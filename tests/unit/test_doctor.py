@@ -67,6 +67,8 @@ def test_of_this_machine(capsys, tmp_path):
         "attention": ("torch, padded buckets of similar length", "attention to a pack as it is needs a CUDA device"),
         "optimizer": ("torch's fused AdamW", "there is no CUDA device"),
         "loss": ("torch", "the kernel needs a CUDA device"),
+        "pooling head": ("torch", "float32 on cpu"),
+        "FP8 attention": ("off", "precision.fp8_attention is off; the layers are Megatron's local layers"),
         "exchange": ("gloo", "objects and checkpoints travel over gloo"),
     }
     for part, (choice, why) in expected.items():
