@@ -1,7 +1,8 @@
 """What the trainer does on one GPU, near what the GPU can do, and beside others in the same run.
 
     PYTHONPATH=. python tools/bench/gpu.py --json gpu.json              under 8 minutes on one H200
-    PYTHONPATH=. python tools/bench/gpu.py --json gpu.json --profile    and where the time of a step goes
+    PYTHONPATH=. python tools/bench/gpu.py --json step.json --profile --only matmul lora_bf16 lora_fp8_tensorwise
+                                                                        and where the time of a step goes
     PYTHONPATH=. python tools/bench/gpu.py --device cpu --tiny          the same path with a tiny model, in seconds
 
 from the root of the repository, with the package installed there (`pip install --no-deps --no-build-isolation -e .`
@@ -138,18 +139,18 @@ def run(names: Sequence[str], size: str, use_cpu: bool, limit: float) -> dict[st
 def measure(sections: list[Section], size: str, use_cpu: bool, minutes: float) -> dict[str, Any]:
     """Figures of all sections that the time allows, each in a process of its own; tiny ones share one."""
     end = time.monotonic() + 60 * minutes
-    jobs = [[section] for section in sections] if size != "tiny" else [sections]
+    jobs = [([section.name], section.limit, section.least) for section in sections]
+    if size == "tiny":
+        jobs = [([section.name for section in sections], 60 * minutes, 1.0)]
     figures: dict[str, Any] = {}
-    for job in jobs:
+    for names, limit, least in jobs:
         left = end - time.monotonic()
-        names = [section.name for section in job]
-        if left < max(section.least for section in job):
-            figures |= {
-                f"section_{name}": f"skipped: {max(0, left):.0f} s of {minutes:g} minutes are left" for name in names
-            }
+        if left < least:
+            why = f"skipped: {max(0.0, left):.0f} s of {minutes:g} minutes are left"
+            figures |= {f"section_{name}": why for name in names}
             continue
         print(f"{', '.join(names)} ...", file=sys.stderr, flush=True)
-        figures |= run(names, size, use_cpu, min(left, sum(section.limit for section in job)))
+        figures |= run(names, size, use_cpu, min(left, limit))
     return figures
 
 
@@ -180,7 +181,11 @@ def options(arguments: Sequence[str] | None = None) -> argparse.Namespace:
         description=__doc__, epilog=FIGURES, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--json", type=Path, metavar="PATH", help="also write all figures to PATH as one flat object")
-    parser.add_argument("--profile", action="store_true", help="also profile two steps; tables beside the JSON")
+    parser.add_argument(
+        "--profile",
+        action="store_true",
+        help="also profile two steps, last; tables beside the JSON (8 minutes: --only)",
+    )
     parser.add_argument("--minutes", type=float, default=8, help="for all sections together (default: 8)")
     parser.add_argument("--only", nargs="+", choices=names, metavar="SECTION", help=f"of {', '.join(names)}")
     parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda", help="default: cuda")
@@ -192,7 +197,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     chosen = options(arguments)
     sections = [section for section in SECTIONS if not chosen.only or section.name in chosen.only]
     if chosen.profile:
-        sections = sections[:2] + PROFILES + sections[2:]
+        named = [section.name for section in sections]
+        sections += [section for section in PROFILES if section.name.replace("profile", "lora") in named]
     begin = time.monotonic()
     figures = conditions() | measure(
         sections, "tiny" if chosen.tiny else "mistral", chosen.device == "cpu", chosen.minutes

@@ -66,33 +66,38 @@ def release() -> None:
         torch.cuda.empty_cache()
 
 
+def is_out_of_memory(error: RuntimeError) -> bool:
+    """torch has a class for it; libraries that allocate for themselves have only the words."""
+    return isinstance(error, torch.OutOfMemoryError) or "out of memory" in str(error).lower()
+
+
 @dataclass(frozen=True)
 class Fastest:
-    """The batch size of the highest rate; `too_large` is the first that did not fit, None where none was met."""
+    """The batch of the highest rate, size 0 if none fits; `too_large` is the first that did not, if any was met."""
 
     size: int
     rate: float
-    too_large: int | None
+    too_large: int | None = None
+
+    @property
+    def figure(self) -> float | str:
+        return self.rate if self.size else f"out of memory at {self.too_large}"
 
 
 def fastest(rate_of: Callable[[int], float], first: int, most: int) -> Fastest:
-    """Double a batch until it does not fit, or is no faster by more than a hundredth.
-
-    Raises:
-        torch.OutOfMemoryError: not even the first fits.
-    """
-    best, size = Fastest(0, 0.0, None), first
+    """Double a batch until it does not fit, or is no faster by more than a hundredth."""
+    best, size = Fastest(0, 0.0), first
     while size <= most:
         try:
             rate = rate_of(size)
-        except torch.OutOfMemoryError:
-            if size == first:
+        except RuntimeError as error:
+            if not is_out_of_memory(error):
                 raise
             best = Fastest(best.size, best.rate, size)
             break
         is_faster = rate > 1.01 * best.rate
         if rate > best.rate:
-            best = Fastest(size, rate, None)
+            best = Fastest(size, rate)
         if not is_faster:
             break
         size *= 2

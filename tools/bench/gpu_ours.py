@@ -5,7 +5,7 @@ from __future__ import annotations
 import statistics
 
 import torch
-from gpu_measure import Figures, begin_peak, fastest, peak, release, seconds_of
+from gpu_measure import Figures, begin_peak, fastest, is_out_of_memory, peak, release, seconds_of
 from gpu_workload import KINDS, Size, make_batches
 
 from nvembed_mcore import device
@@ -118,6 +118,8 @@ def steps(figures: Figures, ours: Ours, name: str, kind: str, queries: int) -> N
         return int(batch.lengths.sum()) / found[number]["total"]
 
     best = fastest(rate, queries, ours.size.most_queries)
+    if not best.size:
+        raise torch.OutOfMemoryError(f"{name}: out of memory at {best.too_large} queries")
     seconds, (batch,) = found[best.size], make_batches(ours.size, kind, best.size)
     figures.add(
         name,
@@ -196,8 +198,10 @@ def full(figures: Figures, size: Size, name: str, precision: dict[str, str]) -> 
                 batch, "retain"
             )
             figures.add(f"{name}_full_{layers}_layers", seconds=seconds[layers]["total"], peak_bytes=peak())
-        except torch.OutOfMemoryError:
-            figures.add(f"{name}_full", out_of_memory_at=layers)
+        except RuntimeError as error:
+            if not is_out_of_memory(error):
+                raise
+            figures.add(f"{name}_full", out_of_memory_at_layers=layers)
         release()
         # Where it does not fit, a quarter less; where it does, half of it for the line.
         layers = layers // 2 if seconds else layers * 3 // 4

@@ -25,6 +25,8 @@ from nvembed_mcore.model.attention import Packing, packed_attention, packing_of
 TERA = 1e12
 LOSS_SIZES = {True: (16_384, 131_072), False: (64, 512)}
 """Queries and passages, on a GPU and elsewhere."""
+BUCKET = 64
+"""Texts whose lengths round up to the same multiple share a rectangle."""
 
 
 def half() -> torch.dtype:
@@ -33,6 +35,7 @@ def half() -> torch.dtype:
 
 def matmul(figures: Figures, size: Size) -> None:
     """The best rate of matrix products that this machine shows, the denominator of MFU; and that of a layer's own."""
+    figures.add(device=device.name(), cuda=torch.version.cuda, cudnn=torch.backends.cudnn.version())
     tokens, fused = size.pack_tokens, size.hidden + 2 * size.groups * size.hidden // size.heads
     layer = [(fused, size.hidden), (size.hidden, size.hidden), (2 * size.ffn, size.hidden), (size.hidden, size.ffn)]
     square = [(2 * size.hidden,) * 3, (size.hidden,) * 3, (4 * size.hidden, size.hidden, 2 * size.hidden)]
@@ -108,29 +111,19 @@ def te_packed(size: Size, states: list[Tensor], packing: Packing) -> Callable[[]
 
 
 def te_padded(fp8: bool) -> Callable[[Size, list[Tensor], Packing], Callable[[], None]]:
-    """Buckets of texts of similar length, each a rectangle [L, b, heads, d] with a mask of pads."""
+    """Texts of similar length in rectangles [L, b, heads, d] with a mask of pads, as if they already lay there."""
 
     def make(size: Size, states: list[Tensor], packing: Packing) -> Callable[[], None]:
         from transformer_engine.common.recipe import DelayedScaling
         from transformer_engine.pytorch import autocast
 
-        padding = packing.padding
-        counts = [bucket.num_sequences * bucket.length for bucket in padding.buckets]
-        buckets = [
-            [rows.unflatten(0, (bucket.num_sequences, bucket.length)).transpose(0, 1) for rows in triple]
-            for bucket, triple in zip(
-                padding.buckets,
-                zip(*(one.detach()[padding.rows].split(counts) for one in states), strict=True),
-                strict=True,
-            )
-        ]
-        buckets = [[one.contiguous().requires_grad_() for one in triple] for triple in buckets]
-        every = torch.ones((), dtype=torch.bool, device=device.current())
-        masks = [
-            # True hides here.
-            ~(every.expand(b.num_sequences, b.length) if b.is_token is None else b.is_token)[:, None, None]
-            for b in padding.buckets
-        ]
+        buckets, masks = [], []
+        for lengths in rectangles(packing):
+            longest = -(-int(lengths.max()) // BUCKET) * BUCKET
+            shapes = [(longest, len(lengths), *one.shape[1:]) for one in states]
+            buckets.append([torch.randn(shape, dtype=half(), device="cuda").requires_grad_() for shape in shapes])
+            is_token = torch.arange(longest)[None] < torch.as_tensor(lengths)[:, None]
+            masks.append(~is_token[:, None, None].cuda())  # true hides here
         attend, recipe = te_attention(size, "sbhd"), DelayedScaling(fp8_dpa=True)
 
         def work() -> None:
@@ -141,6 +134,13 @@ def te_padded(fp8: bool) -> Callable[[Size, list[Tensor], Packing], Callable[[],
         return work
 
     return make
+
+
+def rectangles(packing: Packing) -> list[np.ndarray]:
+    """Lengths of the pack's texts, those together that round up to the same multiple."""
+    lengths = np.diff(packing.cu_seqlens_q.cpu().numpy())
+    classes = -(-lengths // BUCKET)
+    return [lengths[classes == one] for one in np.unique(classes)]
 
 
 def te_attention(size: Size, layout: str) -> torch.nn.Module:

@@ -197,7 +197,7 @@ class Trainer:
         best = fastest(lambda queries: self.rate(queries, kind, window), self.size.queries, self.size.most_queries)
         figures.add(
             f"{name}_{kind}",
-            tokens_per_second=best.rate,
+            tokens_per_second=best.figure,
             queries=best.size,
             out_of_memory_at=best.too_large,
             peak_bytes=peak(),

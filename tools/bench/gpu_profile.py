@@ -117,7 +117,7 @@ def costs(events: list[Any]) -> list[tuple[str, str, float]]:
     if device.has_cuda():
         linked = sum(us for _, _, us in found)
         kernels = [one for one in events if one.device_type == torch.autograd.DeviceType.CUDA]
-        every = sum(one.time_range.elapsed_us() for one in kernels if not one.name.startswith((MARK, "phase ")))
+        every = sum(one.time_range.elapsed_us() for one in kernels if not one.is_user_annotation)
         # Kernels that the profiler cannot connect with an operator.
         found.append(("(of no known operator)", "other", max(0.0, every - linked)))
     return found

@@ -7,7 +7,7 @@ from typing import Any
 
 Figures = dict[str, Any]
 
-RECIPES = ("fp8_tensorwise", "fp8_delayed", "fp8_blockwise", "fp8_mxfp8")
+RECIPES = ("fp8_tensorwise", "fp8_delayed", "fp8_blockwise")
 SPEC_TFLOPS = {"bf16": 989.0, "fp8": 1979.0}
 """Of an H100 or H200 SXM, dense, from NVIDIA's data sheet."""
 RATE = "tokens_per_second"
@@ -110,6 +110,11 @@ def lines(figures: Figures, with_bars: bool) -> list[str]:
         for bar in BARS:
             bound = f"{'<=' if bar.is_most else '>='} {bar.bound:,.4g}"
             found.append(f"{bar.label:62} {bound:>14} {_cell(figures.get(bar.key), '14,.4g')} {bar.verdict(figures)}")
+    if any(figures.get(f"{name}_fp8_is_emulated") for name in RECIPES):
+        found += [
+            "",
+            "TransformerEngine cannot compute here: FP8 is emulated, slower than bf16, and judged by no bar.",
+        ]
     found.append("")
     for key, value in figures.items():
         if not key.endswith("_table"):

@@ -18,7 +18,6 @@ PRECISIONS = {
     "fp8_tensorwise": dict(fp8="tensorwise"),
     "fp8_delayed": dict(fp8="delayed"),
     "fp8_blockwise": dict(fp8="blockwise"),
-    "fp8_mxfp8": dict(fp8="mxfp8"),
     "fp8_attention": dict(fp8="delayed", fp8_attention="on"),
 }
 
