@@ -90,7 +90,7 @@ SECTIONS = [
     Section("st_plain", 100),
     Section("st_best", 120),
     Section("lora_fp8_delayed", 90),
-    Section("loss", 60, 15),
+    Section("loss", 75, 15),
     Section("attention", 45, 15),
     Section("full_bf16", 80),
     Section("lora_fp8_blockwise", 90),

@@ -1,4 +1,4 @@
-"""Parts of a step on their own: matrix products, attention in its forms, the streaming loss, our kernels."""
+"""Parts of a step on their own: matrix products, the streaming loss, our kernels."""
 
 from __future__ import annotations
 
@@ -14,23 +14,16 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from gpu_measure import Figures, begin_peak, peak, release, seconds_of
-from gpu_workload import KINDS, Size, make_batches
+from gpu_workload import Size
 from loss import DOCUMENTS, MASKS, SCALE, Problem, targets
 from torch import Tensor
 
 from nvembed_mcore import device
 from nvembed_mcore.loss import score_rows
-from nvembed_mcore.model.attention import Packing, packed_attention, packing_of
 
 TERA = 1e12
 LOSS_SIZES = {True: (16_384, 131_072), False: (64, 512)}
 """Queries and passages, on a GPU and elsewhere."""
-BUCKET = 64
-"""Texts whose lengths round up to the same multiple share a rectangle."""
-
-
-def half() -> torch.dtype:
-    return device.default_dtype("auto")
 
 
 def matmul(figures: Figures, size: Size) -> None:
@@ -54,7 +47,9 @@ def matmul(figures: Figures, size: Size) -> None:
 
 
 def plain_product(m: int, n: int, k: int) -> Callable[[], Tensor]:
-    left, right = (torch.randn(rows, k, dtype=half(), device=device.current()) for rows in (m, n))
+    left, right = (
+        torch.randn(rows, k, dtype=device.default_dtype("auto"), device=device.current()) for rows in (m, n)
+    )
     out = left.new_empty(m, n)
     return lambda: torch.mm(left, right.T, out=out)
 
@@ -68,95 +63,6 @@ def fp8_product(m: int, n: int, k: int) -> Callable[[], Tensor]:
     return lambda: torch._scaled_mm(
         left, right.T, scale_a=one, scale_b=one, out_dtype=torch.bfloat16, use_fast_accum=True
     )
-
-
-def attention(figures: Figures, size: Size) -> None:
-    """Forward and backward of one layer's attention over a pack, in each form that can be computed here."""
-    width = size.hidden // size.heads
-    for kind in KINDS:
-        lengths = pack_lengths(size, kind)
-        packing = packing_of(lengths, device.current())
-        shapes = [(int(lengths.sum()), heads, width) for heads in (size.heads, size.groups, size.groups)]
-        states = [torch.randn(shape, dtype=half(), device=device.current()).requires_grad_() for shape in shapes]
-        flops = 12.0 * size.heads * width * float((lengths**2).sum())
-        for form, make in FORMS.items():
-            try:
-                work = make(size, states, packing)
-                seconds = seconds_of(work, 5)
-            except Exception as error:  # each library has errors of its own for what it does not compute
-                figures.add(f"attention_{kind}_{form}", ms=str(error).strip().partition("\n")[0][:160])
-                continue
-            figures.add(f"attention_{kind}_{form}", ms=1e3 * seconds, tflops=flops / seconds / TERA)
-
-
-def pack_lengths(size: Size, kind: str) -> np.ndarray:
-    """Lengths of the texts that fill a pack, int64."""
-    (batch,) = make_batches(size, kind, size.most_queries)
-    return batch.lengths[np.cumsum(batch.lengths) <= size.pack_tokens]
-
-
-def backward(outputs: list[Tensor], states: list[Tensor]) -> None:
-    torch.autograd.grad([out.float().sum() for out in outputs], states)
-
-
-def ours_packed(size: Size, states: list[Tensor], packing: Packing) -> Callable[[], None]:
-    return lambda: backward([packed_attention(*states, packing)], states)
-
-
-def te_packed(size: Size, states: list[Tensor], packing: Packing) -> Callable[[], None]:
-    attend = te_attention(size, "thd")
-    bounds = dict(cu_seqlens_q=packing.cu_seqlens_q, cu_seqlens_kv=packing.cu_seqlens_kv)
-    bounds |= dict(max_seqlen_q=packing.max_seqlen_q, max_seqlen_kv=packing.max_seqlen_kv)
-    return lambda: backward([attend(*states, **bounds)], states)
-
-
-def te_padded(fp8: bool) -> Callable[[Size, list[Tensor], Packing], Callable[[], None]]:
-    """Texts of similar length in rectangles [L, b, heads, d] with a mask of pads, as if they already lay there."""
-
-    def make(size: Size, states: list[Tensor], packing: Packing) -> Callable[[], None]:
-        from transformer_engine.common.recipe import DelayedScaling
-        from transformer_engine.pytorch import autocast
-
-        buckets, masks = [], []
-        for lengths in rectangles(packing):
-            longest = -(-int(lengths.max()) // BUCKET) * BUCKET
-            shapes = [(longest, len(lengths), *one.shape[1:]) for one in states]
-            buckets.append([torch.randn(shape, dtype=half(), device="cuda").requires_grad_() for shape in shapes])
-            is_token = torch.arange(longest)[None] < torch.as_tensor(lengths)[:, None]
-            masks.append(~is_token[:, None, None].cuda())  # true hides here
-        attend, recipe = te_attention(size, "sbhd"), DelayedScaling(fp8_dpa=True)
-
-        def work() -> None:
-            with autocast(enabled=fp8, recipe=recipe):
-                outputs = [attend(*one, attention_mask=mask) for one, mask in zip(buckets, masks, strict=True)]
-            backward(outputs, [one for triple in buckets for one in triple])
-
-        return work
-
-    return make
-
-
-def rectangles(packing: Packing) -> list[np.ndarray]:
-    """Lengths of the pack's texts, those together that round up to the same multiple."""
-    lengths = np.diff(packing.cu_seqlens_q.cpu().numpy())
-    classes = -(-lengths // BUCKET)
-    return [lengths[classes == one] for one in np.unique(classes)]
-
-
-def te_attention(size: Size, layout: str) -> torch.nn.Module:
-    from transformer_engine.pytorch import DotProductAttention
-
-    return DotProductAttention(
-        size.heads, size.hidden // size.heads, size.groups, qkv_format=layout, attn_mask_type="padding", layer_number=1
-    )
-
-
-FORMS = {
-    "packed": ours_packed,
-    "te_packed": te_packed,
-    "te_padded": te_padded(fp8=False),
-    "te_padded_fp8": te_padded(fp8=True),
-}
 
 
 def plain_loss(queries: Tensor, passages: Tensor, positive: Tensor, documents: Tensor) -> Tensor:

@@ -53,6 +53,13 @@ def backbone(kind: Callable[..., torch.nn.Module], config: Any, attention: str) 
     return model
 
 
+def in_half(model: torch.nn.Module) -> torch.nn.Module:
+    """All parameters, new adapters too, in one type; rotary tables, which are buffers, stay in float32."""
+    for parameter in model.parameters():
+        parameter.data = parameter.data.to(device.default_dtype("auto"))
+    return model
+
+
 def padded(texts: list[Text]) -> dict[str, Tensor]:
     """Token ids and mask, [texts, longest]."""
     shape = (len(texts), max(map(len, texts)))
@@ -83,7 +90,7 @@ class SentenceTransformers:
         lora = size.lora()
         how = dict(r=lora.rank, lora_alpha=lora.alpha, lora_dropout=lora.dropout, target_modules="all-linear")
         inject_adapter_in_model(LoraConfig(**how), self.transformer.model)
-        self.model.to(device.default_dtype("auto")).train()
+        in_half(self.model).train()
         self.is_flat = self.transformer.can_flatten_inputs
         self.objective = self.losses(None)
 
@@ -146,7 +153,7 @@ class Automodel:
         how = PeftConfig(match_all_linear=True, dim=lora.rank, alpha=int(lora.alpha), dropout=lora.dropout)
         apply_lora_to_linear_modules(self.model, how)
         self.head = Head(size)
-        self.model.to(device.default_dtype("auto")).train()
+        in_half(self.model).train()
 
     def parameters(self) -> list[torch.nn.Parameter]:
         every = [*self.model.parameters(), *self.head.parameters()]
@@ -193,14 +200,21 @@ class Trainer:
 
     def race(self, figures: Figures, name: str, kind: str, window: int) -> None:
         """The fastest batch that fits, and its figures."""
-        begin_peak()
-        best = fastest(lambda queries: self.rate(queries, kind, window), self.size.queries, self.size.most_queries)
+        peaks: dict[int, int] = {}
+
+        def rate(queries: int) -> float:
+            begin_peak()
+            found = self.rate(queries, kind, window)
+            peaks[queries] = peak()
+            return found
+
+        best = fastest(rate, self.size.queries, self.size.most_queries)
         figures.add(
             f"{name}_{kind}",
             tokens_per_second=best.figure,
             queries=best.size,
             out_of_memory_at=best.too_large,
-            peak_bytes=peak(),
+            peak_bytes=peaks.get(best.size),
         )
 
 

@@ -99,17 +99,17 @@ def lines(figures: Figures, with_bars: bool) -> list[str]:
     """The table: runs, bars, then every figure."""
     found = [f"{'run':32} {'tokens/s':>10} {'TFLOP/s':>8} {'MFU':>6} {'peak GB':>8} {'queries':>8}"]
     for key, value in figures.items():
-        if key.endswith(f"_{RATE}"):
+        if key.endswith(f"_{RATE}") and not key.startswith("bar_"):
             name = key.removesuffix(f"_{RATE}")
             cells = [figures.get(f"{name}_{what}") for what in ("tflops", "mfu", "peak_bytes", "queries")]
             cells = [value, *cells[:2], cells[2] and cells[2] / 1e9, cells[3]]
             formats = ("10,.0f", "8.1f", "6.1%", "8.1f", "8d")
             found.append(f"{name:32} " + " ".join(_cell(*pair) for pair in zip(cells, formats, strict=True)))
     if with_bars:
-        found += ["", f"{'bar':62} {'bound':>14} {'found':>14}"]
+        found += ["", f"{'bar':62} {'bound':>16} {'found':>16}"]
         for bar in BARS:
-            bound = f"{'<=' if bar.is_most else '>='} {bar.bound:,.4g}"
-            found.append(f"{bar.label:62} {bound:>14} {_cell(figures.get(bar.key), '14,.4g')} {bar.verdict(figures)}")
+            bound = f"{'<=' if bar.is_most else '>='} {_plain(bar.bound)}"
+            found.append(f"{bar.label:62} {bound:>16} {_plain(figures.get(bar.key)):>16} {bar.verdict(figures)}")
     if any(figures.get(f"{name}_fp8_is_emulated") for name in RECIPES):
         found += [
             "",
@@ -118,8 +118,14 @@ def lines(figures: Figures, with_bars: bool) -> list[str]:
     found.append("")
     for key, value in figures.items():
         if not key.endswith("_table"):
-            found.append(f"{key:48} {f'{value:.4g}' if isinstance(value, float) else value}")
+            found.append(f"{key:48} {_plain(value)}")
     return found
+
+
+def _plain(value: Any) -> str:
+    if not isinstance(value, (int, float)):
+        return "-" if value is None else str(value)
+    return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.4g}"
 
 
 def _cell(value: Any, how: str) -> str:

@@ -24,10 +24,14 @@ PRECISIONS = {
 
 def work_of(section: str) -> Callable:
     """What a section does; takes figures and a size."""
-    if section in ("matmul", "attention", "loss", "kernels"):
+    if section in ("matmul", "loss", "kernels"):
         import gpu_parts
 
         return getattr(gpu_parts, section)
+    if section == "attention":
+        import gpu_attention
+
+        return gpu_attention.attention
     if section in ("st_plain", "st_best", "nemo"):
         import gpu_peers
 
@@ -50,6 +54,10 @@ def main() -> None:
     from gpu_measure import Figures, release
     from gpu_workload import MISTRAL, TINY
 
+    from nvembed_mcore import device
+
+    if settings["size"] == "mistral" and not device.has_cuda():
+        sys.exit("error: there is no CUDA device, and this model is too large for a CPU; try --device cpu --tiny")
     figures, size = Figures(out), {"mistral": MISTRAL, "tiny": TINY}[settings["size"]]
     for section in settings["sections"]:
         begin = time.perf_counter()
