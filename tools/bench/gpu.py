@@ -51,7 +51,8 @@ recipe.
                          the line through both is read at all layers: a prediction
   P_head_share           the head's forward and backward alone, over the time of a step on the same tokens
   P_host_forward_ms_a_layer, P_host_backward_ms_a_layer
-                         a pack of 32 tokens, which is the host's time to queue it; pack_ms_a_layer: a full pack
+                         until the calls for a pack of one text return, without waiting for the GPU: the host's time
+                         to queue a layer's work. pack_ms_a_layer: both directions of a full pack, waited for
   P_launch_bound_below_tokens
                          packs below it leave the GPU waiting for the host: what CUDA graphs could mend
   st_plain_...           sentence-transformers and PEFT, MultipleNegativesRankingLoss, columns padded, torch's

@@ -46,6 +46,19 @@ def seconds_of(work: Callable[[], Any], repeats: int, calls: int = 1) -> float:
     return statistics.median(times)
 
 
+def queueing_seconds(work: Callable[[], Any], repeats: int) -> float:
+    """Median seconds until a call returns, with an idle device before it: what the host needs to queue its work."""
+    work()
+    times = []
+    for _ in range(repeats):
+        device.synchronize()
+        begin = time.perf_counter()
+        work()
+        times.append(time.perf_counter() - begin)
+    device.synchronize()
+    return statistics.median(times)
+
+
 def begin_peak() -> int:
     """Let `peak` begin anew; bytes that are held now."""
     if not device.has_cuda():
