@@ -14,7 +14,7 @@ from nvembed_mcore import device
 from nvembed_mcore.model.attention import Packing, packed_attention, packing_of
 
 TERA = 1e12
-BUCKET = 64
+BUCKET = 128
 """Texts whose lengths round up to the same multiple share a rectangle."""
 
 
@@ -25,10 +25,7 @@ def attention(figures: Figures, size: Size) -> None:
         lengths = pack_lengths(size, kind)
         packing = packing_of(lengths, device.current())
         shapes = [(int(lengths.sum()), heads, width) for heads in (size.heads, size.groups, size.groups)]
-        states = [
-            torch.randn(shape, dtype=device.default_dtype("auto"), device=device.current()).requires_grad_()
-            for shape in shapes
-        ]
+        states = [random_states(*shape) for shape in shapes]
         flops = 12.0 * size.heads * width * float((lengths**2).sum())
         for form, make in FORMS.items():
             try:
@@ -38,6 +35,10 @@ def attention(figures: Figures, size: Size) -> None:
                 figures.add(f"attention_{kind}_{form}", ms=str(error).strip().partition("\n")[0][:160])
                 continue
             figures.add(f"attention_{kind}_{form}", ms=1e3 * seconds, tflops=flops / seconds / TERA)
+
+
+def random_states(*shape: int) -> Tensor:
+    return torch.randn(*shape, dtype=device.default_dtype("auto"), device=device.current()).requires_grad_()
 
 
 def pack_lengths(size: Size, kind: str) -> np.ndarray:
@@ -62,29 +63,24 @@ def te_packed(size: Size, states: list[Tensor], packing: Packing) -> Callable[[]
 
 
 def te_padded(fp8: bool) -> Callable[[Size, list[Tensor], Packing], Callable[[], None]]:
-    """Texts of similar length in rectangles [L, b, heads, d] with a mask of pads, as if they already lay there."""
+    """Texts of similar length in rectangles [b, L, heads, d], as if they already lay there."""
 
     def make(size: Size, states: list[Tensor], packing: Packing) -> Callable[[], None]:
         from transformer_engine.common.recipe import DelayedScaling
         from transformer_engine.pytorch import autocast
 
-        buckets, masks = [], []
+        buckets, bounds = [], []
         for lengths in rectangles(packing):
             longest = -(-int(lengths.max()) // BUCKET) * BUCKET
-            shapes = [(longest, len(lengths), *one.shape[1:]) for one in states]
-            buckets.append(
-                [
-                    torch.randn(shape, dtype=device.default_dtype("auto"), device="cuda").requires_grad_()
-                    for shape in shapes
-                ]
-            )
-            is_token = torch.arange(longest)[None] < torch.as_tensor(lengths)[:, None]
-            masks.append(~is_token[:, None, None].cuda())  # true hides here
-        attend, recipe = te_attention(size, "sbhd"), DelayedScaling(fp8_dpa=True)
+            shapes = [(len(lengths), longest, *one.shape[1:]) for one in states]
+            buckets.append([random_states(*shape) for shape in shapes])
+            starts = torch.as_tensor([0, *np.cumsum(lengths)], dtype=torch.int32, device=device.current())
+            bounds.append(dict(cu_seqlens_q=starts, cu_seqlens_kv=starts, max_seqlen_q=longest, max_seqlen_kv=longest))
+        attend, recipe = te_attention(size, "bshd"), DelayedScaling(fp8_dpa=True)
 
         def work() -> None:
             with autocast(enabled=fp8, recipe=recipe):
-                outputs = [attend(*one, attention_mask=mask) for one, mask in zip(buckets, masks, strict=True)]
+                outputs = [attend(*one, **where) for one, where in zip(buckets, bounds, strict=True)]
             backward(outputs, [one for triple in buckets for one in triple])
 
         return work
