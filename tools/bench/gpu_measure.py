@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import json
+import resource
 import statistics
 import time
 from collections.abc import Callable
@@ -11,7 +12,6 @@ from dataclasses import dataclass, field
 from typing import Any, TextIO
 
 import torch
-from sides import memory as resident_peak
 
 from nvembed_mcore import device
 
@@ -62,14 +62,16 @@ def queueing_seconds(work: Callable[[], Any], repeats: int) -> float:
 def begin_peak() -> int:
     """Let `peak` begin anew; bytes that are held now."""
     if not device.has_cuda():
-        return resident_peak()
+        return peak()
     torch.cuda.reset_peak_memory_stats()
     return torch.cuda.memory_allocated()
 
 
 def peak() -> int:
     """Most bytes of tensors since `begin_peak`; on a CPU the high-water mark of the process."""
-    return torch.cuda.max_memory_allocated() if device.has_cuda() else resident_peak()
+    if device.has_cuda():
+        return torch.cuda.max_memory_allocated()
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
 def release() -> None:
