@@ -43,7 +43,7 @@ recipe.
                          adapters and head, and attention; nothing that is computed twice
     tokens_per_second, seconds, seconds_PHASE, peak_bytes, queries, tokens, out_of_memory_at (queries)
     tflops, mfu, mfu_of_spec
-                         over the measured products of the same type, and over the data sheet's 989 or 1,979
+                         over the measured products of the same type, and over the data sheet's (an H200: 989 in bf16)
   P_lora_cached_...      32 queries, embedded twice (`step.way: cached`), so the rate is that of three passes, not two
   P_forward_KIND_...     embedding alone, without adapters (as merged); 2 FLOPs a weight and token
   P_full_longest_...     a step that trains all weights (6 a weight and token). The optimizer's state of all layers
@@ -185,7 +185,7 @@ def options(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--profile",
         action="store_true",
-        help="also profile two steps, last; tables beside the JSON (8 minutes: --only)",
+        help="also profile two steps, behind all else; tables beside the JSON",
     )
     parser.add_argument("--minutes", type=float, default=8, help="for all sections together (default: 8)")
     parser.add_argument("--only", nargs="+", choices=names, metavar="SECTION", help=f"of {', '.join(names)}")

@@ -28,7 +28,12 @@ LOSS_SIZES = {True: (16_384, 131_072), False: (64, 512)}
 
 def matmul(figures: Figures, size: Size) -> None:
     """The best rate of matrix products that this machine shows, the denominator of MFU; and that of a layer's own."""
+    from nvembed_mcore.metrics import device_peak_flops
+
     figures.add(device=device.name(), cuda=torch.version.cuda, cudnn=torch.backends.cudnn.version())
+    if spec := device_peak_flops(device.name(), torch.bfloat16):
+        # Tensor cores of these devices compute FP8 at twice the rate.
+        figures.add(matmul_bf16_spec_tflops=spec / TERA, matmul_fp8_spec_tflops=2 * spec / TERA)
     tokens, fused = size.pack_tokens, size.hidden + 2 * size.groups * size.hidden // size.heads
     layer = [(fused, size.hidden), (size.hidden, size.hidden), (2 * size.ffn, size.hidden), (size.hidden, size.ffn)]
     square = [(2 * size.hidden,) * 3, (size.hidden,) * 3, (4 * size.hidden, size.hidden, 2 * size.hidden)]

@@ -8,8 +8,6 @@ from typing import Any
 Figures = dict[str, Any]
 
 RECIPES = ("fp8_tensorwise", "fp8_delayed", "fp8_blockwise")
-SPEC_TFLOPS = {"bf16": 989.0, "fp8": 1979.0}
-"""Of an H100 or H200 SXM, dense, from NVIDIA's data sheet."""
 RATE = "tokens_per_second"
 
 
@@ -59,7 +57,7 @@ def derived(figures: Figures) -> Figures:
             _divide(found, every, f"{name}_share_of_matmul", key, "matmul_bf16_tflops")
             continue
         _divide(found, every, f"{name}_mfu", key, f"matmul_{kind}_tflops")
-        found[f"{name}_mfu_of_spec"] = every[key] / SPEC_TFLOPS[kind]
+        _divide(found, every, f"{name}_mfu_of_spec", key, f"matmul_{kind}_spec_tflops")
     for name in ("bf16", "fp8"):
         for kind, peers in (("msmarco", ("st_plain", "st_best", "nemo")), ("longest", ("st_plain",))):
             for peer in peers:
