@@ -30,7 +30,7 @@ POSITIVE = (
     *("bf16_lora_msmarco_mfu", "bf16_head_share", "bf16_lora_msmarco_seconds_backward", "matmul_bf16_tflops"),
     *("bf16_host_forward_ms_a_layer", "bf16_launch_bound_below_tokens", "bf16_lora_longest_peak_bytes"),
     *("loss_bf16_over_torch", "loss_float32_over_compiled", "loss_bf16_share_of_matmul"),
-    *("attention_msmarco_packed_tflops", "profile_bf16_share_pooling_head", "profile_bf16_share_LoRA_products"),
+    *("attention_msmarco_torch_packed_tflops", "profile_bf16_share_pooling_head", "profile_bf16_share_LoRA_products"),
     *("profile_bf16_share_attention", "profile_bf16_share_optimizer", "profile_bf16_share_loss"),
 )
 

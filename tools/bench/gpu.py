@@ -62,8 +62,8 @@ recipe.
   nemo_...               NeMo Automodel's bidirectional backbone and adapters
   P_over_PEER            our rate over the peer's, `msmarco`; ..._longest; P_over_st_cached: cached against cached
   attention_KIND_FORM_ms, ..._tflops
-                         one layer forward and backward over a pack: `packed` (ours), TransformerEngine's packed and
-                         padded bfloat16 and padded FP8
+                         one layer forward and backward over a pack: torch_packed and torch_padded (attention alone),
+                         te_packed in bf16 and te_padded_fp8 (with rotation, and the way into buckets and back)
   loss_TYPE_...          streaming InfoNCE, 16,384 queries and 131,072 passages of width 4,096: extra_bytes beyond
                          inputs and returned gradients, seconds, tflops of its three products, share_of_matmul;
                          torch_seconds and compiled_seconds: the whole score matrix; loss_TYPE_over_torch: how many
