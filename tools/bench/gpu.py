@@ -64,11 +64,9 @@ recipe.
   attention_KIND_FORM_ms, ..._tflops
                          one layer forward and backward over a pack: torch_packed and torch_padded (attention alone),
                          te_packed in bf16 and te_padded_fp8 (with rotation, and the way into buckets and back)
-  loss_TYPE_...          streaming InfoNCE, 16,384 queries and 131,072 passages of width 4,096: extra_bytes beyond
-                         inputs and returned gradients, seconds, tflops of its three products, share_of_matmul;
-                         torch_seconds and compiled_seconds: the whole score matrix; loss_TYPE_over_torch: how many
-                         times faster ours is
-  kernel_...             kernels/benchmark.py
+  kernel_NAME_...        kernels/benchmark.py, whose --help says more: `ours`, `torch` and `compile`; NAME_over_torch:
+                         how many times faster ours is. `info_nce`: the streaming loss, 16,384 queries and 131,072
+                         passages of width 4,096; share_of_matmul: of matmul_bf16_tflops, by its three products
   profile_P_share_FAMILY share of a step's time on the GPU (--profile)
   section_NAME           done, failed and why, stopped at its limit, or skipped for want of time
   bar_KEY                met, NOT MET, or not measured

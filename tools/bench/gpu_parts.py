@@ -2,28 +2,18 @@
 
 from __future__ import annotations
 
-import importlib.util
-import json
-import subprocess
-import sys
-import tempfile
 from collections.abc import Callable
-from pathlib import Path
 
-import numpy as np
 import torch
-import torch.nn.functional as F
-from gpu_measure import Figures, begin_peak, peak, release, seconds_of
+from gpu_measure import Figures, seconds_of
 from gpu_workload import Size
-from loss import DOCUMENTS, MASKS, SCALE, Problem, targets
 from torch import Tensor
 
 from nvembed_mcore import device
-from nvembed_mcore.loss import score_rows
+from nvembed_mcore.kernels import benchmark
 
 TERA = 1e12
-LOSS_SIZES = {True: (16_384, 131_072), False: (64, 512)}
-"""Queries and passages, on a GPU and elsewhere."""
+REPEATS = 5
 
 
 def matmul(figures: Figures, size: Size) -> None:
@@ -70,62 +60,22 @@ def fp8_product(m: int, n: int, k: int) -> Callable[[], Tensor]:
     )
 
 
-def plain_loss(queries: Tensor, passages: Tensor, positive: Tensor, documents: Tensor) -> Tensor:
-    """The loss as one writes it: the whole score matrix, a mask, cross entropy."""
-    is_same = documents[positive][:, None] == documents[None]
-    is_same = is_same.scatter(1, positive[:, None], False)
-    return F.cross_entropy(((queries * SCALE) @ passages.T).masked_fill(is_same, float("-inf")), positive)
-
-
 def loss(figures: Figures, size: Size) -> None:
     """The streaming loss and its gradients against the whole score matrix, by torch and by `torch.compile`."""
-    num_queries, num_passages = LOSS_SIZES[device.has_cuda()]
-    positive = np.arange(num_queries) * (num_passages // num_queries)
-    documents = np.random.default_rng(0).integers(0, DOCUMENTS, num_passages)
-    flops = 6.0 * num_queries * num_passages * size.hidden
-    for name, dtype in (("bf16", torch.bfloat16), ("float32", torch.float32)):
-        torch.manual_seed(0)
-        made = (torch.randn(n, size.hidden, device=device.current()) for n in (num_queries, num_passages))
-        vectors = [F.normalize(one).to(dtype) for one in made]
-        rows, columns = targets(Problem(*vectors, documents, positive))
-
-        def ours(vectors=vectors, rows=rows, columns=columns) -> list[Tensor]:
-            with torch.no_grad():
-                found = score_rows(*vectors, rows, columns, MASKS, SCALE, with_columns=True)
-            return [found.grad_rows, found.grad_columns]
-
-        before = begin_peak()
-        returned = sum(grad.nbytes for grad in ours())
-        if device.has_cuda():  # elsewhere the peak is that of the whole process, libraries included
-            figures.add(f"loss_{name}", extra_bytes=peak() - before - returned)
-        seconds = seconds_of(ours, 3)
-        figures.add(f"loss_{name}", seconds=seconds, tflops=flops / seconds / TERA)
-        inputs = (*vectors, *(torch.as_tensor(one, device=device.current()) for one in (positive, documents)))
-        # Its compiler for CPUs needs minutes and a C++ compiler.
-        compiled = torch.compile(plain_loss, backend="inductor" if device.has_cuda() else "eager")
-        for other, function in (("torch", plain_loss), ("compiled", compiled)):
-            figures.add(f"loss_{name}", **{f"{other}_seconds": seconds_of_plain(function, inputs)})
-
-
-def seconds_of_plain(function: Callable[..., Tensor], inputs: tuple[Tensor, ...]) -> float | str:
-    queries, passages = (one.detach().requires_grad_() for one in inputs[:2])
-    try:
-        return seconds_of(
-            lambda: torch.autograd.grad(function(queries, passages, *inputs[2:]), [queries, passages]), 3
-        )
-    except torch.OutOfMemoryError:
-        return "out of memory"
-    finally:
-        release()
+    kernel = benchmark.InfoNce(sizes_here(), device.current()).kernel(sizes_here())
+    measured = benchmark.measure("info_nce", kernel, lambda function, inputs: function(*inputs), REPEATS)
+    figures.add("kernel", **measured)
 
 
 def kernels(figures: Figures, size: Size) -> None:
-    """The figures of `kernels/benchmark.py`."""
-    if importlib.util.find_spec("nvembed_mcore.kernels.benchmark") is None:
-        figures.add(kernels="there is no kernels/benchmark.py")
-        return
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "kernels.json"
-        command = [sys.executable, "-m", "nvembed_mcore.kernels.benchmark", "--json", str(path)]
-        subprocess.run(command, check=True, stdout=sys.stderr)  # noqa: S603
-        figures.add("kernel", **json.loads(path.read_text(encoding="utf-8")))
+    """Our other kernels, likewise, and all kernels' errors."""
+    dtype = torch.bfloat16
+    for name, kernel in benchmark.head_kernels(sizes_here(), device.current(), dtype).items():
+        figures.add("kernel", **benchmark.measure(name, kernel, benchmark.with_gradients, REPEATS))
+    if device.has_cuda():
+        figures.add("kernel", **benchmark.errors(benchmark.SMALL, device.current()))
+
+
+def sizes_here() -> benchmark.Sizes:
+    """Those of NV-Embed, on a GPU."""
+    return benchmark.Sizes() if device.has_cuda() else benchmark.TINY

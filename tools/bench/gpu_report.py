@@ -37,8 +37,10 @@ def _bars() -> list[Bar]:
         found.append(Bar(f"{name} over sentence-transformers at its best", f"{name}_over_st_best", best))
     return [
         *found,
-        Bar("streaming loss, bf16: bytes beyond inputs and gradients", "loss_bf16_extra_bytes", 1e9, is_most=True),
-        Bar("streaming loss, bf16: share of the matmul rate", "loss_bf16_share_of_matmul", 0.6),
+        Bar(
+            "streaming loss: bytes beyond inputs and gradients", "kernel_info_nce_ours_extra_bytes", 1e9, is_most=True
+        ),
+        Bar("streaming loss: share of the matmul rate", "kernel_info_nce_share_of_matmul", 0.6),
         Bar("the head's share of a step, bf16", "bf16_head_share", 0.03, is_most=True),
     ]
 
@@ -53,9 +55,6 @@ def derived(figures: Figures) -> Figures:
     for key in [key for key in every if key.endswith("_tflops") and not key.startswith(("matmul", "attention"))]:
         kind = "fp8" if key.startswith("fp8") else "bf16"
         name = key.removesuffix("_tflops")
-        if key.startswith("loss"):
-            _divide(found, every, f"{name}_share_of_matmul", key, "matmul_bf16_tflops")
-            continue
         _divide(found, every, f"{name}_mfu", key, f"matmul_{kind}_tflops")
         _divide(found, every, f"{name}_mfu_of_spec", key, f"matmul_{kind}_spec_tflops")
     for name in ("bf16", "fp8"):
@@ -64,9 +63,11 @@ def derived(figures: Figures) -> Figures:
                 ratio = f"{name}_over_{peer}" + ("" if kind == "msmarco" else f"_{kind}")
                 _divide(found, every, ratio, f"{name}_lora_{kind}_{RATE}", f"{peer}_{kind}_{RATE}")
         _divide(found, every, f"{name}_over_st_cached", f"{name}_lora_cached_{RATE}", f"st_cached_{RATE}")
-    for name in ("bf16", "float32"):
-        for other in ("torch", "compiled"):
-            _divide(found, every, f"loss_{name}_over_{other}", f"loss_{name}_{other}_seconds", f"loss_{name}_seconds")
+    _divide(found, every, "kernel_info_nce_share_of_matmul", "kernel_info_nce_ours_tflop_per_s", "matmul_bf16_tflops")
+    for key in [key for key in every if key.startswith("kernel_") and key.endswith("_ours_ms")]:
+        name = key.removesuffix("_ours_ms")
+        for other in ("torch", "compile"):
+            _divide(found, every, f"{name}_over_{other}", f"{name}_{other}_ms", key)
     return found
 
 

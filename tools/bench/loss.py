@@ -28,7 +28,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from nvembed_mcore.kernels.reference import Columns, Masks, Rows
+from nvembed_mcore.kernels.reference import Masks
 from nvembed_mcore.loss import make_targets, score_rows
 
 SCALE, DOCUMENTS, WIDTH = 50.0, 1_000_000, 256
@@ -75,8 +75,9 @@ def make_problem(num_queries: int, num_passages: int) -> Problem:
     return Problem(F.normalize(queries), F.normalize(passages), documents, positive)
 
 
-def targets(problem: Problem) -> tuple[Rows, Columns]:
-    """Who is a candidate of whom, on the problem's device."""
+@torch.no_grad()
+def streaming(problem: Problem) -> tuple[Tensor, Tensor, Tensor]:
+    """Loss and its gradients, by the trainer's own functions."""
     num_queries, num_passages = len(problem.queries), len(problem.passages)
     owner = np.repeat(np.arange(num_queries), num_passages // num_queries)
     is_hard = np.ones(num_passages, dtype=bool)
@@ -95,13 +96,10 @@ def targets(problem: Problem) -> tuple[Rows, Columns]:
         column_documents=problem.documents[:, None],
         masks=MASKS,
     )
-    return rows.to(problem.queries.device), columns.to(problem.queries.device)
-
-
-@torch.no_grad()
-def streaming(problem: Problem) -> tuple[Tensor, Tensor, Tensor]:
-    """Loss and its gradients, by the trainer's own functions."""
-    found = score_rows(problem.queries, problem.passages, *targets(problem), MASKS, SCALE, with_columns=True)
+    device = problem.queries.device
+    found = score_rows(
+        problem.queries, problem.passages, rows.to(device), columns.to(device), MASKS, SCALE, with_columns=True
+    )
     return found.loss, found.grad_rows, found.grad_columns
 
 
