@@ -21,12 +21,19 @@ from transformers import MistralConfig
 from nvembed_mcore import device
 from nvembed_mcore.config import ModelConfig, ParallelConfig, PoolingConfig, PrecisionConfig
 from nvembed_mcore.data.packing import Pack
-from nvembed_mcore.model import fp8_attention
+from nvembed_mcore.model import fp8_attention, fp8_step
 from nvembed_mcore.model.attention import Packing, packing_of
 from nvembed_mcore.model.backend import choose
 from nvembed_mcore.model.layer_summaries import LayerSummaries, watch_layers
 from nvembed_mcore.model.lora import attach_adapters
-from nvembed_mcore.model.mistral import check_layout, head_dim, layer_specs, padded_vocabulary, transformer_config
+from nvembed_mcore.model.mistral import (
+    check_fp8,
+    check_layout,
+    head_dim,
+    layer_specs,
+    padded_vocabulary,
+    transformer_config,
+)
 from nvembed_mcore.model.pooling import build_head, pool, segment_sum, weights_of
 from nvembed_mcore.model.rotary import RotaryTable
 from nvembed_mcore.parallel.groups import Groups
@@ -64,6 +71,7 @@ class Encoder(MegatronModule):
         """
         check_layout(hf_config, parallel)
         self.backend = choose(model, precision or PrecisionConfig())
+        check_fp8(hf_config, self.backend, parallel)
         config = transformer_config(hf_config, self.backend, parallel)
         super().__init__(config)
         # Asked for by Megatron's schedule and by its gradient finalisation.
@@ -86,6 +94,7 @@ class Encoder(MegatronModule):
         self.rotary = RotaryTable(head_dim(hf_config), hf_config.rope_parameters["rope_theta"])
         self.decoder = self._layers(model, groups, chunk)
         self._mark_sharded_weights()
+        self.register_load_state_dict_post_hook(lambda encoder, _: fp8_step.forget_weights(encoder))
         if self.backend.fp8_attention == "on":
             fp8_attention.require(self)
         if model.adapters:
@@ -167,7 +176,8 @@ class Encoder(MegatronModule):
             packing.summaries = LayerSummaries(*weights, len(pack.lengths))
             if not self.pre_process:
                 self.set_input_tensor(packing.summaries.take_from(self.decoder.input_tensor))
-        hidden = self.decoder(hidden, None, rotary_pos_emb=None, packed_seq_params=packing)
+        with fp8_step.forward_region(self.backend):
+            hidden = self.decoder(hidden, None, rotary_pos_emb=None, packed_seq_params=packing)
         if self.post_process:
             return self._pool(hidden[:, 0], pack, packing)
         return packing.summaries.append_to(hidden) if self.reads_layers else hidden
@@ -223,6 +233,11 @@ def wrap_data_parallel(
         bucket_size=parallel.bucket_size,
     )
     chunks = [DistributedDataParallel(encoder.config, config, encoder) for encoder in encoders]
+    if encoders[0].backend.layers == "transformer_engine":
+        from nvembed_mcore.model import te_layers
+
+        for encoder in encoders:
+            te_layers.sum_into_main_grad(encoder)
     for chunk in chunks:
         if config.overlap_param_gather:
             wait_for_parts(chunk)
