@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from types import SimpleNamespace
 
 import pytest
@@ -10,11 +11,12 @@ import torch
 from nvembed_mcore.model.backend import Backend
 from nvembed_mcore.schedule import pack_multiple
 from tests.helpers import stand_in_te
-from tests.helpers.cases import Case
+from tests.helpers.cases import Case as AnyCase
 from tests.helpers.grid import ALL_TARGETS, BOUND, budget_for
 from tests.helpers.world import World
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="the real ones are tested in tests/gpu")
+Case = partial(AnyCase, backend="transformer_engine")
 THREE_PACKS = budget_for(3, 1, 7)
 LINEARS = 16
 """Of the model of the step's cases."""

@@ -1,4 +1,4 @@
-"""What a process with the stand-in for TransformerEngine runs (`stand_in_te`)."""
+"""What runs where TransformerEngine is: in a process with its stand-in (`stand_in_te`), some of it on a GPU, too."""
 
 from __future__ import annotations
 
@@ -120,12 +120,12 @@ def quantized_weights(case: Case) -> list[int]:
     return counts
 
 
-def stale_weights(case: Case) -> dict[str, float]:
+def stale_weights(case: Case, **changes) -> dict[str, float]:
     """How far embeddings by kept weights are from those by weights that are rounded anew: after a step and a load.
 
     `moved`: how far the step and the load moved the embeddings, which must not be nothing.
     """
-    step, *_ = cases.build_step(case)
+    step, *_ = cases.build_step(case, **changes)
     (chunk,) = step.chunks
     encoder, pack, found = chunk.module, some_pack(), {}
 
@@ -149,7 +149,7 @@ def stale_weights(case: Case) -> dict[str, float]:
     return found | {"moved": min(moved)}
 
 
-def gradients(case: Case, told: list[bool | None]) -> list[float]:
+def gradients(case: Case, told: list[bool | None], **changes) -> list[float]:
     """The largest relative difference of a step's gradient where linears are told so of each microbatch.
 
     `told`: None: weights are not kept at all. True: this forward is the step's first, as Megatron's schedule says.
@@ -159,7 +159,9 @@ def gradients(case: Case, told: list[bool | None]) -> list[float]:
         answers = {True: lambda linear: not linear._fp8_workspaces}.get(is_first, lambda _, answer=is_first: answer)
         rule = property(answers, lambda linear, value: None)
         with mock.patch.object(te_layers._KeepsFp8Weight, "is_first_microbatch", rule):
-            step, _, _, parameters = cases.build_step(dataclasses.replace(case, distributed=False, clip=0.0))
+            step, _, _, parameters = cases.build_step(
+                dataclasses.replace(case, distributed=False, clip=0.0), **changes
+            )
             step(training_batch(case.queries, 1), 1, PhaseTimer())
         results.append({name: p.main_grad.clone() for name, p in parameters.items() if p.requires_grad})
     ours, *others = results
@@ -170,10 +172,10 @@ def _difference(found: torch.Tensor, expected: torch.Tensor) -> float:
     return ((found - expected).abs().max() / expected.abs().max().clamp(min=1e-6)).item()
 
 
-def histories(case: Case) -> dict[str, list]:
+def histories(case: Case, **changes) -> dict[str, list]:
     """What delayed scaling remembers of one linear's inputs and gradients after each of two steps, with an
     evaluation between them, and what the linear really saw."""
-    step, *_ = cases.build_step(case)
+    step, *_ = cases.build_step(case, **changes)
     linear = next(te_layers.linears_of(step.chunks[0].module))
     seen, found = [], {"seen": [], "forward": [], "backward": [], "evaluation": []}
     linear.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0].detach().abs().max().item()))
@@ -181,9 +183,9 @@ def histories(case: Case) -> dict[str, list]:
         seen.clear()
         step(training_batch(case.queries, number), number, PhaseTimer())
         found["seen"].append(max(seen))
-        for name, history in zip(("forward", "backward"), linear.histories, strict=True):
+        states = [linear.fp8_meta[which] for which in ("scaling_fwd", "scaling_bwd")]
+        for name, history in zip(("forward", "backward"), states, strict=True):
             found[name].append([value for value in history.amax_history[:, 0].tolist() if value])
         embed_texts(step.chunks, step.groups, models.random_texts([5, 9], 250), 100)
-        found["evaluation"].append(linear.histories[0].amax_history[0, 0].item())
-    scales = [history.scale.tolist() for history in linear.histories]
-    return found | {"scales": scales}
+        found["evaluation"].append(states[0].amax_history[0, 0].item())
+    return found | {"scales": [state.scale.tolist() for state in states]}
