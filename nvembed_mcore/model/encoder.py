@@ -6,6 +6,7 @@ Letters: `T` tokens in a pack, `H` hidden size, `B` texts of the pack.
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from megatron.core import tensor_parallel
@@ -94,7 +95,6 @@ class Encoder(MegatronModule):
         self.rotary = RotaryTable(head_dim(hf_config), hf_config.rope_parameters["rope_theta"])
         self.decoder = self._layers(model, groups, chunk)
         self._mark_sharded_weights()
-        self.register_load_state_dict_post_hook(lambda encoder, _: fp8_step.forget_weights(encoder))
         if self.backend.fp8_attention == "on":
             fp8_attention.require(self)
         if model.adapters:
@@ -140,6 +140,12 @@ class Encoder(MegatronModule):
             for kind, dim in sharded_dim.items():
                 if isinstance(module, kind):
                     tensor_parallel.set_tensor_model_parallel_attributes(module.weight, True, dim, 1)
+
+    def load_state_dict(self, *args: Any, **named: Any) -> Any:
+        """As torch's; what layers in FP8 keep of their weights is made anew."""
+        result = super().load_state_dict(*args, **named)
+        fp8_step.forget_weights(self)
+        return result
 
     def set_input_tensor(self, tensor: Tensor | list[Tensor]) -> None:
         """Called by Megatron's schedule with the previous stage's output."""

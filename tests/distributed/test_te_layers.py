@@ -124,6 +124,11 @@ def test_histories_move_once_a_step(run, way):
     assert found["forward"][1] == pytest.approx([*found["seen"]]) and min(found["evaluation"]) > 0
 
 
+def test_a_checkpoint_brings_the_histories_before_the_first_forward(run):
+    is_same, number, (resumed, fresh) = run("histories_in_checkpoints", Case(fp8="delayed"))
+    assert is_same and number == LINEARS * 4 and resumed == 0 < fresh
+
+
 def test_ranks_with_different_numbers_of_packs_do_not_wait_and_scale_alike(run):
     uneven = Case(world=2, way="retain", budget=budget_for(3, 2, 7, uneven=True), fp8="delayed")
     one, other = run("histories", uneven, ranks=2)

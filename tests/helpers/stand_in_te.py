@@ -259,7 +259,15 @@ class Linear(_Stateful):
         self.weight.partition_dim, self.weight.partition_stride = int(parallel_mode == "row"), 1
         self.fuse_wgrad_accumulation, self.save_original_input = fuse_wgrad_accumulation, False
         self._fp8_workspaces: dict[str, tuple[torch.Tensor, bool]] = {}
-        self.fp8, self.fp8_meta, self.histories = False, {}, []
+        self.fp8, self.fp8_meta, self.histories, self.is_registered = False, {}, [], False
+
+    def init_fp8_metadata(self) -> None:
+        """Make the histories of the region's recipe."""
+        recipe = self.fp8_meta["recipe"] = FP8GlobalStateManager.get_fp8_recipe()
+        if recipe.delayed() and not self.histories:
+            steps = recipe.settings["amax_history_len"]
+            self.histories = [History(torch.zeros(steps, n), torch.ones(n)) for n in (3, 2)]
+            self.fp8_meta |= dict(zip(("scaling_fwd", "scaling_bwd"), self.histories, strict=True))
 
     def see(self, tensor: torch.Tensor, which: int, place: int) -> None:
         """Count a tensor's largest magnitude in row 0 of the history of forward (0) or backward (1)."""
@@ -275,13 +283,10 @@ class Linear(_Stateful):
         return _Product.apply(hidden, self.weight, used, self, is_first_microbatch)
 
     def _fp8_weight(self, hidden: torch.Tensor, is_first: bool | None) -> torch.Tensor:
-        state = FP8GlobalStateManager.quantization_state
-        self.fp8_meta["recipe"] = state.fp8_recipe
-        if state.fp8_recipe.delayed():
-            if not self.histories:
-                steps = state.fp8_recipe.settings["amax_history_len"]
-                self.histories = [History(torch.zeros(steps, n), torch.ones(n)) for n in (3, 2)]
-                self.fp8_meta |= dict(zip(("scaling_fwd", "scaling_bwd"), self.histories, strict=True))
+        self.init_fp8_metadata()
+        if self.histories:
+            if not self.is_registered:
+                state, self.is_registered = FP8GlobalStateManager.quantization_state, True
                 FP8GlobalStateManager.add(self.histories, state.fp8_recipe, state.fp8_distributed_group)
             self.see(hidden, 0, 0)
         needs_transpose = torch.is_grad_enabled() and hidden.requires_grad

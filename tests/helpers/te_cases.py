@@ -189,3 +189,20 @@ def histories(case: Case, **changes) -> dict[str, list]:
         embed_texts(step.chunks, step.groups, models.random_texts([5, 9], 250), 100)
         found["evaluation"].append(states[0].amax_history[0, 0].item())
     return found | {"scales": [state.scale.tolist() for state in states]}
+
+
+def histories_in_checkpoints(case: Case) -> tuple[bool, int, list[float]]:
+    """Whether histories of a run that took a step are, by name, those that another begins with which loaded them; how
+    many tensors they are; and how far the embeddings of both are apart, and those of a run that did not load."""
+    from nvembed_mcore.checkpoint import fp8_state
+
+    (trained,), (resumed,), (fresh,) = (cases.build_step(case)[0].chunks for _ in range(3))
+    saved = {name: torch.rand_like(one) * 100 for name, one in fp8_state.histories_of(trained.module).items()}
+    fp8_state.load(trained, saved)
+    fp8_state.load(resumed, fp8_state.histories_of(trained.module))
+    with torch.no_grad():
+        ours, theirs, others = (chunk.module(some_pack()) for chunk in (trained, resumed, fresh))
+    found = fp8_state.histories_of(resumed.module)
+    is_same = all(torch.equal(found[name][1:], saved[name][1:]) for name in saved if name.endswith("amax_history"))
+    apart = [(other - ours).abs().max().item() for other in (theirs, others)]
+    return is_same and found.keys() == saved.keys(), len(found), apart
