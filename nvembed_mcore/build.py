@@ -14,6 +14,7 @@ from nvembed_mcore.checkpoint.hf_folder import HfFolder
 from nvembed_mcore.checkpoint.hf_model import check_pooling, open_hf_model, same_head
 from nvembed_mcore.checkpoint.names import Entry, name_table
 from nvembed_mcore.config import ConfigError, ModelConfig, ParallelConfig, PoolingConfig, PrecisionConfig, RunConfig
+from nvembed_mcore.model import fp8_step
 from nvembed_mcore.model.encoder import Encoder, wrap_data_parallel
 from nvembed_mcore.model.mistral import read_mistral_config
 from nvembed_mcore.parallel.groups import Groups, every_rank_does, first_rank_does
@@ -89,6 +90,7 @@ def build_encoders(
         Encoder(hf_config, model, parallel, groups, precision=precision, chunk=chunk, temperature=temperature)
         for chunk in range(parallel.chunks_per_stage)
     ]
+    log.info("%s", encoders[0].backend)
     if start:
         store.load_weights(start, encoders, but=missing)
         log.info("weights from step %d of %s", start.step, start.path)
@@ -168,3 +170,4 @@ def _fill(encoder: Encoder, entries: list[Entry], sources: list, groups: Groups)
     for source in sources:
         missing = hf_import.load_weights(source, entries, parameters, groups.tp_rank, groups.tp_size)
         entries = [entry for entry in entries if entry.name in missing]
+    fp8_step.forget_weights(encoder)

@@ -22,8 +22,10 @@ def graph_bytes(forward: Callable[[], torch.Tensor], parameters: list[torch.nn.P
     kept: dict[int, int] = {}
 
     def remember(tensor: torch.Tensor) -> torch.Tensor:
-        storage = tensor.untyped_storage()
-        kept[storage.data_ptr()] = storage.nbytes()
+        # Other classes are weights in FP8, which stay without a graph, too; what else is in FP8 comes in plain parts.
+        if type(tensor) in (torch.Tensor, torch.nn.Parameter):
+            storage = tensor.untyped_storage()
+            kept[storage.data_ptr()] = storage.nbytes()
         return tensor.detach()  # the tensor itself would hold its own graph, and never be freed
 
     with torch.autograd.graph.saved_tensors_hooks(remember, lambda tensor: tensor):

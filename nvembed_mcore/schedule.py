@@ -22,9 +22,15 @@ Chunks = list[DistributedDataParallel] | list[Encoder]
 
 
 def pack_multiple(chunks: Chunks) -> int:
-    """A pack's token count is a multiple of this: under sequence parallelism each tensor rank takes an equal part."""
-    config = chunks[0].config
-    return config.tensor_model_parallel_size if config.sequence_parallel else 1
+    """A pack's token count is a multiple of this.
+
+    Under sequence parallelism each tensor rank takes an equal part, and in FP8 each part has a size that its products
+    take.
+    """
+    chunk, config = chunks[0], chunks[0].config
+    alignment = (chunk if isinstance(chunk, Encoder) else chunk.module).backend.alignment
+    is_split = config.sequence_parallel or alignment > 1
+    return alignment * (config.tensor_model_parallel_size if is_split else 1)
 
 
 def plan_texts(lengths, chunks: Chunks, groups: Groups, token_budget: int, num_ranks: int | None = None) -> Plan:

@@ -30,7 +30,7 @@ from nvembed_mcore.data.batch import Batch
 from nvembed_mcore.data.packing import Pack, Plan
 from nvembed_mcore.memory import retainable_tokens
 from nvembed_mcore.metrics import PhaseTimer
-from nvembed_mcore.model import fp8_linear
+from nvembed_mcore.model import fp8_step
 from nvembed_mcore.nonfinite import NonFiniteLossError
 from nvembed_mcore.optim import gradient_norm, update
 from nvembed_mcore.parallel.gather import share_from_last_stage, sum_over_data_ranks
@@ -107,7 +107,7 @@ class ContrastiveStep:
         self.optimizer.zero_grad()
         way = self._way(plan, batch.lengths, packs, step)
         encoders = [chunk.module for chunk in self.chunks]
-        fp8_linear.begin_step(encoders)
+        fp8_step.begin_step(encoders)
         traffic = Traffic(self.groups) if self._is_first else nullcontext()
         with traffic:
             if self.groups.pp_size > 1:
@@ -124,7 +124,7 @@ class ContrastiveStep:
                 if not (math.isfinite(loss) and math.isfinite(grad_norm)):
                     raise NonFiniteLossError(self._finding(step, loss, grad_norm, batch, plan, packs))
                 update(self.optimizer, grad_norm)
-                fp8_linear.end_step(encoders, [self.groups.tp, self.groups.dp])
+                fp8_step.end_step(encoders, [self.groups.tp, self.groups.dp])
         if self._is_first:
             self._is_first = False
             log.info("collectives of step %d on this rank (way %s):\n%s", step, way, traffic.table())

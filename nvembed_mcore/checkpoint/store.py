@@ -228,7 +228,8 @@ def load_checkpoint(
     """
     state = load_state(checkpoint.path, sharded_state(chunks, optimizer, is_loading=True))
     for number, chunk in enumerate(chunks):
-        chunk.module.load_state_dict(state["model"][str(number)])
+        missing = chunk.module.load_state_dict(state["model"][str(number)], strict=False).missing_keys
+        assert not _tensors(dict.fromkeys(missing)), missing
         fp8_state.load(chunk, state.get("fp8", {}).get(str(number), {}))
     optimizer_state.load(optimizer, _weights_of(chunks), state["optimizer"])
 
@@ -250,7 +251,7 @@ def load_weights(checkpoint: Checkpoint, encoders: list[torch.nn.Module], but: C
     but = {*but} if has_temperature else {*but, TEMPERATURE}
     left = [encoder.local_names(but) for encoder in encoders]
     sharded = {
-        str(number): {name: value for name, value in _tensors(weights_of(encoder)).items() if name not in left[number]}
+        str(number): {name: value for name, value in weights_of(encoder).items() if name not in left[number]}
         for number, encoder in enumerate(encoders)
     }
     loaded = load_state(checkpoint.path, sharded, is_partial=True)
@@ -341,8 +342,8 @@ def parameter_name(stored: str) -> str:
 
 
 def weights_of(encoder: torch.nn.Module) -> dict[str, Any]:
-    """An encoder's state as Megatron describes it to its checkpoints."""
-    return encoder.sharded_state_dict(metadata=dict(_METADATA))
+    """An encoder's parameters as Megatron describes them to its checkpoints."""
+    return _tensors(encoder.sharded_state_dict(metadata=dict(_METADATA)))
 
 
 def sharded_state(
@@ -362,5 +363,5 @@ def _weights_of(chunks: list[DistributedDataParallel]) -> dict[str, Any]:
 
 
 def _tensors(state: dict) -> dict:
-    """Without what linears keep of FP8 beside their weights: an imported checkpoint has none, a stage starts anew."""
+    """Without what TransformerEngine's and Megatron's modules keep beside their weights, as pickled objects."""
     return {name: value for name, value in state.items() if not name.endswith("._extra_state")}

@@ -27,17 +27,41 @@ class Backend:
         dtype: of the weights.
         fp8: how the linears round.
         fp8_attention: whether attention does, too; `auto` until it has been measured.
+        reason: why `layers` are whose they are, where the machine decided; otherwise empty.
     """
 
     layers: Literal["transformer_engine", "local"]
     dtype: torch.dtype
     fp8: Fp8 = "off"
     fp8_attention: Literal["off", "on", "auto"] = "off"
+    reason: str = ""
 
     @property
     def is_fp8_emulated(self) -> bool:
         """Whether the local layers round to FP8 and compute with what that leaves."""
         return self.layers == "local" and self.fp8 != "off"
+
+    @property
+    def is_fp8_in_te(self) -> bool:
+        """Whether TransformerEngine's linears compute in FP8."""
+        return self.layers == "transformer_engine" and self.fp8 != "off"
+
+    @property
+    def alignment(self) -> int:
+        """Rows and columns of the linears' products are multiples of this; 1 without FP8.
+
+        cuBLAS needs 16 for every recipe but `mxfp8`, whose blocks of 32 may not be cut; those of 128 may
+        (`get_align_size_for_quantization` in `transformer_engine/pytorch/quantization.py`).
+        """
+        return {"off": 1, "mxfp8": 32}.get(self.fp8, 16)
+
+    def __str__(self) -> str:
+        """One line for the log."""
+        words = {"transformer_engine": "TransformerEngine", "local": "torch"}[self.layers]
+        words += f" ({self.reason})" if self.reason else ""
+        fp8 = "" if self.fp8 == "off" else f", FP8 {self.fp8}" + (" emulated" if self.is_fp8_emulated else "")
+        attention = "" if self.fp8_attention == "off" else f", FP8 attention {self.fp8_attention}"
+        return f"layers by {words}, weights in {str(self.dtype).removeprefix('torch.')}{fp8}{attention}"
 
 
 @functools.cache
@@ -81,5 +105,15 @@ def choose(model: ModelConfig, precision: PrecisionConfig) -> Backend:
             f"precision.fp8_attention is 'on', which needs TransformerEngine, but "
             f"{why_not or 'model.backend is local'}. Use 'off' or 'auto'"
         )
-    fp8_attention = precision.fp8_attention if layers == "transformer_engine" else "off"
-    return Backend(layers=layers, dtype=dtype, fp8=precision.fp8, fp8_attention=fp8_attention)
+    if layers == "transformer_engine" and precision.fp8 != "off" and (why := why_no_fp8(precision.fp8)):
+        raise ConfigError(
+            f"precision.fp8 is {precision.fp8!r}, which TransformerEngine cannot compute on {device.name()}: {why}. "
+            f"Use another recipe or 'off', or model.backend 'local', which emulates it"
+        )
+    return Backend(
+        layers=layers,
+        dtype=dtype,
+        fp8=precision.fp8,
+        fp8_attention=precision.fp8_attention if layers == "transformer_engine" else "off",
+        reason=why_not if model.backend == "auto" else "",
+    )

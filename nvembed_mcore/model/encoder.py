@@ -6,6 +6,7 @@ Letters: `T` tokens in a pack, `H` hidden size, `B` texts of the pack.
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from megatron.core import tensor_parallel
@@ -21,12 +22,19 @@ from transformers import MistralConfig
 from nvembed_mcore import device
 from nvembed_mcore.config import ModelConfig, ParallelConfig, PoolingConfig, PrecisionConfig
 from nvembed_mcore.data.packing import Pack
-from nvembed_mcore.model import fp8_attention
+from nvembed_mcore.model import fp8_attention, fp8_step
 from nvembed_mcore.model.attention import Packing, packing_of
 from nvembed_mcore.model.backend import choose
 from nvembed_mcore.model.layer_summaries import LayerSummaries, watch_layers
 from nvembed_mcore.model.lora import attach_adapters
-from nvembed_mcore.model.mistral import check_layout, head_dim, layer_specs, padded_vocabulary, transformer_config
+from nvembed_mcore.model.mistral import (
+    check_fp8,
+    check_layout,
+    head_dim,
+    layer_specs,
+    padded_vocabulary,
+    transformer_config,
+)
 from nvembed_mcore.model.pooling import build_head, pool, segment_sum, weights_of
 from nvembed_mcore.model.rotary import RotaryTable
 from nvembed_mcore.parallel.groups import Groups
@@ -64,6 +72,7 @@ class Encoder(MegatronModule):
         """
         check_layout(hf_config, parallel)
         self.backend = choose(model, precision or PrecisionConfig())
+        check_fp8(hf_config, self.backend, parallel)
         config = transformer_config(hf_config, self.backend, parallel)
         super().__init__(config)
         # Asked for by Megatron's schedule and by its gradient finalisation.
@@ -132,6 +141,12 @@ class Encoder(MegatronModule):
                 if isinstance(module, kind):
                     tensor_parallel.set_tensor_model_parallel_attributes(module.weight, True, dim, 1)
 
+    def load_state_dict(self, *args: Any, **named: Any) -> Any:
+        """As torch's; what layers in FP8 keep of their weights is made anew."""
+        result = super().load_state_dict(*args, **named)
+        fp8_step.forget_weights(self)
+        return result
+
     def set_input_tensor(self, tensor: Tensor | list[Tensor]) -> None:
         """Called by Megatron's schedule with the previous stage's output."""
         self.decoder.set_input_tensor(tensor[0] if isinstance(tensor, list) else tensor)
@@ -167,7 +182,8 @@ class Encoder(MegatronModule):
             packing.summaries = LayerSummaries(*weights, len(pack.lengths))
             if not self.pre_process:
                 self.set_input_tensor(packing.summaries.take_from(self.decoder.input_tensor))
-        hidden = self.decoder(hidden, None, rotary_pos_emb=None, packed_seq_params=packing)
+        with fp8_step.forward_region(self.backend):
+            hidden = self.decoder(hidden, None, rotary_pos_emb=None, packed_seq_params=packing)
         if self.post_process:
             return self._pool(hidden[:, 0], pack, packing)
         return packing.summaries.append_to(hidden) if self.reads_layers else hidden
@@ -223,6 +239,11 @@ def wrap_data_parallel(
         bucket_size=parallel.bucket_size,
     )
     chunks = [DistributedDataParallel(encoder.config, config, encoder) for encoder in encoders]
+    if encoders[0].backend.layers == "transformer_engine":
+        from nvembed_mcore.model import te_layers
+
+        for encoder in encoders:
+            te_layers.sum_into_main_grad(encoder)
     for chunk in chunks:
         if config.overlap_param_gather:
             wait_for_parts(chunk)

@@ -116,6 +116,27 @@ def check_layout(hf_config: MistralConfig, parallel: ParallelConfig) -> None:
         )
 
 
+def check_fp8(hf_config: MistralConfig, backend: Backend, parallel: ParallelConfig) -> None:
+    """Raise a `ConfigError` when a product of the layers has a size that FP8 kernels do not take.
+
+    Emulation takes any.
+    """
+    if not backend.is_fp8_in_te:
+        return
+    width, heads, groups = head_dim(hf_config), hf_config.num_attention_heads, hf_config.num_key_value_heads
+    for what, size, parts in (
+        ("hidden_size", hf_config.hidden_size, 1),
+        ("intermediate_size", hf_config.intermediate_size, parallel.tp),
+        ("num_attention_heads * head_dim", heads * width, parallel.tp),
+        ("(num_attention_heads + 2 * num_key_value_heads) * head_dim", (heads + 2 * groups) * width, parallel.tp),
+    ):
+        if size // parts % backend.alignment:
+            raise ConfigError(
+                f"precision.fp8 is {backend.fp8!r}, which needs multiples of {backend.alignment}, but the model's "
+                f"{what} on a tensor rank is {size // parts}"
+            )
+
+
 def head_dim(hf_config: MistralConfig) -> int:
     """Width of one attention head."""
     return hf_config.head_dim or hf_config.hidden_size // hf_config.num_attention_heads
@@ -128,7 +149,7 @@ def padded_vocabulary(hf_config: MistralConfig) -> int:
 
 def transformer_config(hf_config: MistralConfig, backend: Backend, parallel: ParallelConfig) -> TransformerConfig:
     """The Megatron configuration of these layers in this layout."""
-    dtype = backend.dtype
+    dtype, is_te = backend.dtype, backend.layers == "transformer_engine"
     is_interleaved = parallel.chunks_per_stage > 1
     return TransformerConfig(
         num_layers=hf_config.num_hidden_layers,
@@ -167,6 +188,23 @@ def transformer_config(hf_config: MistralConfig, backend: Backend, parallel: Par
         persist_layer_norm=False,
         gradient_accumulation_fusion=False,
         apply_rope_fusion=False,
+        use_te_activation_func=is_te,
+        **(_fp8_settings(backend) if backend.is_fp8_in_te else {}),
+    )
+
+
+def _fp8_settings(backend: Backend) -> dict[str, Any]:
+    """What TransformerEngine does, in Megatron's words; its regions begin and end with the layers of a stage."""
+    return dict(
+        fp8_recipe=backend.fp8,
+        # Where a scale is for 128 values or fewer, gradients need no wider range than e4m3 has.
+        fp8="e4m3" if backend.fp8 in ("blockwise", "mxfp8") else "hybrid",
+        # TransformerEngine's own defaults, other than Megatron's.
+        fp8_amax_history_len=1024,
+        fp8_amax_compute_algo="max",
+        # Ranks that share a layer have one scale. Reduced behind every pack (Megatron's way) this would hang where
+        # their numbers of packs differ; `te_layers.end_step` does it once a step.
+        tp_only_amax_red=False,
     )
 
 
@@ -195,12 +233,23 @@ class RMSNorm(torch.nn.Module):
 def layer_specs(
     config: TransformerConfig, attention_mask: str, backend: Backend, chunk: int = 0
 ) -> TransformerBlockSubmodules:
-    """Layers of this pipeline stage's chunk: Megatron's local layers with our norm and packed core attention."""
+    """Layers of this pipeline stage's chunk, and the norm behind the last."""
+    mask = AttnMaskType.padding if attention_mask == "bidirectional" else AttnMaskType.padding_causal
+    if backend.layers == "transformer_engine":
+        from nvembed_mcore.model import te_layers  # only where it can be imported
+
+        layer, norm = te_layers.layer_spec(mask), te_layers.TENorm
+    else:
+        layer, norm = _local_layer(mask, backend), RMSNorm
+    vp_stage = chunk if config.virtual_pipeline_model_parallel_size else None
+    return TransformerBlockSubmodules([layer] * get_num_layers_to_build(config, vp_stage), layer_norm=norm)
+
+
+def _local_layer(mask: AttnMaskType, backend: Backend) -> ModuleSpec:
+    """Megatron's local layer with our norm and packed core attention."""
     layer: ModuleSpec = get_gpt_layer_local_spec(normalization="RMSNorm")
     attention = layer.submodules.self_attention
-    attention.params["attn_mask_type"] = (
-        AttnMaskType.padding if attention_mask == "bidirectional" else AttnMaskType.padding_causal
-    )
+    attention.params["attn_mask_type"] = mask
     attention.submodules.core_attention = PackedCoreAttention
     if backend.is_fp8_emulated:
         column, row = (
@@ -209,5 +258,4 @@ def layer_specs(
         attention.submodules.linear_qkv, attention.submodules.linear_proj = column, row
         layer.submodules.mlp.submodules.linear_fc1, layer.submodules.mlp.submodules.linear_fc2 = column, row
     layer.submodules.input_layernorm = layer.submodules.pre_mlp_layernorm = RMSNorm
-    vp_stage = chunk if config.virtual_pipeline_model_parallel_size else None
-    return TransformerBlockSubmodules([layer] * get_num_layers_to_build(config, vp_stage), layer_norm=RMSNorm)
+    return layer

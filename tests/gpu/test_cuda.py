@@ -64,7 +64,7 @@ def test_encoder_equals_hugging_face_on_the_cpu(precision):
     reference = models.hf_reference(config)
     groups = initialize(ParallelConfig())
     pooling = PoolingConfig(kind="mean")
-    model = ModelConfig(config="unused", pooling=pooling)
+    model = ModelConfig(config="unused", pooling=pooling, backend="local")
     encoder = Encoder(config, model, ParallelConfig(), groups, precision=PrecisionConfig(dtype=precision))
     source = {f"embedding_model.{name}": value for name, value in reference.state_dict().items()}
     parameters = encoder.parameters_by_global_name()

@@ -62,6 +62,8 @@ def build(
     temperature=None,
     lora=None,
     fp8="off",
+    backend="local",
+    dtype="float32",
 ):
     """Our encoder's chunks with the reference's weights, under Megatron's data parallelism; table and parameters."""
     from nvembed_mcore.checkpoint.names import local_shard, name_table, to_hf
@@ -69,14 +71,14 @@ def build(
 
     lora = lora or LoraConfig()
     pooling = pooling_config(kind)
-    model = ModelConfig(config="unused", attention_mask=mask, pooling=pooling, lora=lora)
+    model = ModelConfig(config="unused", attention_mask=mask, pooling=pooling, lora=lora, backend=backend)
     encoders = [
         Encoder(
             hf_config,
             model,
             parallel,
             groups,
-            precision=PrecisionConfig(dtype="float32", fp8=fp8),
+            precision=PrecisionConfig(dtype=dtype, fp8=fp8),
             chunk=chunk,
             temperature=temperature,
         )
@@ -184,6 +186,8 @@ class Case:
     targets: tuple[str, ...] = ()
     lora_dropout: float = 0.0
     fp8: str = "off"
+    backend: str = "local"
+    dtype: str = "float32"
 
     @property
     def layout(self) -> tuple[int, int, bool, int, int]:
@@ -225,6 +229,8 @@ def build_step(case: Case, **changes):
         temperature=loss.temperature if loss.learn_temperature else None,
         lora=dataclasses.replace(lora_config(case.targets), dropout=case.lora_dropout) if case.targets else None,
         fp8=case.fp8,
+        backend=case.backend,
+        dtype=case.dtype,
     )
     optimizer = build_optimizer(OptimConfig(clip_norm=case.clip, distributed=case.distributed, **OPTIM), chunks)
     set_learning_rate(optimizer, OPTIM["lr"])

@@ -12,13 +12,15 @@ from collections.abc import Callable
 TIMEOUT_SECONDS = 180
 
 
-def _serve(rank: int, pipe) -> None:
+def _serve(rank: int, pipe, first: Callable[[], None] | None) -> None:
     os.environ.update(
         RANK=str(rank),
         LOCAL_RANK=str(rank),
         MASTER_ADDR="127.0.0.1",
         OMP_NUM_THREADS="1",
     )
+    if first is not None:
+        first()
     import torch
 
     from nvembed_mcore.parallel.groups import shutdown
@@ -48,12 +50,13 @@ def free_port() -> int:
 class World:
     """`world_size` processes that run the same function, as torchrun's workers do."""
 
-    def __init__(self, world_size: int) -> None:
+    def __init__(self, world_size: int, first: Callable[[], None] | None = None) -> None:
+        """`first`: called in each process before it imports Megatron-Core."""
         context = multiprocessing.get_context("spawn")
         self.pipes, self.processes = [], []
         for rank in range(world_size):
             here, there = context.Pipe()
-            process = context.Process(target=_serve, args=(rank, there), daemon=False)
+            process = context.Process(target=_serve, args=(rank, there, first), daemon=False)
             process.start()
             there.close()
             self.pipes.append(here)

@@ -28,6 +28,21 @@ def test_fp8_is_emulated_there():
 
 
 @pytest.mark.parametrize(
+    ("asked", "precision", "line"),
+    [
+        ("auto", PrecisionConfig(), "layers by torch (there is no CUDA device), weights in float32"),
+        (
+            "local",
+            PrecisionConfig(dtype="bfloat16", fp8="blockwise"),
+            "layers by torch, weights in bfloat16, FP8 blockwise emulated",
+        ),
+    ],
+)
+def test_a_run_says_what_computes_and_why(asked, precision, line):
+    assert str(choose(model(asked), precision)) == line
+
+
+@pytest.mark.parametrize(
     ("backend", "fp8_attention", "text"),
     [
         ("transformer_engine", "off", "model.backend is transformer_engine, but there is no CUDA device"),
