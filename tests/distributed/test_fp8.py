@@ -58,9 +58,10 @@ def test_cached_is_retain_by_bits(world, case):
     """The second forward rounds as the first, and counts once."""
     ways = [world(case["world"]).run(fp8.two_steps, Case(**case, way=way, budget=60)) for way in ("retain", "cached")]
     assert ways[0] == ways[1]
-    off = world(case["world"]).run(fp8.two_steps, Case(**case | {"fp8": "off"}, way="retain", budget=60))
-    assert ways[0][0]["losses"][0] != off[0]["losses"][0]
-    assert ways[0][0]["losses"][0] == pytest.approx(off[0]["losses"][0], rel=0.1)
+    if case["world"] == 1:
+        (off,) = world(1).run(fp8.two_steps, Case(way="retain", budget=60))
+        assert ways[0][0]["losses"][0] != off["losses"][0]
+        assert ways[0][0]["losses"][0] == pytest.approx(off["losses"][0], rel=0.1)
 
 
 def test_delayed_scales_are_those_of_all_ranks_in_a_run(world):
