@@ -12,11 +12,10 @@ ruff format --check .
 export OMP_NUM_THREADS=1 # most tests start several processes
 if [ $# -gt 0 ]; then exec python -m pytest -q "${slow[@]}" "$@"; fi
 # A unit test is one process, so two run at a time. What starts programs and waits for them (SLURM's jobs, the quick start,
-# runs that are killed) runs beside them and begins first. Of the others, those of reliability wait often enough for two
-# at a time; tests/distributed fills two cores by itself.
+# runs that are killed) runs beside them and begins first. Of the others, those of reliability wait often enough to leave
+# room for a third worker beside those that compute on two processes.
 waiting=(tests/reliability/test_slurm.py tests/test_quickstart.py tests/reliability/test_kill.py tests/reliability/test_stop.py)
 status=0
 python -m pytest -q "${slow[@]}" -n 3 --dist loadfile --no-loadscope-reorder "${waiting[@]}" tests/unit || status=$?
-python -m pytest -q "${slow[@]}" -n 2 --dist loadfile tests/reliability "${waiting[@]/#/--ignore=}" || status=$?
-python -m pytest -q "${slow[@]}" tests --ignore tests/unit --ignore tests/reliability --ignore tests/test_quickstart.py || status=$?
+python -m pytest -q "${slow[@]}" -n 3 --dist loadfile tests --ignore tests/unit "${waiting[@]/#/--ignore=}" || status=$?
 exit $status
