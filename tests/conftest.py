@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import os
+import sys
 from collections.abc import Callable, Iterator
 
 import pytest
@@ -11,6 +13,17 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 from tests.helpers.world import World
+
+
+@pytest.fixture(scope="module", autouse=True)
+def no_groups_remain() -> Iterator[None]:
+    """Groups that a module's tests made in this process end with it, and the threads that each of them has."""
+    yield
+    if "torch" in sys.modules and sys.modules["torch"].distributed.is_initialized():
+        from nvembed_mcore.parallel.groups import shutdown
+
+        shutdown()
+        gc.collect()
 
 
 @pytest.fixture(scope="session")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import multiprocessing
 import os
 import socket
@@ -26,6 +27,7 @@ def _serve(rank: int, pipe, first: Callable[[], None] | None) -> None:
     from nvembed_mcore.parallel.groups import shutdown
 
     torch.set_num_threads(1)
+    is_first = True
     while True:
         job = pipe.recv()
         if job is None:
@@ -37,7 +39,12 @@ def _serve(rank: int, pipe, first: Callable[[], None] | None) -> None:
         except BaseException:
             pipe.send((False, traceback.format_exc()))
         # Each group over gloo has threads of its own that wake up now and then: hundreds of them slow every test down.
+        # Models and optimizers refer to their groups in circles, so the groups are there until these are collected.
         shutdown()
+        gc.collect()
+        if is_first:
+            gc.freeze()  # what the first job imported: not to be looked through after each
+        is_first = False
 
 
 def free_port() -> int:
