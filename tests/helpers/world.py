@@ -5,10 +5,12 @@ from __future__ import annotations
 import gc
 import multiprocessing
 import os
+import random
 import socket
 import time
 import traceback
 from collections.abc import Callable
+from contextlib import suppress
 
 TIMEOUT_SECONDS = 180
 
@@ -48,10 +50,13 @@ def _serve(rank: int, pipe, first: Callable[[], None] | None) -> None:
 
 
 def free_port() -> int:
-    """A port of the loopback that nobody listens on."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
+    """A port of the loopback that nobody listens on, and from which the kernel takes none for outgoing connections:
+    other tests make many of these before this one is used."""
+    draw = random.SystemRandom()
+    while True:
+        with socket.socket() as probe, suppress(OSError):
+            probe.bind(("127.0.0.1", draw.randrange(10_000, 17_000)))
+            return probe.getsockname()[1]
 
 
 class World:
