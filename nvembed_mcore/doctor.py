@@ -211,9 +211,11 @@ def _rest(backend: Backend, settings: Settings) -> Iterator[Path]:
     trained = f"adapters of rank {adapters.rank} and the head" if adapters.rank else "all weights"
     yield Path("trained", trained, f"model.lora.rank is {adapters.rank}")
     yield Path("exchange", device.backend(), "objects and checkpoints travel over gloo")
-    yield Path("gradients", _beside(parallel.overlap_grad_reduce, "the backward pass", "reduced"))
+    overlap, why = parallel.overlap_grad_reduce, "parallel.overlap_grad_reduce is "
+    yield Path("gradients", _beside(overlap, "the backward pass", "reduced"), why + str(overlap).lower())
     if settings.optim.distributed:
-        yield Path("new weights", _beside(parallel.overlap_param_gather, "the next forward pass", "gathered"))
+        overlap, why = parallel.overlap_param_gather, "parallel.overlap_param_gather is "
+        yield Path("new weights", _beside(overlap, "the next forward pass", "gathered"), why + str(overlap).lower())
 
 
 _FUSED = {

@@ -74,6 +74,7 @@ def test_of_this_machine(capsys, tmp_path):
         "architecture": ("32 layers of width 4096", "Mistral-7B's, for no configuration is given"),
         "FP8 attention": ("off", "precision.fp8_attention is off; the layers are Megatron's local layers"),
         "exchange": ("gloo", "objects and checkpoints travel over gloo"),
+        "gradients": ("reduced between the passes", "parallel.overlap_grad_reduce is false"),
     }
     for part, (choice, why) in expected.items():
         assert (found[f"path: {part}"], found[f"why: {part}"]) == (choice, why)
