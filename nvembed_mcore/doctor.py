@@ -24,6 +24,7 @@ from nvembed_mcore.config import (
 )
 from nvembed_mcore.installed import Installed, look
 from nvembed_mcore.model.backend import Backend, choose, why_no_fp8, why_no_transformer_engine
+from nvembed_mcore.preflight_rank import missing_paths
 
 if TYPE_CHECKING:
     from transformers import MistralConfig
@@ -55,6 +56,7 @@ class Settings:
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
     architecture: MistralConfig = field(default_factory=_mistral_7b)
+    architecture_is: str = "Mistral-7B's, for no configuration is given"
 
 
 @dataclass(frozen=True)
@@ -76,19 +78,23 @@ class Diagnosis:
 
 def examine(read: Callable[[], RunConfig] | None = None) -> Diagnosis:
     """Examine this machine, for a run with the configuration that `read` reads; None: for any run."""
-    installed, paths, parallel = look(), [], ParallelConfig()
-    refusal = _why_no_run()
-    if not refusal:
+    installed, settings, paths = look(), Settings(), []
+    refusals = _why_no_run()
+    if not refusals:
         try:
-            settings = Settings() if read is None else _settings(read())
-            parallel, paths = settings.parallel, list(paths_of(settings))
+            if read is not None:
+                config = read()
+                refusals = missing_paths(config)
+                settings = _settings(config)
+            paths = list(paths_of(settings))
         except (ValueError, OSError) as error:
-            refusal = str(error)
+            refusals = [*refusals, str(error)]
     found = installed.lines() | {"TransformerEngine": why_no_transformer_engine() or "can be imported"}
-    return Diagnosis(found, paths, list(warnings_of(installed, parallel, os.environ)), refusal)
+    warnings = list(warnings_of(installed, settings.parallel, os.environ))
+    return Diagnosis(found, paths, warnings, "\n".join(refusals))
 
 
-def _why_no_run() -> str:
+def _why_no_run() -> list[str]:
     """Why the trainer's own modules cannot be imported; empty where they can.
 
     Megatron-Core imports TransformerEngine, and foresees only that there is none: a broken one breaks it.
@@ -97,25 +103,24 @@ def _why_no_run() -> str:
         from nvembed_mcore import build, optim  # noqa: F401
     except Exception as error:
         text = str(error).strip().splitlines()[0] if str(error).strip() else ""
-        return f"Megatron-Core or another library cannot be imported: {type(error).__name__}: {text}"
-    return ""
+        return [f"Megatron-Core or another library cannot be imported: {type(error).__name__}: {text}"]
+    return []
 
 
 def _settings(config: RunConfig) -> Settings:
-    """Of a configuration that can run here.
+    """Of a configuration, and of the model that it names; where that is not here, of Mistral-7B.
 
     Raises:
-        ConfigError, WeightsError: it cannot.
+        ConfigError, WeightsError: what is there is no model of this kind.
     """
     from nvembed_mcore.build import read_architecture
-    from nvembed_mcore.model.mistral import check_layout
-    from nvembed_mcore.preflight_rank import missing_paths
 
-    if missing := missing_paths(config):
-        raise ConfigError("\n".join(missing))
-    architecture = read_architecture(config.model)
-    check_layout(architecture, config.parallel)
-    return Settings(config.model, config.precision, config.parallel, config.optim, architecture)
+    named = config.model.config or config.model.init_from
+    if os.path.exists(named):
+        architecture, source = read_architecture(config.model), f"that of {named}"
+    else:
+        architecture, source = _mistral_7b(), f"Mistral-7B's, for there is no {named}"
+    return Settings(config.model, config.precision, config.parallel, config.optim, architecture, source)
 
 
 def paths_of(settings: Settings) -> Iterator[Path]:
@@ -124,7 +129,14 @@ def paths_of(settings: Settings) -> Iterator[Path]:
     Raises:
         ConfigError: the configuration asks for what is not here.
     """
+    from nvembed_mcore.model.mistral import check_fp8, check_layout
+
+    architecture = settings.architecture
+    check_layout(architecture, settings.parallel)
     backend = choose(settings.model, settings.precision)
+    check_fp8(architecture, backend, settings.parallel)
+    sizes = f"{architecture.num_hidden_layers} layers of width {architecture.hidden_size}"
+    yield Path("architecture", sizes, settings.architecture_is)
     yield from _layers(backend, settings.model)
     yield from _attention(backend, settings)
     yield from _rest(backend, settings)
@@ -160,22 +172,30 @@ def _attention(backend: Backend, settings: Settings) -> Iterator[Path]:
     is_te, width, dropout = backend.layers == "transformer_engine", config.kv_channels, config.attention_dropout
     why_not = why_torch(config) if is_te else f"the layers are {_NAMES[backend.layers]}"
     padded = why_padded(device.current().type, backend.dtype, width, dropout)
+    missing = fp8_attention.missing(config) if is_te else why_not
+    if backend.fp8_attention == "on" and missing:
+        raise ConfigError(f"precision.fp8_attention is 'on', but {missing}. Use 'off' or 'auto'")
+    in_fp8 = "off" if missing else backend.fp8_attention
     if not why_not:
-        yield Path("attention", "TransformerEngine, packed", f"heads of width {width}, no dropout")
+        yield Path("attention", _TE_ATTENTION[in_fp8], f"heads of width {width}, no dropout")
         yield Path("rotary positions", "TransformerEngine, one kernel", "by the place in each text")
     else:
         form = "torch, padded buckets of similar length" if padded else "torch's variable-length attention, packed"
         yield Path("attention", form, "; ".join(filter(None, [why_not if is_te else "", padded])) or why_not)
         yield Path("rotary positions", "torch", "by the place in each text")
-    missing = fp8_attention.missing(config) if is_te else why_not
-    if backend.fp8_attention == "on" and missing:
-        raise ConfigError(f"precision.fp8_attention is 'on', but {missing}. Use 'off' or 'auto'")
     asked = f"precision.fp8_attention is {settings.precision.fp8_attention}"
-    yield Path("FP8 attention", "off" if missing else backend.fp8_attention, f"{asked}; {missing or 'it can be here'}")
+    yield Path("FP8 attention", in_fp8, f"{asked}; {missing or 'it can be here'}")
+
+
+_TE_ATTENTION = {
+    "off": "TransformerEngine, packed",
+    "on": "TransformerEngine in FP8, padded buckets of similar length",
+    "auto": "TransformerEngine, packed or in FP8 over padded buckets: measured when a run starts",
+}
 
 
 def _rest(backend: Backend, settings: Settings) -> Iterator[Path]:
-    from nvembed_mcore.model.pooling import kernels_for
+    from nvembed_mcore.model.pooling import why_no_kernels
     from nvembed_mcore.optim import choose_adam
 
     parallel = settings.parallel
@@ -185,17 +205,17 @@ def _rest(backend: Backend, settings: Settings) -> Iterator[Path]:
     yield Path("optimizer's state", sharded, f"optim.distributed is {str(settings.optim.distributed).lower()}")
     no_kernel = loss.why_no_kernel(device.current().type, torch.float32)
     yield Path("loss", "torch" if no_kernel else "Triton kernel", no_kernel)
-    head = kernels_for(torch.empty(0, dtype=backend.dtype, device=device.current()))
-    has_kernels = head.__name__.endswith(".latent_head")
-    where = f"{str(backend.dtype).removeprefix('torch.')} on {device.name()}"
-    yield Path("pooling head", "Triton between its products" if has_kernels else "torch", where)
+    no_kernels = why_no_kernels(device.current().type, backend.dtype)
+    yield Path("pooling head", "torch" if no_kernels else "Triton between its products", no_kernels)
     adapters = settings.model.adapters or LoraConfig()
     trained = f"adapters of rank {adapters.rank} and the head" if adapters.rank else "all weights"
     yield Path("trained", trained, f"model.lora.rank is {adapters.rank}")
     yield Path("exchange", device.backend(), "objects and checkpoints travel over gloo")
-    yield Path("gradients", _beside(parallel.overlap_grad_reduce, "the backward pass", "reduced"))
+    overlap, why = parallel.overlap_grad_reduce, "parallel.overlap_grad_reduce is "
+    yield Path("gradients", _beside(overlap, "the backward pass", "reduced"), why + str(overlap).lower())
     if settings.optim.distributed:
-        yield Path("new weights", _beside(parallel.overlap_param_gather, "the next forward pass", "gathered"))
+        overlap, why = parallel.overlap_param_gather, "parallel.overlap_param_gather is "
+        yield Path("new weights", _beside(overlap, "the next forward pass", "gathered"), why + str(overlap).lower())
 
 
 _FUSED = {

@@ -13,8 +13,6 @@ found as tensors, because a step pushes `dL/dE` through each pack on its own.
 
 from __future__ import annotations
 
-import functools
-import importlib.util
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
@@ -22,7 +20,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from nvembed_mcore.kernels import reference
+from nvembed_mcore.kernels import has_triton, reference
 from nvembed_mcore.kernels.reference import Columns, Masks, Rows, Softmax
 
 BLOCK_SCORES, CUDA_BLOCK_SCORES = 1 << 23, 1 << 27
@@ -283,12 +281,7 @@ def why_no_kernel(device_type: str, dtype: torch.dtype) -> str:
         return "the kernel needs a CUDA device"
     if dtype != torch.float32:
         return f"the kernel takes float32 scores, and not {dtype}"
-    return "" if _has_triton() else "Triton is not installed"
-
-
-@functools.cache
-def _has_triton() -> bool:
-    return importlib.util.find_spec("triton") is not None
+    return "" if has_triton() else "Triton is not installed"
 
 
 def _softmax_gradient_(

@@ -8,7 +8,8 @@
 #     --arch LIST      compute capabilities to build for, such as '90' or '90;100' (default: those of the GPUs here)
 #     --apex [SOURCE]  build Apex too, from a checkout or this address (default: https://github.com/NVIDIA/apex)
 # MAX_JOBS is the number of compilers at a time (default: the number of cores).
-# It ends with `nvembed doctor` and one linear in FP8, so with 0 only where that works.
+# It ends with `nvembed doctor` and one linear in FP8, so with 0 only where that works, or with a line that the GPU has no
+# FP8.
 set -euo pipefail
 
 TE_VERSION=2.20.2
@@ -67,7 +68,7 @@ check_python_and_torch() {
     case "$cuda" in
         12 | 13) ;;
         *)
-            cannot "torch ${torch:-(none)} is built for ${cuda:+CUDA }${cuda:-CPUs}, and TransformerEngine $TE_VERSION needs CUDA 12 or 13"
+            [ -z "$torch" ] || cannot "torch $torch is built for ${cuda:+CUDA }${cuda:-CPUs}, and TransformerEngine $TE_VERSION needs CUDA 12 or 13"
             cuda=13
             ;;
     esac

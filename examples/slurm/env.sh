@@ -5,7 +5,7 @@
 # /proc). Put them in files of mode 600 that the programs read themselves (~/.netrc for W&B, $HF_HOME/token).
 
 # Software: modules, then the virtual environment that `pip install` put nvembed into.
-# module load cuda/12.8
+# module load cuda/13.0
 : "${NVEMBED_VENV:=$PWD/.venv}"
 export PATH="$NVEMBED_VENV/bin:$PATH"
 

@@ -167,7 +167,7 @@ def _checkpoint(checkpoint: store.Checkpoint) -> dict[str, Any]:
     optimizer = {name for name in stored if name.startswith(("optimizer.", "chained_"))}
     described = _counted({name: one for name, one in stored.items() if name not in histories | optimizer})
     about = {"step": checkpoint.step}
-    about |= {name: config[name] for name in ("stage", "steps", "seed", "parallel") if name in config}
+    about |= {name: config[name] for name in ("stage", "steps", "seed", "precision", "parallel") if name in config}
     about |= {name: model[name] for name in ("pooling", "attention_mask", "lora") if model.get(name) is not None}
     about |= {name: facts[name] for name in ("hardware", "data", "tokenizer", "imported_from") if facts.get(name)}
     about["optimizer tensors"] = len(optimizer)

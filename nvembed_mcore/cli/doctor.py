@@ -1,4 +1,4 @@
-"""`nvembed doctor [CONFIG.yaml] [--field.of.the.tree value ...]`: what a run is computed with here, and why."""
+"""`nvembed doctor [CONFIG.yaml [--field.of.the.tree value ...]]`: what a run is computed with here, and why."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ With a configuration, its choices count. Ends with 0 where a run can start, with
 
 
 def doctor(arguments: list[str]) -> int:
-    """`nvembed doctor [CONFIG.yaml] [--field value ...] [--json PATH]`."""
+    """`nvembed doctor [CONFIG.yaml [--field value ...]] [--json PATH]`."""
     parser = argparse.ArgumentParser(
         prog="nvembed doctor",
-        usage="nvembed doctor [CONFIG.yaml] [--field value ...] [--json PATH]",
+        usage="nvembed doctor [CONFIG.yaml [--field value ...]] [--json PATH]",
         description=_DESCRIPTION,
         allow_abbrev=False,
     )

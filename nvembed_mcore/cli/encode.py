@@ -62,7 +62,8 @@ def add_fp8(command: argparse.ArgumentParser) -> None:
         "--fp8",
         choices=["off", "tensorwise", "blockwise", "mxfp8"],
         default="off",
-        help="round the layers' weights and inputs to FP8 (precision.fp8; emulated without TransformerEngine)",
+        help="round the layers' weights and inputs to FP8 (precision.fp8; emulated without TransformerEngine); not "
+        "by delayed scaling, which needs a training's history",
     )
 
 

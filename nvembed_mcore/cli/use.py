@@ -19,7 +19,7 @@ def _add_model(command: argparse.ArgumentParser) -> None:
     command.add_argument("model", help="exported folder")
     command.add_argument("--instruction", help="task of the queries; default: the one the model was exported with")
     command.add_argument("--max-length", type=int, default=512, help="longest text in tokens (default 512)")
-    command.add_argument("--device", default="cpu", help="torch device (default cpu)")
+    command.add_argument("--device", help="torch device (default cpu)")
 
 
 def _encoder(arguments: argparse.Namespace) -> Callable:
@@ -30,7 +30,7 @@ def _encoder(arguments: argparse.Namespace) -> Callable:
         arguments.model,
         instruction=arguments.instruction,
         max_length=arguments.max_length,
-        device=arguments.device,
+        device=arguments.device or "cpu",
     )
 
 
@@ -55,11 +55,21 @@ def _evaluate(arguments: argparse.Namespace) -> None:
 
 
 def _fp8_encoder(arguments: argparse.Namespace) -> Callable:
-    """The exported model as the trainer computes it, for transformers has no FP8 of this kind."""
+    """The exported model as the trainer computes it, for transformers has no FP8 of this kind.
+
+    Raises:
+        ConfigError: a device is named: the trainer takes the GPU where there is one.
+    """
     import torch
 
+    from nvembed_mcore.config import ConfigError
     from nvembed_mcore.evaluation.embedders import open_embedder
 
+    if arguments.device is not None:
+        raise ConfigError(
+            f"--device {arguments.device} is for --fp8 off, and --fp8 is {arguments.fp8}: the trainer's layers then "
+            f"embed, on a GPU where there is one"
+        )
     embedder = open_embedder(
         arguments.model, instruction=arguments.instruction, max_length=arguments.max_length, fp8=arguments.fp8
     )

@@ -9,8 +9,6 @@ whole. Only `MultiLayerPooling` comes after that sum: it reads one for each laye
 
 from __future__ import annotations
 
-import functools
-import importlib.util
 import math
 from types import ModuleType
 
@@ -21,7 +19,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from nvembed_mcore.config import PoolingConfig
-from nvembed_mcore.kernels import reference_head
+from nvembed_mcore.kernels import has_triton, reference_head
 from nvembed_mcore.model.attention import Packing, packed_attention
 
 ROWS_AT_ONCE = 4096
@@ -62,12 +60,7 @@ def why_no_kernels(device_type: str, dtype: torch.dtype) -> str:
         return "the kernels need a CUDA device"
     if dtype not in (torch.bfloat16, torch.float16):
         return f"the kernels save what half precision costs in copies, and the weights are {dtype}"
-    return "" if _has_triton() else "Triton is not installed"
-
-
-@functools.cache
-def _has_triton() -> bool:
-    return importlib.util.find_spec("triton") is not None
+    return "" if has_triton() else "Triton is not installed"
 
 
 def segment_sum(

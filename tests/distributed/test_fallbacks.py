@@ -16,6 +16,7 @@ from nvembed_mcore import apex_kernels, optim
 from nvembed_mcore.loss import why_no_kernel
 from nvembed_mcore.model import mistral
 from nvembed_mcore.model.attention import why_padded
+from nvembed_mcore.model.pooling import why_no_kernels
 from tests.helpers import adam
 from tests.helpers.cases import Case
 
@@ -113,6 +114,8 @@ def test_norms_take_the_kernel_of_apex(modules):
     [
         (why_no_kernel("cpu", torch.float32), "CUDA device"),
         (why_no_kernel("cuda", torch.float64), "not torch.float64"),
+        (why_no_kernels("cpu", torch.bfloat16), "CUDA device"),
+        (why_no_kernels("cuda", torch.float32), "the weights are torch.float32"),
         (why_padded("cpu", torch.bfloat16, 64, 0.0), "CUDA device"),
         (why_padded("cuda", torch.float32, 64, 0.0), "not torch.float32"),
         (why_padded("cuda", torch.bfloat16, 12, 0.0), "not 12"),
@@ -126,4 +129,4 @@ def test_why_a_slower_way_is_taken(reason, words):
 def test_where_the_fast_ones_are_taken():
     assert why_padded("cuda", torch.bfloat16, 128, 0.0) == ""
     pytest.importorskip("triton")
-    assert why_no_kernel("cuda", torch.float32) == ""
+    assert why_no_kernel("cuda", torch.float32) == why_no_kernels("cuda", torch.bfloat16) == ""

@@ -114,3 +114,8 @@ def test_evaluate_in_fp8(capsys, export, inputs_of_beir, tmp_path):
         found.append(json.loads((tmp_path / "out.json").read_text()))
     assert found[0].keys() == found[1].keys()
     assert found[1]["recall_at_100"] == found[0]["recall_at_100"] == 1.0
+
+
+def test_evaluate_in_fp8_chooses_no_device(capsys):
+    assert main(["evaluate", "export", "beir", "--fp8", "blockwise", "--device", "cuda:1"]) == 78
+    assert "--device cuda:1 is for --fp8 off, and --fp8 is blockwise" in capsys.readouterr().err

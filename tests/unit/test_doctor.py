@@ -11,12 +11,15 @@ import pytest
 import torch
 import yaml
 
-from nvembed_mcore import installed, resume
+from nvembed_mcore import doctor, installed, resume
 from nvembed_mcore.cli import main
+from nvembed_mcore.cli.run_config import read_run_config
 from nvembed_mcore.config import ConfigError, ModelConfig, OptimConfig, ParallelConfig, PrecisionConfig
 from nvembed_mcore.device import Gpu
 from nvembed_mcore.doctor import Settings, examine, paths_of, warnings_of
 from nvembed_mcore.installed import Installed
+from nvembed_mcore.model import fp8_attention
+from nvembed_mcore.model.backend import Backend
 from tests.helpers.models import tiny_config
 from tests.helpers.runs import run_config
 
@@ -67,9 +70,11 @@ def test_of_this_machine(capsys, tmp_path):
         "attention": ("torch, padded buckets of similar length", "attention to a pack as it is needs a CUDA device"),
         "optimizer": ("torch's fused AdamW", "there is no CUDA device"),
         "loss": ("torch", "the kernel needs a CUDA device"),
-        "pooling head": ("torch", "float32 on cpu"),
+        "pooling head": ("torch", "the kernels need a CUDA device"),
+        "architecture": ("32 layers of width 4096", "Mistral-7B's, for no configuration is given"),
         "FP8 attention": ("off", "precision.fp8_attention is off; the layers are Megatron's local layers"),
         "exchange": ("gloo", "objects and checkpoints travel over gloo"),
+        "gradients": ("reduced between the passes", "parallel.overlap_grad_reduce is false"),
     }
     for part, (choice, why) in expected.items():
         assert (found[f"path: {part}"], found[f"why: {part}"]) == (choice, why)
@@ -106,6 +111,51 @@ def test_what_cannot_run_here(capsys, config, options, words):
     said = capsys.readouterr().out
     assert f"doctor: cannot run: {words}" in said.replace("\n", " ") or words in said
     assert "megatron-core" in said, "what is installed is told all the same"
+
+
+@of_a_cpu
+def test_a_configuration_whose_files_are_elsewhere(config):
+    """As the recipes of a fresh checkout: what is missing is told, and who would compute."""
+    options = ["--model.config", "nowhere", "--data.tokenizer", "nowhere", "--model.lora.rank", "4"]
+    found = examine(lambda: read_run_config([config, *options]))
+    assert found.refusal == "data.tokenizer: there is no nowhere\nmodel.config: there is no nowhere"
+    parts = {one.part: one for one in found.paths}
+    assert parts["architecture"].why == "Mistral-7B's, for there is no nowhere"
+    assert parts["trained"].why == "model.lora.rank is 4"
+
+
+def test_sizes_that_fp8_does_not_take(monkeypatch):
+    """The encoder refuses them, too."""
+    monkeypatch.setattr(doctor, "choose", lambda *_: Backend("transformer_engine", torch.bfloat16, "delayed"))
+    with pytest.raises(ConfigError, match="precision.fp8 is 'delayed', which needs multiples of 16, but the model's"):
+        list(paths_of(Settings(architecture=tiny_config(hidden_size=24))))
+
+
+@pytest.mark.parametrize(
+    ("asked", "missing", "attention", "in_fp8"),
+    [
+        ("off", "", "TransformerEngine, packed", "off"),
+        ("on", "", "TransformerEngine in FP8, padded buckets of similar length", "on"),
+        (
+            "auto",
+            "",
+            "TransformerEngine, packed or in FP8 over padded buckets: measured when a run starts",
+            "auto",
+        ),
+        ("auto", "it needs cuDNN 9.7 or later", "TransformerEngine, packed", "off"),
+    ],
+)
+def test_attention_of_transformer_engine(monkeypatch, asked, missing, attention, in_fp8):
+    """On a machine that has it, which is made up."""
+    backend = Backend("transformer_engine", torch.bfloat16, "delayed", asked)
+    monkeypatch.setattr(doctor, "choose", lambda *_: backend)
+    monkeypatch.setattr(fp8_attention, "missing", lambda _: missing)
+    found = {
+        one.part: one for one in paths_of(Settings(precision=PrecisionConfig(fp8="delayed", fp8_attention=asked)))
+    }
+    assert found["attention"].choice == attention and found["FP8 attention"].choice == in_fp8
+    assert found["FP8 attention"].why == f"precision.fp8_attention is {asked}; {missing or 'it can be here'}"
+    assert found["rotary positions"].choice == "TransformerEngine, one kernel"
 
 
 def test_a_megatron_that_cannot_be_imported(monkeypatch):

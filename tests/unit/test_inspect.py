@@ -79,6 +79,7 @@ def test_a_run_says_what_it_was_trained_from(room):
     assert found["dtypes"] == {"float32": found["parameters"]["all"]}, "moments do not count"
     about = found["about"]
     assert about["step"] == 1 and about["stage"] == 2 and about["parallel"]["tp"] == 1
+    assert about["precision"] == {"dtype": "auto", "fp8": "off", "fp8_attention": "off"}
     assert about["hardware"]["world_size"] == 1 and len(about["data"]) >= 32
     assert about["optimizer tensors"] == 3 * len(found["tensors"])
     assert found["trained_from"] == [str(room / "imported"), str(room / "nv-embed")]

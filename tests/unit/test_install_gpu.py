@@ -137,6 +137,7 @@ def test_what_it_needs_first(machine, changes, words):
     # A dry run tells it and goes on; it does nothing either.
     status, output, calls = machine.run(*options, "--dry-run", PATH=f"{machine.folder}/bin:/usr/bin:/bin", **changes)
     assert (status, calls) == (0, []) and words in output and "transformer-engine-torch==2.20.2" in output
+    assert output.count("install_gpu: cannot: ") == 1, "one reason, and not what only follows from it"
 
 
 def test_a_torch_that_was_replaced_on_the_way(machine):
