@@ -205,7 +205,9 @@ def full(figures: Figures, size: Size, name: str, precision: dict[str, str]) -> 
         release()
         # Where it does not fit, a quarter less; where it does, half of it for the line.
         layers = layers // 2 if seconds else layers * 3 // 4
-    (many, few) = sorted(seconds, reverse=True)
+    if len(seconds) < 2:
+        raise MemoryError(f"a line needs two numbers of layers that fit, and only {sorted(seconds) or 'none'} did")
+    many, few = sorted(seconds, reverse=True)
     a_layer = (seconds[many]["total"] - seconds[few]["total"]) / (many - few)
     scaled = seconds[many]["total"] + a_layer * (size.layers - many)
     flops = pack_flops(size.hf_config(), size.pooling(), batch.lengths.tolist())
