@@ -10,7 +10,8 @@ that is told to be the first of a step, and takes that forward's backward for th
 straight into `main_grad` it overwrites what is there. Packs go backward in another order than forward (`step.py`), so
 no forward is called the first here. An FP8 weight is made where there is none, and dropped (`forget_fp8_weights`) when
 the weight has changed: once a step where it trains, and never where it is frozen. One made in a forward without a
-graph lacks what backward needs; the first forward with a graph makes it once more, of the same values.
+graph lacks what backward needs; the first forward with a graph makes it once more, of the same values (one in blocks
+of 128 x 128 is kept, and transposed in backward).
 
 Delayed scaling. TransformerEngine moves the histories of largest magnitudes behind each forward with a graph and each
 backward, and reduces them over ranks there: ranks with different numbers of packs would wait for one another, and the
