@@ -18,7 +18,7 @@ from nvembed_mcore.watchdog import Watch
 from tests.helpers import runs
 from tests.helpers.supervisor import Ranks, last_step
 
-TIMEOUT_SECONDS = 2.5
+TIMEOUT_SECONDS = 5.0
 """`parallel.timeout_minutes` of these runs. They end a second or two later on a machine that is idle."""
 BUSY_SECONDS = 20.0
 """What a busy machine may take on top; gloo itself would wait for half an hour."""
