@@ -81,6 +81,8 @@ class Constants:
     """Seconds until the host has queued one layer's forward pass."""
     exposed: Constant
     """Share of overlapped communication that stays visible."""
+    unexplained: Constant
+    """Factor on the whole, 1: its range is the spread of what the terms leave unexplained."""
 
 
 @dataclass(frozen=True, kw_only=True)
