@@ -1,4 +1,4 @@
-"""What a run costs before it is started: memory, traffic, balance and time of any layout (docs/scaling.md).
+"""What any cluster would do, computed on one laptop: FLOPs, bytes, memory, seconds and money of a step.
 
-Nothing here but `dry_run` imports torch, Megatron-Core or transformers: a plan answers in seconds on a laptop.
+Nothing here but `dry_run` imports torch, Megatron or transformers: a plan must answer within seconds.
 """
