@@ -110,11 +110,12 @@ def linears(architecture: Architecture, tp: int) -> list[Linear]:
     hidden, ffn = architecture.hidden_size, architecture.intermediate_size // tp
     inner = architecture.num_attention_heads * architecture.head_dim // tp
     of_groups = architecture.num_key_value_heads * architecture.head_dim // tp
-    qkv, gated = {"q": inner, "k": of_groups, "v": of_groups}, {"gate": ffn, "up": ffn}
+    qkv = {"q": inner, "k": of_groups, "v": of_groups}
+    up = {"gate": ffn, "up": ffn} if architecture.gated_mlp else {"up": ffn}
     return [
         Linear("self_attention.linear_qkv", hidden, sum(qkv.values()), qkv, False),
         Linear("self_attention.linear_proj", inner, hidden, {"o": hidden}, True),
-        Linear("mlp.linear_fc1", hidden, 2 * ffn, gated, False),
+        Linear("mlp.linear_fc1", hidden, sum(up.values()), up, False),
         Linear("mlp.linear_fc2", ffn, hidden, {"down": hidden}, True),
     ]
 
