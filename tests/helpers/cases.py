@@ -172,6 +172,8 @@ class Case:
     tp: int = 1
     pp: int = 1
     chunks: int = 1
+    first: int | None = None
+    last: int | None = None
     sp: bool = False
     way: str = "auto"
     budget: int = 100_000
@@ -215,6 +217,7 @@ def build_step(case: Case, **changes):
     # Small buckets, so that there are several to overlap.
     overlap = dict(overlap_grad_reduce=case.overlap, bucket_size=4000 if case.overlap else None)
     overlap |= dict(overlap_param_gather=case.gather)
+    overlap |= dict(layers_in_first_stage=case.first, layers_in_last_stage=case.last)
     parallel, groups = layout(case.tp, case.pp, case.sp, chunks_per_stage=case.chunks, **overlap)
     hf_config = step_config(**changes)
     loss = LossConfig(**{"temperature": TEMPERATURE, **case.loss})
