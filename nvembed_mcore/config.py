@@ -197,7 +197,7 @@ class CheckpointConfig:
     """Resume checkpoints, in the run folder's `checkpoints/`."""
 
     every_steps: int = 500
-    """Steps between checkpoints; the last step is always saved."""
+    """Steps between checkpoints; the last step is always saved. 0: none is ever written, for measurements."""
     keep: int = 2
     """Complete checkpoints kept; older ones are removed after a new one is complete."""
     resume: Literal["auto", "must", "never"] = "auto"
@@ -216,7 +216,7 @@ class CheckpointConfig:
             self.manifest_sha256 is None or re.fullmatch("[0-9a-f]{64}", self.manifest_sha256) is not None,
             f"checkpoint.manifest_sha256 must be 64 hexadecimal digits in lower case, got {self.manifest_sha256!r}",
         )
-        require(self.every_steps >= 1, f"checkpoint.every_steps must be at least 1, got {self.every_steps}")
+        require(self.every_steps >= 0, f"checkpoint.every_steps must not be negative, got {self.every_steps}")
         require(self.keep >= 2, f"checkpoint.keep must be at least 2 (the newest may be damaged), got {self.keep}")
 
 
@@ -248,10 +248,14 @@ class LogConfig:
     straggler_window: int = 50
     """Steps over which ranks' own seconds are summed and compared; a rank that takes 1.5 times the median in three
     windows in a row is named. 0: never."""
+    time_communication_every: int = 0
+    """Every so many steps, wait for each collective as soon as it begins, and write the seconds of a step in which a
+    rank did so (`communication_seconds`): nothing overlaps in that step, which is slower for it. 0: never."""
 
     def __post_init__(self) -> None:
         require(self.every_steps >= 1, f"log.every_steps must be at least 1, got {self.every_steps}")
-        require(self.straggler_window >= 0, f"log.straggler_window must not be negative, got {self.straggler_window}")
+        for name in ("straggler_window", "time_communication_every"):
+            require(getattr(self, name) >= 0, f"log.{name} must not be negative, got {getattr(self, name)}")
 
 
 @dataclass(frozen=True, kw_only=True)

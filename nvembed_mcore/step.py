@@ -35,6 +35,7 @@ from nvembed_mcore.nonfinite import NonFiniteLossError
 from nvembed_mcore.optim import gradient_norm, update
 from nvembed_mcore.parallel.gather import share_from_last_stage, sum_over_data_ranks
 from nvembed_mcore.parallel.groups import Groups, seed_everything
+from nvembed_mcore.parallel.stage_clock import communication_of_all, stage_clock
 from nvembed_mcore.parallel.traffic import Traffic
 from nvembed_mcore.schedule import Chunks, embed_packs, packs_of_rank, plan_texts, run_schedule
 from nvembed_mcore.score import Scorer, Scores
@@ -48,7 +49,7 @@ class StepOutput:
 
     `loss`: mean over the Q queries. `accuracy`: share of queries whose positive scores highest among its candidates.
     `grad_norm`: norm of the whole gradient before clipping. `temperature`: that of this step. Tokens are those of all
-    ranks.
+    ranks. `communication`: seconds by group, where they were measured (parallel/traffic.py).
     """
 
     loss: float
@@ -59,6 +60,7 @@ class StepOutput:
     padded_tokens: int
     num_microbatches: int
     way: str
+    communication: dict[str, float]
 
 
 def microbatch_seed(seed: int, step: int, microbatch: int, chunk: int, groups: Groups) -> int:
@@ -80,15 +82,18 @@ class ContrastiveStep:
         loss: LossConfig,
         seed: int,
         retain_tokens: int | None = None,
+        time_communication_every: int = 0,
     ) -> None:
         """
         Args:
             chunks: this stage's model.
             retain_tokens: tokens of a rank whose graphs `auto` keeps; None: measured when it is first needed.
+            time_communication_every: steps; 0: never.
         """
         self.chunks, self.optimizer, self.groups = chunks, optimizer, groups
         self.config, self.loss_config, self.seed = step, loss, seed
         self.retain_tokens = retain_tokens
+        self.time_communication_every = time_communication_every
         self.scorer = Scorer(loss, groups, step.gradient_exchange, chunks[-1].module.backend.dtype)
         self._is_first = True
         self._logged: set[str] = set()
@@ -108,8 +113,10 @@ class ContrastiveStep:
         way = self._way(plan, batch.lengths, packs, step)
         encoders = [chunk.module for chunk in self.chunks]
         fp8_step.begin_step(encoders)
-        traffic = Traffic(self.groups) if self._is_first else nullcontext()
-        with traffic:
+        every = self.time_communication_every
+        is_timed = every > 0 and step % every == 0
+        traffic = Traffic(self.groups, is_timed) if self._is_first or is_timed else nullcontext()
+        with traffic, stage_clock(self.chunks) if is_timed else nullcontext() as clock:
             if self.groups.pp_size > 1:
                 totals, temperature = self._pipelined(batch, plan, packs, step, timer)
             else:
@@ -137,6 +144,7 @@ class ContrastiveStep:
             padded_tokens=int(padded),
             num_microbatches=plan.max_microbatches,
             way=way,
+            communication=communication_of_all(traffic, clock) if is_timed else {},
         )
 
     def _share(self, totals: Tensor, packs: list[Pack], temperature: float) -> list[float]:

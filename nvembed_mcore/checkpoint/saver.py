@@ -73,9 +73,13 @@ class Saver:
         Args:
             restored: the checkpoint that the run goes on from.
 
+        Nothing is made or refused where nothing is to be saved (`checkpoint.every_steps` 0).
+
         Raises:
             StorageError: on every rank.
         """
+        if self.config.every_steps == 0:
+            return
         mine = [p for chunk in chunks for p in chunk.module.parameters()] if self._groups.dp_rank == 0 else []
         bytes = sum(p.numel() * (p.itemsize + BYTES_OF_OPTIMIZER * p.requires_grad) for p in mine)
         total = torch.tensor(bytes)
