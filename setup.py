@@ -10,7 +10,11 @@ setup(
     python_requires=">=3.10,<3.13",
     packages=[*find_packages(include=["nvembed_mcore*"]), "nvembed_mcore.kernels"],
     package_dir={"nvembed_mcore.kernels": "kernels"},
-    package_data={"nvembed_mcore.checkpoint": ["hf_files/*"], "nvembed_mcore.data.synthetic": ["templates/*"]},
+    package_data={
+        "nvembed_mcore.checkpoint": ["hf_files/*"],
+        "nvembed_mcore.data.synthetic": ["templates/*"],
+        "nvembed_mcore.scaling": ["hardware/*.yaml"],
+    },
     install_requires=[
         "torch>=2.11,<2.15",
         "megatron-core>=0.16.1,<0.17",

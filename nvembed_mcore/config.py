@@ -21,12 +21,15 @@ from nvembed_mcore.config_model import PoolingConfig as PoolingConfig
 
 @dataclass(frozen=True, kw_only=True)
 class ParallelConfig:
-    """How the processes share the work. Data parallelism takes what tensor and pipeline parallelism leave."""
+    """How the processes share the work. Data parallelism takes what tensor, pipeline and context parallelism leave."""
 
     tp: int = 1
     """Tensor-parallel size."""
     pp: int = 1
     """Pipeline-parallel size."""
+    cp: int = 1
+    """Context-parallel size: so many processes share each pack, and each has a part of every text. For texts of
+    thousands of tokens; short ones are filled to a multiple of 2 `cp` tokens."""
     chunks_per_stage: int = 1
     """Model chunks of a pipeline stage; above 1 the stages take turns (Megatron's interleaved schedule)."""
     sequence_parallel: bool = True
@@ -42,7 +45,7 @@ class ParallelConfig:
     """A rank that is silent for longer, or longer in one phase of a step, ends the run; so does a collective."""
 
     def __post_init__(self) -> None:
-        for name in ("tp", "pp", "chunks_per_stage"):
+        for name in ("tp", "pp", "cp", "chunks_per_stage"):
             require(getattr(self, name) >= 1, f"parallel.{name} must be at least 1, got {getattr(self, name)}")
         require(
             self.chunks_per_stage == 1 or self.pp > 1,
@@ -70,7 +73,8 @@ class StepConfig:
     batch of any size fits, and pipeline stages work. `auto`: `single` for one pack, `retain` where the graphs fit the
     free memory as measured at the start, otherwise `cached`."""
     tokens_per_microbatch: int = 16384
-    """Token budget of one pack; a longer text gets a pack of its own."""
+    """Token budget of one pack on one process: a pack that `parallel.cp` processes share holds so many times as much. A
+    longer text gets a pack of its own."""
     gradient_exchange: Literal["auto", "reduce_scatter", "recompute"] = "auto"
     """How the gradient of a text reaches the rank that holds it. `reduce_scatter`: the sum of what all ranks say of
     it. `recompute`: its rank makes it alone, from all queries and their log-sum-exp. `auto`: the cheaper one."""
@@ -266,6 +270,11 @@ class RunConfig:
             self.parallel.pp == 1 or self.step.way in ("auto", "cached"),
             f"step.way {self.step.way!r} keeps graphs, which pipeline stages cannot; parallel.pp is "
             f"{self.parallel.pp}. Use 'auto' or 'cached'",
+        )
+        require(
+            self.parallel.cp == 1 or self.precision.fp8_attention != "on",
+            f"precision.fp8_attention is 'on', but texts that processes share are not attended to in FP8; parallel.cp "
+            f"is {self.parallel.cp}. Use 'auto' or 'off'",
         )
         require(
             self.optim.distributed or not self.parallel.overlap_param_gather,

@@ -1,36 +1,19 @@
-"""What a step costs and how fast it was: FLOPs, tokens, padding, seconds by phase, MFU.
+"""How fast a step was: tokens, padding, seconds by phase, MFU.
 
 Every rate counts **real** tokens, those of texts. Padding and forward passes done again for memory are work of the
 machine but not of the model, so they lower tokens/s and MFU instead of raising them.
-
-Letters: `T` tokens, `H` hidden size, `R` latents, `A` heads of the pooling head, `w` their width.
 """
 
 from __future__ import annotations
 
-import re
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
-from transformers import MistralConfig
 
-from nvembed_mcore.config import LoraConfig, PoolingConfig
-from nvembed_mcore.model.lora import adapted_linears
-
-# Dense peaks in FLOP/s for bfloat16 and float16 on tensor cores, from NVIDIA's data sheets (half of the figure
-# "with sparsity"). A row fits when all its words are in the device's name; the more special rows come first.
-_PEAK_FLOPS: tuple[tuple[frozenset[str], float], ...] = (
-    (frozenset({"H100", "PCIE"}), 756e12),
-    (frozenset({"H100", "NVL"}), 835e12),
-    (frozenset({"H200", "NVL"}), 835e12),
-    (frozenset({"A100"}), 312e12),
-    (frozenset({"H100"}), 989e12),
-    (frozenset({"H200"}), 989e12),
-    (frozenset({"B200"}), 2250e12),
-)
+from nvembed_mcore.scaling.hardware import peak_flops
 
 
 def device_peak_flops(device_name: str, dtype: torch.dtype) -> float | None:
@@ -41,89 +24,7 @@ def device_peak_flops(device_name: str, dtype: torch.dtype) -> float | None:
         dtype: type of the matrix products. Only bfloat16 and float16 are known: for float32 the peak depends on
             whether TF32 is allowed.
     """
-    words = set(re.findall(r"[A-Z0-9]+", device_name.upper()))
-    # A MIG slice bears the name of the whole device but has only a part of its cores.
-    if dtype not in (torch.bfloat16, torch.float16) or "MIG" in words:
-        return None
-    return next((peak for needed, peak in _PEAK_FLOPS if needed <= words), None)
-
-
-def pack_flops(
-    hf_config: MistralConfig,
-    pooling: PoolingConfig,
-    lengths: Sequence[int],
-    *,
-    causal: bool = False,
-    lora: LoraConfig | None = None,
-) -> float:
-    """Model FLOPs of one forward and backward pass over a pack whose texts have `lengths` tokens.
-
-    A matrix product `[m, k] x [k, n]` is `2mkn`; its backward pass is two of that size, so training costs three
-    times the forward pass. With `s` a text's length, `T = sum(s)`, heads of width `d` (`a` for queries, `g` for
-    keys and values), intermediate size `F` and `L` layers:
-
-        linears      6 T L (2 a d H + 2 g d H + 3 F H)
-        attention    12 L a d sum(s^2)            (scores and values, 2 s^2 a d each; `causal`: s (s + 1) / 2 for s^2)
-        head         see `_head_flops`
-        adapters     6 T L r (in + out) of each; the linears' weights then have no gradient, and 6 becomes 4
-
-    Not counted, as usual: embedding look-up, norms, rotary, softmax, activations, biases, the loss, the optimizer,
-    and any forward pass done again.
-
-    Args:
-        hf_config: the backbone.
-        pooling: the head.
-        lengths: tokens of each real text; dummies and padding do not belong here.
-        causal: whether the backbone's mask is causal.
-        lora: the adapters, if only they and the head train.
-    """
-    hidden, heads, groups = hf_config.hidden_size, hf_config.num_attention_heads, hf_config.num_key_value_heads
-    width = getattr(hf_config, "head_dim", None) or hidden // heads
-    tokens = sum(lengths)
-    weights = 2 * heads * width * hidden + 2 * groups * width * hidden + 3 * hf_config.intermediate_size * hidden
-    linears = 6 * tokens * weights
-    if lora:
-        shapes = adapted_linears(hidden, hf_config.intermediate_size, heads, groups, width)
-        adapted = sum(
-            one.inputs + rows for one in shapes for target, rows in one.rows.items() if target in lora.targets
-        )
-        linears = 4 * tokens * weights + 6 * tokens * lora.rank * adapted
-    attention = 12 * heads * width * _attended_pairs(lengths, causal)
-    return float(
-        hf_config.num_hidden_layers * (linears + attention) + _head_flops(hf_config, pooling, lengths, causal)
-    )
-
-
-def _attended_pairs(lengths: Sequence[int], causal: bool) -> int:
-    """(query, key) pairs that the mask allows."""
-    return sum(s * (s + 1) // 2 if causal else s * s for s in lengths)
-
-
-def _head_flops(hf_config: MistralConfig, pooling: PoolingConfig, lengths: Sequence[int], causal: bool) -> float:
-    """FLOPs of the pooling head, forward and backward.
-
-    `latent`, folded (docs/design.md): `6 T (2 H A R)` for the two matrices `[H, A R]` and `[A R, H]`, `6 T 12 H^2`
-    for the GEGLU (`H -> 8H`, `4H -> H`), and once a pack `24 R H A w` for making the two matrices: four products of
-    `2 R H A w` (keys, values, and their products with the query's and the output's projection).
-    `self_attention`: `6 T (4 H A w)` for its projections, `12 A w sum(s^2)` and the GEGLU.
-    `multi_layer`, for each of `B` texts with `L` layers: `18 L H A w` for keys, values and the values' way through the
-    output's projection, `6 R L (A w + A H)` for scores and weighted values, `6 R 12 H^2` for the GEGLU; and once a
-    pack `6 R H A w` for the queries. The others have no weights.
-    """
-    if pooling.kind in ("mean", "last"):
-        return 0.0
-    tokens, hidden = sum(lengths), hf_config.hidden_size
-    inner = pooling.num_heads * (pooling.head_width or hidden)
-    if pooling.kind == "multi_layer":
-        layers, latents = hf_config.num_hidden_layers, pooling.num_latents
-        attention = 18 * layers * hidden * inner + 6 * latents * layers * (inner + pooling.num_heads * hidden)
-        return len(lengths) * (attention + 6 * latents * 12 * hidden**2) + 6 * latents * hidden * inner
-    mlp = 6 * tokens * 12 * hidden**2
-    if pooling.kind == "self_attention":
-        return 6 * tokens * 4 * hidden * inner + 12 * inner * _attended_pairs(lengths, causal) + mlp
-    folded = 6 * tokens * 2 * hidden * pooling.num_heads * pooling.num_latents
-    fold_once = 24 * pooling.num_latents * hidden * inner
-    return folded + fold_once + mlp
+    return peak_flops(device_name) if dtype in (torch.bfloat16, torch.float16) else None
 
 
 class PhaseTimer:
@@ -195,7 +96,7 @@ class StepMetrics:
     seconds: dict[str, float]
     """Seconds by phase (`data`, `embed`, `score`, `backward`, `optimizer`) and `total`: `PhaseTimer.lap`."""
     flops: float | None = None
-    """Model FLOPs of the step over all ranks: the sum of `pack_flops`."""
+    """Model FLOPs of the step over all ranks: the sum of `scaling.flops.pack_flops`."""
     peak_flops: float | None = None
     """Sum of the peaks of all devices in FLOP/s; None where it is not known."""
 

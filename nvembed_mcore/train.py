@@ -30,11 +30,12 @@ from nvembed_mcore.evaluation.encode import RetrievalEvaluation
 from nvembed_mcore.exits import Preempted, StorageError
 from nvembed_mcore.fault_injection import point
 from nvembed_mcore.log import MetricLog, setup_logging
-from nvembed_mcore.metrics import PhaseTimer, StepMetrics, device_peak_flops, pack_flops
+from nvembed_mcore.metrics import PhaseTimer, StepMetrics, device_peak_flops
 from nvembed_mcore.model import fp8_attention
 from nvembed_mcore.nonfinite import NonFiniteLossError, reported
 from nvembed_mcore.optim import build_optimizer, learning_rate, set_learning_rate
 from nvembed_mcore.parallel.groups import Groups, first_rank_does, initialize
+from nvembed_mcore.scaling.flops import pack_flops
 from nvembed_mcore.schedule import packs_of_rank, plan_texts
 from nvembed_mcore.step import ContrastiveStep, StepOutput
 from nvembed_mcore.stop import BAD_DATA, StopRequests, refuse_if_stopped

@@ -27,7 +27,7 @@ import torch
 from transformers import MistralConfig
 
 from nvembed_mcore.config import LORA_TARGETS, LoraConfig, PoolingConfig
-from nvembed_mcore.model.lora import AdaptedLinear, adapted_linears
+from nvembed_mcore.model.linears import AdaptedLinear, adapted_linears
 from nvembed_mcore.model.mistral import head_dim, padded_vocabulary
 
 BACKBONE, HEAD = "embedding_model.", "latent_attention_model."

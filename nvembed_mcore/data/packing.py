@@ -1,11 +1,13 @@
 """From sequences to ranks and microbatches, and from a microbatch's texts to a flat token vector.
 
-Letters: `T` tokens in a pack, `N` sequences of the global batch, `W` data-parallel size.
+Letters: `T` tokens in a pack, `t` of them on one context-parallel rank, `N` sequences of the global batch, `W`
+data-parallel size, `C` context-parallel size.
 """
 
 from __future__ import annotations
 
 import heapq
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -24,25 +26,65 @@ class Text:
 
 
 @dataclass(frozen=True)
+class Split:
+    """Which tokens of a pack one of its C context-parallel ranks has.
+
+    Each sequence is filled to a multiple of 2 C tokens and cut into 2 C chunks; a rank has the chunks `rank` and
+    2 C - 1 - `rank`, so that under a causal mask all have equal work. This is the split that TransformerEngine's
+    attention expects (`get_thd_partitioned_indices`, its `DUAL_CHUNK_SWAP`).
+    """
+
+    rank: int = 0
+    size: int = 1
+
+    def filled(self, lengths: Sequence[int] | np.ndarray) -> np.ndarray:
+        """Tokens of sequences of these `lengths` [B] with what fills them: int64 [B]."""
+        lengths = np.asarray(lengths, dtype=np.int64)
+        return lengths + -lengths % (2 * self.size) if self.size > 1 else lengths
+
+    def places(self, filled: np.ndarray) -> np.ndarray:
+        """Where this rank's tokens stand in a pack of sequences of these filled lengths [B]: int64 [t], ascending."""
+        if self.size == 1:
+            return np.arange(int(filled.sum()))
+        chunks = filled // (2 * self.size)
+        starts = np.cumsum(filled) - filled
+        begins = np.stack([starts + self.rank * chunks, starts + (2 * self.size - 1 - self.rank) * chunks], 1).ravel()
+        sizes = np.repeat(chunks, 2)
+        return np.repeat(begins - (np.cumsum(sizes) - sizes), sizes) + np.arange(int(sizes.sum()))
+
+
+WHOLE = Split()
+"""Without context parallelism: one rank has all tokens, and nothing fills a sequence."""
+
+
+@dataclass(frozen=True)
 class Pack:
-    """A flat token vector without padding inside.
+    """A flat token vector without padding inside, or one context-parallel rank's part of it.
 
     Attributes:
-        token_ids: int64 [T].
-        lengths: int64, tokens of each sequence, in order; when `num_texts` is smaller, the last is a dummy that only
-            fills the tail and is never pooled.
+        token_ids: int64 [T], or of a part [t]. Where there are parts, zeros fill each sequence.
+        lengths: int64, tokens of each sequence of the whole pack, in order, without what fills it; when `num_texts` is
+            smaller, the last is a dummy that only fills the tail and is never pooled.
         pooled_from: int64 [num_texts], first pooled position of each text.
         num_texts: sequences that are texts of the batch.
+        split: which part `token_ids` are; all other attributes are those of the whole pack.
     """
 
     token_ids: np.ndarray
     lengths: np.ndarray
     pooled_from: np.ndarray
     num_texts: int
+    split: Split = WHOLE
 
     @property
     def real_tokens(self) -> int:
+        """Tokens of texts in the whole pack."""
         return int(self.lengths[: self.num_texts].sum())
+
+    @property
+    def padded_tokens(self) -> int:
+        """T: tokens of the whole pack, with all that only fill it."""
+        return len(self.token_ids) * self.split.size
 
 
 @dataclass(frozen=True)
@@ -68,20 +110,23 @@ class Plan:
         return np.array([lengths[numbers].sum() for numbers in self.owned()], dtype=np.int64)
 
 
-def make_plan(lengths: Sequence[int] | np.ndarray, num_ranks: int, token_budget: int, multiple: int = 1) -> Plan:
-    """Spread texts evenly over ranks, then each rank's over few even packs of at most `token_budget` tokens.
+def make_plan(
+    lengths: Sequence[int] | np.ndarray, num_ranks: int, token_budget: int, multiple: int = 1, cp: int = 1
+) -> Plan:
+    """Spread texts evenly over ranks, then each rank's over few even packs of at most `cp * token_budget` tokens.
 
-    A pure function of its arguments, so every rank computes the same plan. A text longer than the budget gets a pack
-    of its own. Ranks may have different numbers of packs.
+    A pure function of its arguments, so every rank computes the same plan. A text longer than that gets a pack of its
+    own. Ranks may have different numbers of packs; the context-parallel ranks of a data-parallel one share all of its.
 
     Args:
         lengths: tokens of each text, [N].
         num_ranks: data-parallel size W.
-        token_budget: tokens of one pack.
+        token_budget: tokens of one pack on one rank.
         multiple: every rank's number of packs is a multiple of this; an interleaved pipeline needs multiples of its
             size. A rank with fewer texts than packs has empty packs.
+        cp: context-parallel size C. Texts count with what fills them (`Split.filled`).
     """
-    lengths = np.asarray(lengths, dtype=np.int64)
+    lengths, token_budget = Split(size=cp).filled(lengths), cp * token_budget
     order = np.argsort(-lengths, kind="stable")
     sizes = lengths[order].tolist()
     plan = []
@@ -151,19 +196,28 @@ def _trade(full: list[int], empty: list[int], gap: int, sizes: list[int]) -> Non
         empty.sort()
 
 
-def make_pack(texts: Sequence[Text], multiple: int = 1) -> Pack:
-    """Lay texts one behind the other; a dummy sequence fills the tail up to a multiple of `multiple` tokens.
+def make_pack(texts: Sequence[Text], multiple: int = 1, split: Split = WHOLE) -> Pack:
+    """Lay texts one behind the other; a dummy sequence fills the tail up to a multiple of `multiple` tokens a rank.
 
     An empty list gives a pack with only the dummy: a rank without work still takes part in every collective.
+
+    Args:
+        split: which part of the tokens the pack has.
     """
     lengths = [len(text) for text in texts]
     assert all(lengths), "an empty sequence must never reach a pack"
-    total = sum(lengths)
-    tail = -total % multiple if texts else multiple
-    token_ids = np.concatenate([*(text.token_ids for text in texts), np.zeros(tail, np.int32)]).astype(np.int64)
+    filled = split.filled(lengths)
+    whole = split.size * (multiple if split.size == 1 else math.lcm(2, multiple))
+    tail = -int(filled.sum()) % whole if texts else whole
+    parts = []
+    for text, size in zip(texts, filled.tolist(), strict=True):
+        parts += [text.token_ids, np.zeros(size - len(text), np.int32)]
+    token_ids = np.concatenate([*parts, np.zeros(tail, np.int32)]).astype(np.int64)
+    lengths = np.array(lengths + [tail] * (tail > 0), dtype=np.int64)
     return Pack(
-        token_ids=token_ids,
-        lengths=np.array(lengths + [tail] * (tail > 0), dtype=np.int64),
+        token_ids=token_ids[split.places(split.filled(lengths))],
+        lengths=lengths,
         pooled_from=np.array([text.pooled_from for text in texts], dtype=np.int64),
         num_texts=len(texts),
+        split=split,
     )

@@ -28,8 +28,9 @@ _patient: dist.ProcessGroup | None = None
 class Groups:
     """The layout of the processes as this rank sees it.
 
-    `collection` is what Megatron's modules take. Sizes and ranks are those of the tensor (`tp`), pipeline (`pp`) and
-    data (`dp`) dimension.
+    `collection` is what Megatron's modules take. Sizes and ranks are those of the tensor (`tp`), pipeline (`pp`),
+    context (`cp`) and data (`dp`) dimension. The context-parallel ranks of a data-parallel rank share its texts, so
+    the group `dp` holds ranks with different texts only; the parameters are the same on all ranks of `dp_cp`.
     """
 
     collection: ProcessGroupCollection
@@ -39,6 +40,8 @@ class Groups:
     tp_size: int
     pp_rank: int
     pp_size: int
+    cp_rank: int
+    cp_size: int
     dp_rank: int
     dp_size: int
 
@@ -62,21 +65,34 @@ class Groups:
     def pp(self) -> dist.ProcessGroup:
         return self.collection.pp
 
+    @property
+    def cp(self) -> dist.ProcessGroup:
+        return self.collection.cp
+
+    @property
+    def dp_cp(self) -> dist.ProcessGroup:
+        return self.collection.dp_cp
+
+    @property
+    def tp_cp(self) -> dist.ProcessGroup:
+        return self.collection.tp_cp
+
 
 def initialize(config: ParallelConfig) -> Groups:
     """Join the other processes (those of `torchrun`, or none) and lay out the groups.
 
     Raises:
-        ConfigError: TP x PP does not divide the number of processes, or the launcher's variables are wrong.
+        ConfigError: TP x PP x CP does not divide the number of processes, or the launcher's variables are wrong.
         RendezvousError: the processes could not meet.
     """
     device.prepare()
     here = rendezvous.place()
     world_size = here.world_size if here else 1
-    if world_size % (config.tp * config.pp):
+    replica = config.tp * config.pp * config.cp
+    if world_size % replica:
         raise ConfigError(
-            f"parallel.tp x parallel.pp = {config.tp} x {config.pp} = {config.tp * config.pp} does not divide the "
-            f"{world_size} process(es) of this run; start a multiple of it with torchrun --nproc-per-node"
+            f"parallel.tp x parallel.pp x parallel.cp = {config.tp} x {config.pp} x {config.cp} = {replica} does not "
+            f"divide the {world_size} process(es) of this run; start a multiple of it with torchrun --nproc-per-node"
         )
     # Later than the watchdog, which knows who is late: this is for what it cannot see.
     timeout = timedelta(minutes=config.timeout_minutes) + min(timedelta(minutes=config.timeout_minutes / 2), _MARGIN)
@@ -88,6 +104,7 @@ def initialize(config: ParallelConfig) -> Groups:
         config.tp,
         config.pp,
         virtual_pipeline_model_parallel_size=config.chunks_per_stage if config.chunks_per_stage > 1 else None,
+        context_parallel_size=config.cp,
         distributed_timeout_minutes=timeout.total_seconds() / 60,
         create_gloo_process_groups=True,
     )
@@ -99,6 +116,8 @@ def initialize(config: ParallelConfig) -> Groups:
         tp_size=config.tp,
         pp_rank=parallel_state.get_pipeline_model_parallel_rank(),
         pp_size=config.pp,
+        cp_rank=parallel_state.get_context_parallel_rank(),
+        cp_size=config.cp,
         dp_rank=parallel_state.get_data_parallel_rank(),
         dp_size=parallel_state.get_data_parallel_world_size(),
     )
@@ -163,11 +182,12 @@ def _patience() -> dist.ProcessGroup:
 
 
 def replica_does(work: Callable[[], Any]) -> list[Any]:
-    """As `every_rank_does`, among the processes of one replica of the model only (tensor and pipeline parallel).
+    """As `every_rank_does`, among the processes that share one text only: tensor, pipeline and context parallel.
 
     They wait for each other under `parallel.timeout_minutes`.
     """
-    return _all_do(work, parallel_state.get_model_parallel_group())
+    context, model = parallel_state.get_context_parallel_group(), parallel_state.get_model_parallel_group()
+    return [one for part in _all_do(lambda: _all_do(work, model), context) for one in part]
 
 
 def _all_do(work: Callable[[], Any], group: dist.ProcessGroup) -> list[Any]:

@@ -7,7 +7,8 @@ import torch
 
 from nvembed_mcore.config import LoraConfig, ParallelConfig
 from nvembed_mcore.model.backend import Backend
-from nvembed_mcore.model.lora import Adapter, adapted_linears, add_to_output
+from nvembed_mcore.model.linears import adapted_linears
+from nvembed_mcore.model.lora import Adapter, add_to_output
 from nvembed_mcore.model.mistral import transformer_config
 from tests.helpers import cases, models
 from tests.helpers.grid import ALL_TARGETS

@@ -9,9 +9,12 @@ from nvembed_mcore.config import (
     LossConfig,
     ModelConfig,
     ParallelConfig,
+    PrecisionConfig,
     RunConfig,
     StepConfig,
 )
+
+FP8_ATTENTION = PrecisionConfig(fp8="delayed", fp8_attention="on")
 
 
 def run_config(**changes) -> RunConfig:
@@ -25,6 +28,11 @@ def run_config(**changes) -> RunConfig:
     ("make", "words"),
     [
         (lambda: ParallelConfig(chunks_per_stage=2), ["parallel.chunks_per_stage = 2", "parallel.pp above 1, got 1"]),
+        (lambda: ParallelConfig(cp=0), ["parallel.cp must be at least 1, got 0"]),
+        (
+            lambda: run_config(parallel=ParallelConfig(cp=2), precision=FP8_ATTENTION),
+            ["precision.fp8_attention is 'on'", "parallel.cp is 2"],
+        ),
         (lambda: ParallelConfig(bucket_size=9), ["parallel.bucket_size", "overlap_grad_reduce", "9 and False"]),
         (
             lambda: LossConfig(learn_temperature=True, temperature=2.5),

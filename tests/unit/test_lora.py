@@ -10,7 +10,8 @@ import torch
 from nvembed_mcore.checkpoint.names import PROJECTIONS, join_shards, local_shard, name_table, to_hf
 from nvembed_mcore.config import LoraConfig, ParallelConfig, PoolingConfig
 from nvembed_mcore.model.backend import Backend
-from nvembed_mcore.model.lora import Adapter, adapted_linears, add_to_output
+from nvembed_mcore.model.linears import adapted_linears
+from nvembed_mcore.model.lora import Adapter, add_to_output
 from nvembed_mcore.model.mistral import transformer_config
 from tests.helpers.models import tiny_config
 

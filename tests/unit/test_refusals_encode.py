@@ -253,8 +253,8 @@ def export(cases, tmp_path):
         ({"max_length": 2}, "<s> takes 1 tokens, and with one token of text and </s> more than the limit of 2"),
         (
             {"parallel": ParallelConfig(tp=2)},
-            "parallel.tp x parallel.pp = 2 x 1 = 2 does not divide the 1 process(es) of this run; start a multiple of "
-            "it with torchrun --nproc-per-node",
+            "parallel.tp x parallel.pp x parallel.cp = 2 x 1 x 1 = 2 does not divide the 1 process(es) of this run; "
+            "start a multiple of it with torchrun --nproc-per-node",
         ),
         (
             {"tokenizer": "TMP/none"},

@@ -12,11 +12,12 @@ from nvembed_mcore import device
 from nvembed_mcore.config import LossConfig, OptimConfig, ParallelConfig, PrecisionConfig, StepConfig
 from nvembed_mcore.data.batch import Batch
 from nvembed_mcore.data.packing import Pack, make_pack
-from nvembed_mcore.metrics import PhaseTimer, pack_flops
+from nvembed_mcore.metrics import PhaseTimer
 from nvembed_mcore.model.attention import packing_of
 from nvembed_mcore.model.encoder import Encoder, wrap_data_parallel
 from nvembed_mcore.optim import build_optimizer, set_learning_rate
 from nvembed_mcore.parallel.groups import Groups, initialize
+from nvembed_mcore.scaling.flops import pack_flops
 from nvembed_mcore.schedule import embed_packs, pack_multiple, packs_of_rank, plan_texts
 from nvembed_mcore.step import ContrastiveStep
 

@@ -1,0 +1,106 @@
+"""How the processes of a run share the work, as far as time, memory and traffic depend on it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from nvembed_mcore.config import RunConfig
+from nvembed_mcore.config_data import ConfigError
+
+
+@dataclass(frozen=True, kw_only=True)
+class Layout:
+    """A layout of `gpus` processes; the names are those of `parallel` and `step` in a configuration."""
+
+    gpus: int
+    """Processes, one a device."""
+    tp: int = 1
+    """Tensor-parallel size."""
+    pp: int = 1
+    """Pipeline stages."""
+    cp: int = 1
+    """Context-parallel size: so many ranks share a pack, which may then hold cp x tokens_per_microbatch tokens."""
+    chunks: int = 1
+    """Model chunks of a stage."""
+    layers_in_first_stage: int | None = None
+    """Layers of the first stage; None: as many as the others."""
+    layers_in_last_stage: int | None = None
+    """Layers of the last stage, which has the head too; None: as many as the others."""
+    sequence_parallel: bool = True
+    """Whether norms and head are split over a pack's tokens; counts when `tp` is above 1."""
+    way: Literal["single", "retain", "cached"] = "cached"
+    """What the first phase of a step keeps (docs/design.md, The step)."""
+    tokens_per_microbatch: int = 16384
+    """Token budget of a pack, on one context-parallel rank."""
+    distributed_optimizer: bool = True
+    """Whether data-parallel ranks share the optimizer's state."""
+    overlap_grad_reduce: bool = False
+    """Whether gradients are reduced while the backward pass runs."""
+    overlap_param_gather: bool = False
+    """Whether weights are gathered while the next forward pass runs."""
+
+    def __post_init__(self) -> None:
+        for name in ("gpus", "tp", "pp", "cp", "chunks", "tokens_per_microbatch"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if self.gpus % (self.tp * self.pp * self.cp):
+            raise ConfigError(f"{self.gpus} GPUs are no multiple of tp {self.tp} x pp {self.pp} x cp {self.cp}")
+        if self.pp > 1 and self.way != "cached":
+            raise ConfigError(f"way {self.way!r} keeps graphs, which {self.pp} pipeline stages cannot; use 'cached'")
+
+    @classmethod
+    def of(cls, config: RunConfig, gpus: int) -> Layout:
+        """The layout of a configuration on `gpus` devices. `step.way: auto` is `cached`, which always fits.
+
+        Raises:
+            ConfigError: `gpus` is no multiple of a model's share.
+        """
+        parallel = config.parallel
+        return cls(
+            gpus=gpus,
+            tp=parallel.tp,
+            pp=parallel.pp,
+            # Not every configuration can say these.
+            cp=getattr(parallel, "cp", 1),
+            chunks=parallel.chunks_per_stage,
+            layers_in_first_stage=getattr(parallel, "layers_in_first_stage", None),
+            layers_in_last_stage=getattr(parallel, "layers_in_last_stage", None),
+            sequence_parallel=parallel.sequence_parallel,
+            way="cached" if config.step.way == "auto" else config.step.way,
+            tokens_per_microbatch=config.step.tokens_per_microbatch,
+            distributed_optimizer=config.optim.distributed,
+            overlap_grad_reduce=parallel.overlap_grad_reduce,
+            overlap_param_gather=parallel.overlap_param_gather,
+        )
+
+    @property
+    def dp(self) -> int:
+        """Data-parallel size: ranks that hold different packs."""
+        return self.gpus // (self.tp * self.pp * self.cp)
+
+    @property
+    def splits_tokens(self) -> bool:
+        """Whether tensor ranks split the tokens of a pack outside the linears."""
+        return self.sequence_parallel and self.tp > 1
+
+    def stages(self, num_layers: int) -> list[list[int]]:
+        """Layers of each chunk of each stage: `stages[stage][chunk]`, by Megatron-Core's rule.
+
+        The first and the last stage have what the layout says, the others share the rest evenly.
+
+        Raises:
+            ConfigError: the layers cannot be split so.
+        """
+        given = {0: self.layers_in_first_stage, self.pp - 1: self.layers_in_last_stage} if self.pp > 1 else {}
+        given = {stage: layers for stage, layers in given.items() if layers is not None}
+        others = self.pp - len(given)
+        rest = num_layers - sum(given.values())
+        if rest < 0 or (rest % others if others else rest):
+            raise ConfigError(
+                f"{num_layers} layers: what first and last stage leave ({rest}) cannot be shared by {others} stages"
+            )
+        layers = [given[stage] if stage in given else rest // others for stage in range(self.pp)]
+        if bad := [number for number in layers if number % self.chunks or not number]:
+            raise ConfigError(f"a stage of {bad[0]} layers cannot have {self.chunks} chunks of at least one layer")
+        return [[number // self.chunks] * self.chunks for number in layers]
