@@ -170,6 +170,7 @@ def transformer_config(hf_config: MistralConfig, backend: Backend, parallel: Par
         bf16=dtype == torch.bfloat16,
         tensor_model_parallel_size=parallel.tp,
         pipeline_model_parallel_size=parallel.pp,
+        context_parallel_size=parallel.cp,
         virtual_pipeline_model_parallel_size=parallel.chunks_per_stage if is_interleaved else None,
         # With lengths that vary, batched messages of an interleaved schedule cross or hang.
         overlap_p2p_comm=is_interleaved,
