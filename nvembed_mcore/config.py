@@ -111,8 +111,8 @@ class StepConfig:
     batch of any size fits, and pipeline stages work. `auto`: `single` for one pack, `retain` where the graphs fit the
     free memory as measured at the start, otherwise `cached`."""
     tokens_per_microbatch: int = 16384
-    """Token budget of one pack on one process: a pack that `parallel.cp` processes share holds so many times as much. A
-    longer text gets a pack of its own."""
+    """Token budget of one pack on one process; a pack that `parallel.cp` processes share holds so many times as much.
+    A longer text gets a pack of its own."""
     gradient_exchange: Literal["auto", "reduce_scatter", "recompute"] = "auto"
     """How the gradient of a text reaches the rank that holds it. `reduce_scatter`: the sum of what all ranks say of
     it. `recompute`: its rank makes it alone, from all queries and their log-sum-exp. `auto`: the cheaper one."""

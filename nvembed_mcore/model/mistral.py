@@ -168,6 +168,7 @@ def transformer_config(hf_config: MistralConfig, backend: Backend, parallel: Par
         bf16=dtype == torch.bfloat16,
         tensor_model_parallel_size=parallel.tp,
         pipeline_model_parallel_size=parallel.pp,
+        context_parallel_size=parallel.cp,
         virtual_pipeline_model_parallel_size=parallel.chunks_per_stage if is_interleaved else None,
         num_layers_in_first_pipeline_stage=parallel.layers_in_first_stage,
         num_layers_in_last_pipeline_stage=None if last_follows else parallel.layers_in_last_stage,
