@@ -146,6 +146,11 @@ class Attempt(AbstractContextManager):
             self._record.update(self._ledger, self._step, self._saves)
             self._write_status("running", None)
 
+    def used(self, memory: Mapping[str, int]) -> None:
+        """The memory of the attempt, for `run.json`; at its end."""
+        if self._record is not None:
+            self._record.add_facts({"peak_memory": dict(memory)})
+
     def hangs(self, error: Exception) -> None:
         """The watchdog ends this process, whose main thread may never come back: record why."""
         self.__exit__(type(error), error, None)

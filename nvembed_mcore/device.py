@@ -11,6 +11,7 @@ import ctypes
 import functools
 import logging
 import os
+import resource
 from dataclasses import dataclass
 
 import torch
@@ -70,6 +71,12 @@ def synchronize() -> None:
         torch.cuda.synchronize()
 
 
+@functools.cache
+def second_stream() -> torch.cuda.Stream:
+    """A stream beside the current one, the same for all who ask; needs CUDA."""
+    return torch.cuda.Stream()
+
+
 def free_memory_bytes() -> int:
     """Memory that this process may still take: of its GPU, or its share of the host's among the host's processes."""
     if has_cuda():
@@ -78,6 +85,22 @@ def free_memory_bytes() -> int:
     import psutil
 
     return psutil.virtual_memory().available // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+
+
+def memory_bytes() -> int:
+    """Memory that this process holds now: its tensors on a GPU, all that is resident on a host without one."""
+    if has_cuda():
+        return torch.cuda.memory_allocated()
+    import psutil
+
+    return psutil.Process().memory_info().rss
+
+
+def peak_memory_bytes() -> int:
+    """The most that `memory_bytes` has been since the process began."""
+    if has_cuda():
+        return torch.cuda.max_memory_allocated()
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
 def default_dtype(precision: str) -> torch.dtype:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 
@@ -95,10 +95,15 @@ class StepMetrics:
     """Tokens that went through the model, over all ranks: the real ones and those that only fill."""
     seconds: dict[str, float]
     """Seconds by phase (`data`, `embed`, `score`, `backward`, `optimizer`) and `total`: `PhaseTimer.lap`."""
+    texts: int
+    """Queries and documents of the global batch."""
     flops: float | None = None
     """Model FLOPs of the step over all ranks: the sum of `scaling.flops.pack_flops`."""
     peak_flops: float | None = None
     """Sum of the peaks of all devices in FLOP/s; None where it is not known."""
+    communication: dict[str, float] = field(default_factory=dict)
+    """Seconds in which a rank communicated or waited to, by group; the mean of all ranks. Empty: not measured in this
+    step."""
 
     def __post_init__(self) -> None:
         assert "total" in self.seconds, f"seconds lack `total`: {sorted(self.seconds)}"
@@ -127,7 +132,7 @@ class StepMetrics:
         return self.flops / (self.seconds["total"] * self.peak_flops)
 
     def as_dict(self) -> dict[str, float]:
-        """The flat line: `seconds` for the total, `seconds_<phase>` for each phase, `mfu` only where it is known."""
+        """The flat line: `seconds` for the total, `seconds_<phase>` for each phase, what is not known left out."""
         line: dict[str, float] = {
             "step": self.step,
             "loss": self.loss,
@@ -135,12 +140,18 @@ class StepMetrics:
             "lr": self.lr,
             "real_tokens": self.real_tokens,
             "padded_tokens": self.padded_tokens,
+            "texts": self.texts,
             "pad_fraction": self.pad_fraction,
             "tokens_per_second": self.tokens_per_second,
             "padded_tokens_per_second": self.padded_tokens_per_second,
             "seconds": self.seconds["total"],
         }
         line |= {f"seconds_{phase}": value for phase, value in self.seconds.items() if phase != "total"}
+        if self.flops is not None:
+            line["flops"] = self.flops
         if self.mfu is not None:
             line["mfu"] = self.mfu
+        if self.communication:
+            line["communication_seconds"] = sum(self.communication.values())
+        line |= {f"communication_seconds_{group}": value for group, value in self.communication.items()}
         return line

@@ -59,7 +59,7 @@ def look_around(read: Callable[[], RunConfig], rank: int) -> Rank:
         if config is not None:
             try:
                 probe = _write_probe(Path(config.run_dir), rank)
-                findings += _free_space(config)
+                findings += _free_space(config) if config.checkpoint.every_steps else []
             except OSError as error:
                 findings.append((Exit.STORAGE, "storage", f"cannot write in {config.run_dir}: {error}"))
     flat = {} if config is None else json.loads(json.dumps(_flat(dataclasses.asdict(config))))

@@ -56,6 +56,11 @@ class RunRecord:
         goodput.update(self._attempts[-1], ledger, step, saves)
         self._write()
 
+    def add_facts(self, facts: Mapping[str, Any]) -> None:
+        """More of what is known of the attempt."""
+        self._attempts[-1] |= dict(facts)
+        self._write()
+
     def close(self, ledger: goodput.Ledger, step: int, saves: int, state: str, exit_status: int) -> None:
         """The attempt's end."""
         goodput.update(self._attempts[-1], ledger, step, saves)

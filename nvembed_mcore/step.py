@@ -35,6 +35,7 @@ from nvembed_mcore.nonfinite import NonFiniteLossError
 from nvembed_mcore.optim import gradient_norm, update
 from nvembed_mcore.parallel.gather import share_from_last_stage, sum_over_data_ranks
 from nvembed_mcore.parallel.groups import Groups, seed_everything
+from nvembed_mcore.parallel.stage_clock import communication_of_all, stage_clock
 from nvembed_mcore.parallel.traffic import Traffic
 from nvembed_mcore.schedule import Chunks, embed_packs, packs_of_rank, plan_texts, run_schedule
 from nvembed_mcore.score import Scorer, Scores
@@ -48,7 +49,7 @@ class StepOutput:
 
     `loss`: mean over the Q queries. `accuracy`: share of queries whose positive scores highest among its candidates.
     `grad_norm`: norm of the whole gradient before clipping. `temperature`: that of this step. Tokens are those of all
-    ranks.
+    ranks. `communication`: seconds by group, where they were measured (parallel/traffic.py).
     """
 
     loss: float
@@ -59,11 +60,13 @@ class StepOutput:
     padded_tokens: int
     num_microbatches: int
     way: str
+    communication: dict[str, float]
 
 
 def microbatch_seed(seed: int, step: int, microbatch: int, chunk: int, groups: Groups) -> int:
     """Seed of one microbatch's dropout; tensor ranks share it (Megatron's tracker tells them apart)."""
-    words = f"{seed} {step} {microbatch} {groups.dp_rank} {groups.pp_rank} {chunk}".encode()
+    ranks = f"{groups.dp_rank} {groups.pp_rank} {chunk}" + (f" {groups.cp_rank}" if groups.cp_size > 1 else "")
+    words = f"{seed} {step} {microbatch} {ranks}".encode()
     return int.from_bytes(hashlib.sha256(words).digest()[:4], "little") & 0x7FFFFFFF
 
 
@@ -80,15 +83,18 @@ class ContrastiveStep:
         loss: LossConfig,
         seed: int,
         retain_tokens: int | None = None,
+        time_communication_every: int = 0,
     ) -> None:
         """
         Args:
             chunks: this stage's model.
             retain_tokens: tokens of a rank whose graphs `auto` keeps; None: measured when it is first needed.
+            time_communication_every: steps; 0: never.
         """
         self.chunks, self.optimizer, self.groups = chunks, optimizer, groups
         self.config, self.loss_config, self.seed = step, loss, seed
         self.retain_tokens = retain_tokens
+        self.time_communication_every = time_communication_every
         self.scorer = Scorer(loss, groups, step.gradient_exchange, chunks[-1].module.backend.dtype)
         self._is_first = True
         self._logged: set[str] = set()
@@ -108,8 +114,10 @@ class ContrastiveStep:
         way = self._way(plan, batch.lengths, packs, step)
         encoders = [chunk.module for chunk in self.chunks]
         fp8_step.begin_step(encoders)
-        traffic = Traffic(self.groups) if self._is_first else nullcontext()
-        with traffic:
+        every = self.time_communication_every
+        is_timed = every > 0 and step % every == 0
+        traffic = Traffic(self.groups, is_timed) if self._is_first or is_timed else nullcontext()
+        with traffic, stage_clock(self.chunks) if is_timed else nullcontext() as clock:
             if self.groups.pp_size > 1:
                 totals, temperature = self._pipelined(batch, plan, packs, step, timer)
             else:
@@ -124,7 +132,7 @@ class ContrastiveStep:
                 if not (math.isfinite(loss) and math.isfinite(grad_norm)):
                     raise NonFiniteLossError(self._finding(step, loss, grad_norm, batch, plan, packs))
                 update(self.optimizer, grad_norm)
-                fp8_step.end_step(encoders, [self.groups.tp, self.groups.dp])
+                fp8_step.end_step(encoders, [self.groups.tp, self.groups.dp_cp])
         if self._is_first:
             self._is_first = False
             log.info("collectives of step %d on this rank (way %s):\n%s", step, way, traffic.table())
@@ -137,11 +145,12 @@ class ContrastiveStep:
             padded_tokens=int(padded),
             num_microbatches=plan.max_microbatches,
             way=way,
+            communication=communication_of_all(traffic, clock) if is_timed else {},
         )
 
     def _share(self, totals: Tensor, packs: list[Pack], temperature: float) -> list[float]:
         """Sums over data-parallel ranks and the last stage's temperature, on every rank."""
-        tokens = [float(sum(pack.real_tokens for pack in packs)), float(sum(len(pack.token_ids) for pack in packs))]
+        tokens = [float(sum(pack.real_tokens for pack in packs)), float(sum(pack.padded_tokens for pack in packs))]
         sums = torch.cat([totals.double(), torch.tensor(tokens, dtype=torch.float64, device=totals.device)])
         sums = sum_over_data_ranks(sums, self.groups)
         last = torch.tensor([temperature], dtype=torch.float64, device=totals.device)
@@ -271,8 +280,9 @@ class ContrastiveStep:
             value = (again * grads[index]).sum()
             if pull is not None:
                 value = value + (self.chunks[-1].module.log_scale * pull).sum() / len(packs)
-            # The schedule divides by this rank's number of microbatches, which may differ from other ranks'.
-            return value * len(packs)
+            # The schedule divides by this rank's number of microbatches, which may differ from other ranks', and
+            # multiplies by the context-parallel size, which sum_over_context has done.
+            return value * len(packs) / self.groups.cp_size
 
         with timer("backward"):
             run_schedule(self.chunks, packs, surrogate, forward_only=False, before_forward=reseed)

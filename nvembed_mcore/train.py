@@ -34,6 +34,7 @@ from nvembed_mcore.metrics import PhaseTimer, StepMetrics, device_peak_flops
 from nvembed_mcore.model import fp8_attention
 from nvembed_mcore.nonfinite import NonFiniteLossError, reported
 from nvembed_mcore.optim import build_optimizer, learning_rate, set_learning_rate
+from nvembed_mcore.parallel.gather import numbers_of_all
 from nvembed_mcore.parallel.groups import Groups, first_rank_does, initialize
 from nvembed_mcore.scaling.flops import pack_flops
 from nvembed_mcore.schedule import packs_of_rank, plan_texts
@@ -82,7 +83,9 @@ def train(config: RunConfig, stops: StopRequests | None = None) -> None:
                 description=f"stage {config.stage}",
             ) as metric_log:
                 _loop(run, metric_log, stops, attempt)
-        log.info("step %d of %d is done and saved in %s", run.done, config.steps, folder_of(config.run_dir))
+            attempt.used(_peak_memory(run.memory_before))
+        where = f"saved in {folder_of(config.run_dir)}" if config.checkpoint.every_steps else "not saved"
+        log.info("step %d of %d is done and %s", run.done, config.steps, where)
 
 
 def _build(config: RunConfig, groups: Groups, stops: StopRequests, watch: Watch) -> _Run:
@@ -170,12 +173,14 @@ class _Run:
     Attributes:
         done: optimizer steps done, those before a resume included.
         saved: those of the newest save; before the first save of a fresh run 0, of which nothing is to be saved.
+        memory_before: bytes that this process held before it built the model.
     """
 
     def __init__(self, config: RunConfig, groups: Groups, watch: Watch) -> None:
         self.config, self.groups, self.watch = config, groups, watch
         self.hf_config = read_architecture(config.model)
         self.data = open_data(config, self.hf_config)
+        self.memory_before = device.memory_bytes()
         self.chunks = build_model(config, self.hf_config, groups)
         self.optimizer = build_optimizer(config.optim, self.chunks)
         self.facts = resume.facts_of(config, self.hf_config, self.data.source, self.data.tokenizer, groups)
@@ -194,6 +199,7 @@ class _Run:
             loss=config.loss,
             seed=config.seed,
             retain_tokens=resume.decided(found, self.facts, "retain_tokens"),
+            time_communication_every=config.log.time_communication_every,
         )
         self.saver = Saver(config.checkpoint, config.run_dir, groups)
         self.saver.prepare(self.chunks, found and found.path)
@@ -237,9 +243,9 @@ class _Run:
             metric_log.log_eval(self.done, scores)
 
     def save(self) -> None:
-        """Write a checkpoint of the steps done, unless there is one."""
+        """Write a checkpoint of the steps done, unless there is one or none is wanted."""
         self.facts["retain_tokens"] = self.step.retain_tokens
-        if self.saved != self.done:
+        if self.saved != self.done and self.config.checkpoint.every_steps:
             self.saver.save(self.done, self.chunks, self.optimizer, self.facts)
             self.saved = self.done
 
@@ -271,12 +277,22 @@ def _prepare_run_dir(config: RunConfig, attempt: Attempt) -> Path:
 def _layout_and_hardware(config: RunConfig, groups: Groups) -> dict[str, Any]:
     """What `run.json` says of an attempt."""
     parallel = config.parallel
-    layout = {"tp": groups.tp_size, "pp": groups.pp_size, "dp": groups.dp_size}
+    layout = {"tp": groups.tp_size, "pp": groups.pp_size, "cp": groups.cp_size, "dp": groups.dp_size}
     return {
         "world_size": groups.world_size,
         "layout": layout | {"chunks_per_stage": parallel.chunks_per_stage},
         "hardware": {"device": device.name(), "cores": os.cpu_count()},
     }
+
+
+def _peak_memory(before: int) -> dict[str, int]:
+    """Of the rank that held the most at any time: which, its bytes then and before it built the model; and the mean
+    of all ranks' peaks."""
+    found = numbers_of_all([device.peak_memory_bytes(), before])
+    rank = int(found[:, 0].argmax())
+    peak, start = found[rank].tolist()
+    mean = found[:, 0].mean().item()
+    return {"rank": rank, "bytes": int(peak), "bytes_before_model": int(start), "mean_bytes": int(mean)}
 
 
 def _write_config(config: RunConfig) -> None:
@@ -330,7 +346,9 @@ def _metrics(
         lr=rate,
         real_tokens=output.real_tokens,
         padded_tokens=output.padded_tokens,
+        texts=len(batch.lengths),
         seconds=seconds,
+        communication=output.communication,
         flops=pack_flops(hf_config, config.model.pooling, batch.lengths.tolist(), **how),
         peak_flops=None if peak is None else peak * groups.world_size,
     ).as_dict()

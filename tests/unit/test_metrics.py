@@ -36,6 +36,7 @@ def step_metrics(**values) -> StepMetrics:
         "lr": 1e-3,
         "real_tokens": 900,
         "padded_tokens": 1000,
+        "texts": 9,
         "seconds": {"embed": 0.5, "total": 2.0},
     }
     return StepMetrics(**(plain | values))
@@ -53,8 +54,12 @@ def test_rates_count_real_tokens_only():
     assert all(isinstance(value, (int, float)) for value in line.values())
 
 
-def test_no_mfu_without_a_peak():
-    assert "mfu" not in step_metrics(flops=4e12).as_dict()
+def test_what_is_not_known_is_left_out():
+    line = step_metrics(flops=4e12).as_dict()
+    assert line["flops"] == 4e12 and "mfu" not in line
+    assert not [name for name in line if name.startswith("communication")]
+    line = step_metrics(communication={"data": 0.25, "tensor": 0.5}).as_dict()
+    assert line["communication_seconds"] == 0.75 and line["communication_seconds_tensor"] == 0.5
 
 
 def test_phases_add_up_and_wait_for_the_device(monkeypatch):
