@@ -32,6 +32,11 @@ class ParallelConfig:
     thousands of tokens; short ones are filled to a multiple of 2 `cp` tokens."""
     chunks_per_stage: int = 1
     """Model chunks of a pipeline stage; above 1 the stages take turns (Megatron's interleaved schedule)."""
+    layers_in_first_stage: int | None = None
+    """Layers of the first pipeline stage, which has the embedding table too; null: as many as the others. Stages
+    for which no number is given have equal shares of the rest."""
+    layers_in_last_stage: int | None = None
+    """Layers of the last pipeline stage, which has the pooling head too; null: as many as the others."""
     sequence_parallel: bool = True
     """Split norms and the pooling head over the tokens of a pack; takes effect when `tp` is above 1."""
     overlap_grad_reduce: bool = False
@@ -51,6 +56,16 @@ class ParallelConfig:
             self.chunks_per_stage == 1 or self.pp > 1,
             f"parallel.chunks_per_stage = {self.chunks_per_stage} needs parallel.pp above 1, got {self.pp}",
         )
+        for name in ("layers_in_first_stage", "layers_in_last_stage"):
+            layers = getattr(self, name)
+            require(
+                layers is None or self.pp > 1, f"parallel.{name} = {layers} needs parallel.pp above 1, got {self.pp}"
+            )
+            require(
+                layers is None or (layers >= 1 and layers % self.chunks_per_stage == 0),
+                f"parallel.{name} must be at least 1 and a multiple of chunks_per_stage = {self.chunks_per_stage}, "
+                f"got {layers}",
+            )
         require(
             self.bucket_size is None or (self.bucket_size >= 1 and self.overlap_grad_reduce),
             f"parallel.bucket_size must be at least 1 and needs overlap_grad_reduce, got {self.bucket_size} and "
@@ -61,6 +76,29 @@ class ParallelConfig:
             "parallel.overlap_param_gather is true, which needs parallel.overlap_grad_reduce, and that is false",
         )
         require(self.timeout_minutes > 0, f"parallel.timeout_minutes must be above 0, got {self.timeout_minutes}")
+
+    def layers_of_stages(self, num_layers: int) -> list[int]:
+        """Layers of each pipeline stage; its chunks have equal shares of them.
+
+        Raises:
+            ConfigError: the model's `num_layers` cannot be shared out so.
+        """
+        first, last = self.layers_in_first_stage, self.layers_in_last_stage
+        require(
+            first is not None or last is not None or num_layers % (self.pp * self.chunks_per_stage) == 0,
+            f"parallel.pp = {self.pp} times chunks_per_stage = {self.chunks_per_stage} does not divide the model's "
+            f"num_hidden_layers = {num_layers}",
+        )
+        others = self.pp - (first is not None) - (last is not None)
+        rest = num_layers - (first or 0) - (last or 0)
+        require(
+            rest > 0 and rest % (others * self.chunks_per_stage) == 0 if others else rest == 0,
+            f"parallel.layers_in_first_stage = {first} and layers_in_last_stage = {last} leave {rest} of the model's "
+            f"num_hidden_layers = {num_layers} to the {others} other stage(s) of parallel.pp = {self.pp}, whose "
+            f"chunks_per_stage = {self.chunks_per_stage} must have equal shares of at least one",
+        )
+        share = rest // max(1, others)
+        return [first or share, *[share] * (self.pp - 2), last or share][: self.pp]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,8 +111,8 @@ class StepConfig:
     batch of any size fits, and pipeline stages work. `auto`: `single` for one pack, `retain` where the graphs fit the
     free memory as measured at the start, otherwise `cached`."""
     tokens_per_microbatch: int = 16384
-    """Token budget of one pack on one process: a pack that `parallel.cp` processes share holds so many times as much. A
-    longer text gets a pack of its own."""
+    """Token budget of one pack on one process; a pack that `parallel.cp` processes share holds so many times as much.
+    A longer text gets a pack of its own."""
     gradient_exchange: Literal["auto", "reduce_scatter", "recompute"] = "auto"
     """How the gradient of a text reaches the rank that holds it. `reduce_scatter`: the sum of what all ranks say of
     it. `recompute`: its rank makes it alone, from all queries and their log-sum-exp. `auto`: the cheaper one."""

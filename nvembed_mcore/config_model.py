@@ -118,7 +118,8 @@ class PrecisionConfig:
     fp8_attention: Literal["off", "on", "auto"] = "off"
     """Products inside attention in FP8, over padded buckets of similar length; needs TransformerEngine, heads of width
     128 and cuDNN 9.7. `auto`: measured at the start of a run on a pack of its own, and taken where it is faster than
-    bfloat16 over packed tokens; a resumed run goes on as it began. What only embeds takes `auto` for `off`."""
+    bfloat16 over packed tokens; a resumed run goes on as it began. What only embeds takes `auto` for `off`, and
+    so does a run whose texts are shared (`parallel.cp`), which refuses `on`."""
 
     def __post_init__(self) -> None:
         require(

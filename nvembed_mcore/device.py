@@ -71,6 +71,12 @@ def synchronize() -> None:
         torch.cuda.synchronize()
 
 
+@functools.cache
+def second_stream() -> torch.cuda.Stream:
+    """A stream beside the current one, the same for all who ask; needs CUDA."""
+    return torch.cuda.Stream()
+
+
 def free_memory_bytes() -> int:
     """Memory that this process may still take: of its GPU, or its share of the host's among the host's processes."""
     if has_cuda():

@@ -133,7 +133,7 @@ def paths_of(settings: Settings) -> Iterator[Path]:
 
     architecture = settings.architecture
     check_layout(architecture, settings.parallel)
-    backend = choose(settings.model, settings.precision)
+    backend = choose(settings.model, settings.precision, settings.parallel.cp)
     check_fp8(architecture, backend, settings.parallel)
     sizes = f"{architecture.num_hidden_layers} layers of width {architecture.hidden_size}"
     yield Path("architecture", sizes, settings.architecture_is)

@@ -12,7 +12,7 @@ from megatron.core.distributed import DistributedDataParallel
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import Tensor
 
-from nvembed_mcore.data.packing import Pack, Plan, Text, make_pack, make_plan
+from nvembed_mcore.data.packing import Pack, Plan, Split, Text, make_pack, make_plan
 from nvembed_mcore.model.encoder import Encoder
 from nvembed_mcore.parallel.gather import gather_rows
 from nvembed_mcore.parallel.groups import Groups
@@ -22,7 +22,7 @@ Chunks = list[DistributedDataParallel] | list[Encoder]
 
 
 def pack_multiple(chunks: Chunks) -> int:
-    """A pack's token count is a multiple of this.
+    """The token count of a pack, or of a context-parallel rank's part of it, is a multiple of this.
 
     Under sequence parallelism each tensor rank takes an equal part, and in FP8 each part has a size that its products
     take.
@@ -40,13 +40,20 @@ def plan_texts(lengths, chunks: Chunks, groups: Groups, token_budget: int, num_r
         num_ranks: those that share the texts; None: all data-parallel ones.
     """
     multiple = groups.pp_size if len(chunks) > 1 else 1
-    return make_plan(lengths, num_ranks or groups.dp_size, token_budget, multiple=multiple)
+    return make_plan(lengths, num_ranks or groups.dp_size, token_budget, multiple=multiple, cp=groups.cp_size)
 
 
-def packs_of_rank(texts: list[Text], plan: Plan, chunks: Chunks, groups: Groups) -> list[Pack]:
-    """This data-parallel rank's packs."""
-    multiple = pack_multiple(chunks)
-    return [make_pack([texts[number] for number in numbers], multiple) for numbers in plan.packs[groups.dp_rank]]
+def packs_of_rank(
+    texts: list[Text], plan: Plan, chunks: Chunks, groups: Groups, rank: int | None = None
+) -> list[Pack]:
+    """The packs of a data-parallel rank, or this context-parallel rank's parts of them.
+
+    Args:
+        rank: None: this one.
+    """
+    multiple, split = pack_multiple(chunks), Split(groups.cp_rank, groups.cp_size)
+    rank = groups.dp_rank if rank is None else rank
+    return [make_pack([texts[number] for number in numbers], multiple, split) for numbers in plan.packs[rank]]
 
 
 def run_schedule(

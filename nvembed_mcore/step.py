@@ -65,7 +65,8 @@ class StepOutput:
 
 def microbatch_seed(seed: int, step: int, microbatch: int, chunk: int, groups: Groups) -> int:
     """Seed of one microbatch's dropout; tensor ranks share it (Megatron's tracker tells them apart)."""
-    words = f"{seed} {step} {microbatch} {groups.dp_rank} {groups.pp_rank} {chunk}".encode()
+    ranks = f"{groups.dp_rank} {groups.pp_rank} {chunk}" + (f" {groups.cp_rank}" if groups.cp_size > 1 else "")
+    words = f"{seed} {step} {microbatch} {ranks}".encode()
     return int.from_bytes(hashlib.sha256(words).digest()[:4], "little") & 0x7FFFFFFF
 
 
@@ -131,7 +132,7 @@ class ContrastiveStep:
                 if not (math.isfinite(loss) and math.isfinite(grad_norm)):
                     raise NonFiniteLossError(self._finding(step, loss, grad_norm, batch, plan, packs))
                 update(self.optimizer, grad_norm)
-                fp8_step.end_step(encoders, [self.groups.tp, self.groups.dp])
+                fp8_step.end_step(encoders, [self.groups.tp, self.groups.dp_cp])
         if self._is_first:
             self._is_first = False
             log.info("collectives of step %d on this rank (way %s):\n%s", step, way, traffic.table())
@@ -149,7 +150,7 @@ class ContrastiveStep:
 
     def _share(self, totals: Tensor, packs: list[Pack], temperature: float) -> list[float]:
         """Sums over data-parallel ranks and the last stage's temperature, on every rank."""
-        tokens = [float(sum(pack.real_tokens for pack in packs)), float(sum(len(pack.token_ids) for pack in packs))]
+        tokens = [float(sum(pack.real_tokens for pack in packs)), float(sum(pack.padded_tokens for pack in packs))]
         sums = torch.cat([totals.double(), torch.tensor(tokens, dtype=torch.float64, device=totals.device)])
         sums = sum_over_data_ranks(sums, self.groups)
         last = torch.tensor([temperature], dtype=torch.float64, device=totals.device)
@@ -279,8 +280,9 @@ class ContrastiveStep:
             value = (again * grads[index]).sum()
             if pull is not None:
                 value = value + (self.chunks[-1].module.log_scale * pull).sum() / len(packs)
-            # The schedule divides by this rank's number of microbatches, which may differ from other ranks'.
-            return value * len(packs)
+            # The schedule divides by this rank's number of microbatches, which may differ from other ranks', and
+            # multiplies by the context-parallel size, which sum_over_context has done.
+            return value * len(packs) / self.groups.cp_size
 
         with timer("backward"):
             run_schedule(self.chunks, packs, surrogate, forward_only=False, before_forward=reseed)

@@ -277,7 +277,7 @@ def _prepare_run_dir(config: RunConfig, attempt: Attempt) -> Path:
 def _layout_and_hardware(config: RunConfig, groups: Groups) -> dict[str, Any]:
     """What `run.json` says of an attempt."""
     parallel = config.parallel
-    layout = {"tp": groups.tp_size, "pp": groups.pp_size, "dp": groups.dp_size}
+    layout = {"tp": groups.tp_size, "pp": groups.pp_size, "cp": groups.cp_size, "dp": groups.dp_size}
     return {
         "world_size": groups.world_size,
         "layout": layout | {"chunks_per_stage": parallel.chunks_per_stage},

@@ -61,6 +61,8 @@ def remarks(case: Case) -> str:
     options = {str(loss): name for name, loss in OPTIONS.items()}
     parts = [options[str(case.loss)]] if case.loss else []
     parts += [f"{case.queries} queries"] if case.queries != Case.queries else []
+    stages = {"first": case.first, "last": case.last}
+    parts += [f"{layers} layer(s) in the {name} stage" for name, layers in stages.items() if layers]
     parts += [case.kind] if case.kind != Case.kind else []
     parts += ["adapters on " + ", ".join(case.targets)] if case.targets else []
     parts += ["no clipping"] if not case.clip else []

@@ -21,7 +21,7 @@ MARK = "._extra_state."
 
 def sharded_state(chunk: DistributedDataParallel) -> dict[str, ShardedTensor]:
     """A chunk's histories and scales as `dist_checkpointing` takes them, by name; none without delayed scaling."""
-    replica = (0, chunk.tp_group.rank(), chunk.dp_group.rank())
+    replica = (0, chunk.tp_group.rank(), chunk.dp_cp_group.rank())
     found = histories_of(chunk.module)
     return {name: ShardedTensor.from_rank_offsets(name, one, replica_id=replica) for name, one in found.items()}
 

@@ -33,7 +33,7 @@ _KEYS = ("param", *_MOMENTS)
 
 @dataclass(frozen=True)
 class _Piece:
-    """The elements `begin` to `end` of a flattened parameter, and the data-parallel rank that updates them."""
+    """The elements `begin` to `end` of a flattened parameter, and the rank (data and context) that updates them."""
 
     rank: int
     begin: int
@@ -49,7 +49,7 @@ class _Trained:
         own: the piece of this rank; None: it updates nothing of the parameter.
         main: what this rank's optimizer updates: its piece, flat, or the whole; None as `own`.
         state: of torch's optimizer for `main`.
-        group: data-parallel, over gloo; None: every rank has the whole parameter.
+        group: data- and context-parallel, over gloo; None: every rank has the whole parameter.
     """
 
     parameter: Tensor

@@ -80,7 +80,7 @@ class Saver:
         """
         if self.config.every_steps == 0:
             return
-        mine = [p for chunk in chunks for p in chunk.module.parameters()] if self._groups.dp_rank == 0 else []
+        mine = [p for chunk in chunks for p in chunk.module.parameters()] if self._groups.dp_cp.rank() == 0 else []
         bytes = sum(p.numel() * (p.itemsize + BYTES_OF_OPTIMIZER * p.requires_grad) for p in mine)
         total = torch.tensor(bytes)
         dist.all_reduce(total, group=self._group)
@@ -155,10 +155,10 @@ class Saver:
     ) -> _Pending:
         """All that is needed of the run to write a checkpoint; what an asynchronous save needs is copied."""
         pieces, common = save_preprocess(sharded_state(chunks, optimizer, is_loading=False))
-        # Data-parallel ranks have the same tensors: each writes some of them.
-        shares = determine_main_replica_uniform_distribution(pieces, self._groups.dp)
+        # Data- and context-parallel ranks have the same tensors: each writes some of them.
+        shares = determine_main_replica_uniform_distribution(pieces, self._groups.dp_cp)
         if shares is not None:
-            distribute_main_replicas_with_precomputed_distribution(pieces, self._groups.dp, shares)
+            distribute_main_replicas_with_precomputed_distribution(pieces, self._groups.dp_cp, shares)
         mine: dict[str, list[ShardedTensor | ShardedObject]] = {}
         for piece in nested_values(pieces):
             if is_main_replica(piece.replica_id):

@@ -23,12 +23,11 @@ from nvembed_mcore.checkpoint.import_run import describe
 from nvembed_mcore.checkpoint.peft import SETTINGS_FILE
 from nvembed_mcore.config import LoraConfig, ModelConfig, ParallelConfig, PoolingConfig, PrecisionConfig
 from nvembed_mcore.data import prompts
-from nvembed_mcore.data.packing import make_pack
 from nvembed_mcore.data.tokenizer import load_tokenizer, tokenizer_fingerprint
 from nvembed_mcore.evaluation.encode import tokenize
 from nvembed_mcore.model.backend import Fp8
 from nvembed_mcore.parallel.groups import every_rank_does, first_rank_does, initialize
-from nvembed_mcore.schedule import Chunks, embed_packs, pack_multiple, plan_texts
+from nvembed_mcore.schedule import Chunks, embed_packs, packs_of_rank, plan_texts
 
 SENTENCE_TRANSFORMERS = "st:"
 """In front of the name or folder of a model that sentence-transformers loads."""
@@ -185,7 +184,7 @@ class PackedEmbedder:
         } | ({"fp8": fp8} if fp8 != "off" else {})
         self.dim = hf_config.hidden_size
         self.num_replicas, self.replica = self._groups.dp_size, self._groups.dp_rank
-        self.is_writer = self._groups.is_last_stage and self._groups.tp_rank == 0
+        self.is_writer = self._groups.is_last_stage and self._groups.tp_rank == self._groups.cp_rank == 0
         self.tokens = self.positions = 0
 
     def _load_tokenizer(self, model: str, facts: dict[str, Any], given: str | None) -> None:
@@ -213,11 +212,10 @@ class PackedEmbedder:
         instruction, limit = self._how[is_query]
         rows = tokenize(self._tokenizer, texts, instruction, limit)
         plan = plan_texts([len(row) for row in rows], self._chunks, self._groups, self._token_budget, num_ranks=1)
-        multiple = pack_multiple(self._chunks)
-        packs = [make_pack([rows[number] for number in numbers], multiple) for numbers in plan.packs[0]]
+        packs = packs_of_rank(rows, plan, self._chunks, self._groups, rank=0)
         embeddings = embed_packs(self._chunks, packs)
         self.tokens += sum(len(row) for row in rows)
-        self.positions += sum(len(pack.token_ids) for pack in packs)
+        self.positions += sum(pack.padded_tokens for pack in packs)
         if not self.is_writer:
             return None
         found = np.empty((len(rows), self.dim), np.float32)

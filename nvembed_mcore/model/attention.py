@@ -1,21 +1,25 @@
 """Bidirectional attention over packed tokens.
 
-Letters: `T` tokens in a pack, `B` sequences, `A` query heads and `G` key/value groups of this tensor rank, `d` head
-width, `P` places of all padded buckets, `L` padded length of a bucket, `b` sequences in a bucket.
+Letters: `T` tokens in a pack, `t` of them on a context-parallel rank (all, where there is one), `B` sequences, `A`
+query heads and `G` key/value groups of this tensor rank, `d` head width, `P` places of all padded buckets, `L` padded
+length of a bucket, `b` sequences in a bucket.
 
 There are two forms with the same result. `attend_packed` attends to the pack as it lies; `attend_padded` lays
 sequences of similar length into padded batches, hides the pads, and takes the tokens back. `packed_attention` picks
-the faster one. te_attention.py has both with TransformerEngine's kernels.
+the faster one. te_attention.py has both with TransformerEngine's kernels. Where ranks share the pack, it gathers keys
+and values first, and both forms take fewer queries than keys.
 """
 
 from __future__ import annotations
 
 from contextlib import nullcontext
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.tensor_parallel import get_cuda_rng_tracker
@@ -23,7 +27,9 @@ from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_config import TransformerConfig
 
+from nvembed_mcore.data.packing import WHOLE, Split
 from nvembed_mcore.kernels.varlen import varlen_attention
+from nvembed_mcore.model.context import Context, bounds_of
 from nvembed_mcore.model.rotary import Rotary, rotate
 
 if TYPE_CHECKING:
@@ -75,15 +81,18 @@ class Packing(PackedSeqParams):
 
     Attributes:
         lengths: int64 [B], tokens of each sequence, on the host.
-        position_ids: int64 [T], position inside its own sequence.
-        segment_ids: int64 [T], number of its sequence.
-        rotary: angles of its positions.
+        position_ids: int64 [t], position of each token of this rank inside its own sequence.
+        segment_ids: int64 [t], number of its sequence.
+        context: the ranks that share the pack; None: this one has it all. Megatron's fields are those of the whole
+            pack, `cu_seqlens_*_padded` with what fills its sequences, as TransformerEngine wants them.
+        rotary: angles of the positions.
         summaries: of the states after each layer, where the pooling head reads them.
     """
 
     lengths: np.ndarray | None = None
     position_ids: torch.Tensor | None = None
     segment_ids: torch.Tensor | None = None
+    context: Context | None = None
     rotary: Rotary | None = None
     summaries: LayerSummaries | None = None
     _paddings: dict[tuple[int, bool], Padding] = field(default_factory=dict, repr=False)
@@ -98,31 +107,54 @@ class Packing(PackedSeqParams):
         """
         key = (granularity, few_shapes)
         if key not in self._paddings:
-            self._paddings[key] = _padding(self.lengths, granularity, few_shapes, self.position_ids.device)
+            classes = -(-self.lengths // granularity)
+            self._paddings[key] = _padding(self.lengths, classes, granularity, few_shapes, self.position_ids.device)
         return self._paddings[key]
 
+    @cached_property
+    def query_padding(self) -> Padding:
+        """The padded form of this rank's queries: buckets of the same sequences as those of `padding()`."""
+        if self.context is None:
+            return self.padding()
+        classes, own = -(-self.lengths // BUCKET_GRANULARITY), self.context.own_lengths
+        return _padding(own, classes, BUCKET_GRANULARITY, False, self.position_ids.device)
 
-def packing_of(lengths: np.ndarray, device: torch.device) -> Packing:
-    """Describe a pack of sequences with these `lengths` (int64 [B], each at least 1)."""
+
+def packing_of(
+    lengths: np.ndarray, device: torch.device, split: Split = WHOLE, group: dist.ProcessGroup | None = None
+) -> Packing:
+    """Describe a pack of sequences with these `lengths` (int64 [B], each at least 1).
+
+    Args:
+        split: which part of the tokens this rank has, of those that the context-parallel ranks of `group` share.
+    """
     lengths = np.asarray(lengths, dtype=np.int64)
     assert lengths.min() >= 1, "a kernel may hang on an empty sequence"
-    starts = np.concatenate([[0], np.cumsum(lengths)])
-    longest = int(lengths.max())
-    bounds = torch.as_tensor(starts, dtype=torch.int32).to(device)
+    filled = split.filled(lengths)
+    positions = np.arange(filled.sum()) - np.repeat(np.cumsum(filled) - filled, filled)
+    segments, own = np.repeat(np.arange(len(lengths)), filled), split.places(filled)
+    context = Context(group, split, lengths, device) if split.size > 1 else None
+    bounds, longest = bounds_of(lengths, device), int(filled.max())
     return Packing(
         qkv_format="thd",
         cu_seqlens_q=bounds,
         cu_seqlens_kv=bounds,
+        cu_seqlens_q_padded=context and context.filled_bounds,
+        cu_seqlens_kv_padded=context and context.filled_bounds,
         max_seqlen_q=longest,
         max_seqlen_kv=longest,
         lengths=lengths,
-        position_ids=torch.as_tensor(np.arange(starts[-1]) - np.repeat(starts[:-1], lengths)).to(device),
-        segment_ids=torch.as_tensor(np.repeat(np.arange(len(lengths)), lengths)).to(device),
+        position_ids=torch.as_tensor(positions[own]).to(device),
+        segment_ids=torch.as_tensor(segments[own]).to(device),
+        context=context,
     )
 
 
-def _padding(lengths: np.ndarray, granularity: int, few_shapes: bool, device: torch.device) -> Padding:
-    starts, classes = np.cumsum(lengths) - lengths, -(-lengths // granularity)
+def _padding(
+    lengths: np.ndarray, classes: np.ndarray, granularity: int, few_shapes: bool, device: torch.device
+) -> Padding:
+    """Sequences of the same class, [B] of a multiple of `granularity`, share a bucket."""
+    starts = np.cumsum(lengths) - lengths
     buckets, rows, is_wanted = [], [], []
     for length_class in np.unique(classes).tolist():
         members = np.flatnonzero(classes == length_class)
@@ -218,15 +250,20 @@ def packed_attention(
     """Softmax attention inside each sequence of a pack, in the form that is faster here.
 
     Args:
-        query: [T, A, d]. key, value: [T, G, d], with A a multiple of G (grouped queries).
+        query: [t, A, d]. key, value: [t, G, d], with A a multiple of G (grouped queries).
         packing: the pack's description.
         causal: also hide later tokens of the same sequence.
         dropout: probability of dropping an attention weight.
 
     Returns:
-        [T, A, d], same dtype as `query`.
+        [t, A, d], same dtype as `query`; of tokens that only fill a sequence some finite numbers.
     """
-    if not why_padded(query.device.type, query.dtype, query.size(-1), dropout):  # FlashAttention needs no pads
+    has_kernel = not why_padded(query.device.type, query.dtype, query.size(-1), dropout)
+    if packing.context:
+        key, value = packing.context.gather(key, value)
+        # It hides what comes behind as many keys as there are queries, and here two chunks of queries are apart.
+        has_kernel &= not causal
+    if has_kernel:  # FlashAttention needs no pads
         return attend_packed(query, key, value, packing, causal=causal)
     # One call a sequence, the packed form elsewhere, takes three times as long as a call for each bucket.
     return attend_padded(query, key, value, packing, causal=causal, dropout=dropout)
@@ -237,14 +274,24 @@ def attend_packed(
 ) -> torch.Tensor:
     """The packed form: torch's variable-length attention in half precision on CUDA, elsewhere one call a sequence.
 
-    Arguments and result as in `packed_attention`.
+    Arguments and result as in `packed_attention`, but that keys and values are those of the whole pack.
     """
+    own, lengths = packing.context, packing.lengths
     if not why_padded(query.device.type, query.dtype, query.size(-1), dropout=0.0):
-        return varlen_attention(query, key, value, packing.cu_seqlens_q, packing.max_seqlen_q, causal=causal)
-    lengths, parts = packing.lengths.tolist(), []
-    for q, k, v in zip(*(states.split(lengths) for states in (query, key, value)), strict=True):
+        assert not (own and causal), "FlashAttention has no causal mask for two chunks of a text"
+        queries = (own.own_bounds, int(own.own_lengths.max())) if own else (packing.cu_seqlens_q, packing.max_seqlen_q)
+        keys = (packing.cu_seqlens_kv, int(lengths.max()))
+        return varlen_attention(query, key, value, queries, keys, causal=causal)
+    own_lengths, parts = (own.own_lengths if own else lengths).tolist(), []
+    sequences = zip(
+        *(states.split(own_lengths) for states in (query, packing.position_ids)),
+        *(states.split(lengths.tolist()) for states in (key, value)),
+        strict=True,
+    )
+    for q, positions, k, v in sequences:
+        mask = _causal(positions, len(k)) if causal else None
         q, k, v = (states.transpose(0, 1)[None] for states in (q, k, v))
-        out = F.scaled_dot_product_attention(q, k, v, is_causal=causal, enable_gqa=True)
+        out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=True)
         parts.append(out[0].transpose(0, 1))
     return torch.cat(parts)
 
@@ -260,30 +307,47 @@ def attend_padded(
 ) -> torch.Tensor:
     """The padded form: one call for each bucket of sequences of similar length, whose mask hides the pads.
 
-    Arguments and result as in `packed_attention`.
+    Arguments and result as in `packed_attention`, but that keys and values are those of the whole pack.
     """
-    padding, repeats = packing.padding(), query.size(1) // key.size(1)
-    padded = (pad(states, padding) for states in (query, key, value))
+    padding, queries, repeats = packing.padding(), packing.query_padding, query.size(1) // key.size(1)
+    padded = (pad(states, one) for states, one in ((query, queries), (key, padding), (value, padding)))
+    positions = _positions(packing, queries) if causal else [None] * len(queries.buckets)
     parts = []
-    for bucket, q, k, v in zip(padding.buckets, *padded, strict=True):
+    for bucket, where, q, k, v in zip(padding.buckets, positions, *padded, strict=True):
         # The query heads of a group attend to the same keys: they are further queries, [b, G, L * repeats, d].
         out = F.scaled_dot_product_attention(
             q.unflatten(2, (-1, repeats)).transpose(1, 2).flatten(2, 3),
             k.transpose(1, 2),
             v.transpose(1, 2),
-            attn_mask=_mask(bucket, causal, repeats, query.device),
+            attn_mask=_mask(bucket, where, repeats),
             dropout_p=dropout,
         )
-        parts.append(out.unflatten(2, (bucket.length, repeats)).transpose(1, 2).flatten(2))
-    return unpad(parts, padding).unflatten(1, query.shape[1:])
+        parts.append(out.unflatten(2, (-1, repeats)).transpose(1, 2).flatten(2))
+    return unpad(parts, queries).unflatten(1, query.shape[1:])
 
 
-def _mask(bucket: Bucket, causal: bool, repeats: int, device: torch.device) -> torch.Tensor | None:
-    """Bool [b or 1, 1, 1 or L * repeats, L], true where attention is allowed; None where nothing is hidden."""
-    if causal:  # hides pads too, which stand behind the tokens
-        mask = torch.ones(bucket.length, bucket.length, dtype=torch.bool, device=device).tril()
-        return mask.repeat_interleave(repeats, dim=0)[None, None]
+def _positions(packing: Packing, queries: Padding) -> list[torch.Tensor]:
+    """For each bucket the positions of its queries inside their sequences, int64 [b or 1, places of a sequence]."""
+    if packing.context is None:
+        return [torch.arange(bucket.length, device=queries.rows.device)[None] for bucket in queries.buckets]
+    sizes = [bucket.num_sequences * bucket.length for bucket in queries.buckets]
+    parts = packing.position_ids.index_select(0, queries.rows).split(sizes)
+    return [part.view(-1, bucket.length) for part, bucket in zip(parts, queries.buckets, strict=True)]
+
+
+def _mask(bucket: Bucket, positions: torch.Tensor | None, repeats: int) -> torch.Tensor | None:
+    """Bool [b or 1, 1, 1 or queries * repeats, L], true where attention is allowed; None where nothing is hidden.
+
+    `positions` of the queries: their mask is causal.
+    """
+    if positions is not None:  # hides pads too, which stand behind the tokens
+        return _causal(positions, bucket.length).repeat_interleave(repeats, dim=-2)[:, None]
     return None if bucket.is_token is None else bucket.is_token[:, None, None]
+
+
+def _causal(positions: torch.Tensor, num_keys: int) -> torch.Tensor:
+    """Bool [..., queries, keys], true where queries at these positions [..., queries] may look."""
+    return torch.arange(num_keys, device=positions.device) <= positions[..., None]
 
 
 class PackedCoreAttention(MegatronModule):
@@ -311,7 +375,7 @@ class PackedCoreAttention(MegatronModule):
         attention_bias: None = None,
         packed_seq_params: Packing | None = None,
     ) -> torch.Tensor:
-        """query [T, A, d], key and value [T, G, d] -> [T, A * d]."""
+        """query [t, A, d], key and value [t, G, d] -> [t, A * d]."""
         packing = packed_seq_params
         assert packing is not None and packing.rotary is not None
         dropout = self.config.attention_dropout if self.training else 0.0

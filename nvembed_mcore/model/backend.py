@@ -89,8 +89,8 @@ def why_no_fp8(recipe: Fp8) -> str:
     return reason.rstrip(".")
 
 
-def choose(model: ModelConfig, precision: PrecisionConfig) -> Backend:
-    """Resolve `model.backend` and `precision`.
+def choose(model: ModelConfig, precision: PrecisionConfig, cp: int = 1) -> Backend:
+    """Resolve `model.backend` and `precision`; `cp`: so many ranks share a text.
 
     Raises:
         ConfigError: what is asked for cannot be computed here.
@@ -110,10 +110,12 @@ def choose(model: ModelConfig, precision: PrecisionConfig) -> Backend:
             f"precision.fp8 is {precision.fp8!r}, which TransformerEngine cannot compute on {device.name()}: {why}. "
             f"Use another recipe or 'off', or model.backend 'local', which emulates it"
         )
+    # There is no form of FP8 attention for texts that ranks share (the configuration refuses to ask for it).
+    has_fp8_attention = layers == "transformer_engine" and cp == 1
     return Backend(
         layers=layers,
         dtype=dtype,
         fp8=precision.fp8,
-        fp8_attention=precision.fp8_attention if layers == "transformer_engine" else "off",
+        fp8_attention=precision.fp8_attention if has_fp8_attention else "off",
         reason=why_not if model.backend == "auto" else "",
     )

@@ -1,6 +1,7 @@
 """The encoder: embedding, this stage's Mistral layers, and on the last stage the pooling head.
 
-Letters: `T` tokens in a pack, `H` hidden size, `B` texts of the pack.
+Letters: `T` tokens in a pack, `t` of them on a context-parallel rank (all, where there is one), `H` hidden size, `B`
+texts of the pack.
 """
 
 from __future__ import annotations
@@ -37,6 +38,7 @@ from nvembed_mcore.model.mistral import (
 )
 from nvembed_mcore.model.pooling import build_head, pool, segment_sum, weights_of
 from nvembed_mcore.model.rotary import RotaryTable
+from nvembed_mcore.parallel.gather import sum_over_context
 from nvembed_mcore.parallel.groups import Groups
 from nvembed_mcore.parallel.param_gather import wait_for_parts
 
@@ -44,8 +46,8 @@ from nvembed_mcore.parallel.param_gather import wait_for_parts
 class Encoder(MegatronModule):
     """One pipeline stage, or one chunk of it, of a bidirectional Mistral encoder with a pooling head.
 
-    Hidden states inside are Megatron's [T, 1, H] (a pack is one long sequence of batch size 1); under sequence
-    parallelism each tensor rank holds T / TP of the rows.
+    Hidden states inside are Megatron's [t, 1, H] (a pack is one long sequence of batch size 1); under sequence
+    parallelism each tensor rank holds t / TP of the rows.
     """
 
     def __init__(
@@ -71,7 +73,7 @@ class Encoder(MegatronModule):
                 layers cannot be computed here as `model.backend` and `precision` ask.
         """
         check_layout(hf_config, parallel)
-        self.backend = choose(model, precision or PrecisionConfig())
+        self.backend = choose(model, precision or PrecisionConfig(), parallel.cp)
         check_fp8(hf_config, self.backend, parallel)
         config = transformer_config(hf_config, self.backend, parallel)
         super().__init__(config)
@@ -83,7 +85,7 @@ class Encoder(MegatronModule):
         self.reads_layers = model.pooling.kind == "multi_layer"
         is_last = model.pooling.kind == "last" or (self.reads_layers and model.attention_mask == "causal")
         self.pooled_tokens = "last" if is_last else "mean"
-        self.tp_rank = groups.tp_rank
+        self.groups = groups
         if self.pre_process:
             self.embedding = LanguageModelEmbedding(
                 config,
@@ -168,11 +170,11 @@ class Encoder(MegatronModule):
         return f"{prefix}{self.decoder.layers[int(number)].layer_number - 1}.{rest}"
 
     def forward(self, pack: Pack) -> Tensor:
-        """Hidden states [T or T / TP, 1, H] for the next stage; on the last stage unit vectors, float32 [B, H].
+        """Hidden states [t or t / TP, 1, H] for the next stage; on the last stage unit vectors, float32 [B, H].
 
         With `multi_layer` pooling, summaries of the layers so far stand behind the hidden states.
         """
-        packing = packing_of(pack.lengths, device.current())
+        packing = packing_of(pack.lengths, device.current(), pack.split, self.groups.cp)
         packing.rotary = self.rotary(packing.position_ids)
         hidden = None
         if self.pre_process:
@@ -189,17 +191,17 @@ class Encoder(MegatronModule):
         return packing.summaries.append_to(hidden) if self.reads_layers else hidden
 
     def _weights(self, pack: Pack, packing: Packing, is_sharded: bool) -> tuple[Tensor, Tensor]:
-        """Weight and sequence of each token of the pack, or of this tensor rank's part of them."""
-        weights = weights_of(pack.lengths, pack.pooled_from, len(pack.token_ids), self.pooled_tokens)
+        """Weight and sequence of each token of the pack, or of this rank's part of them."""
+        weights = weights_of(pack.lengths, pack.pooled_from, self.pooled_tokens, pack.split)
         weights, segments = torch.as_tensor(weights).to(device.current()), packing.segment_ids
         if not is_sharded:
             return weights, segments
         size = len(weights) // self.config.tensor_model_parallel_size
-        mine = slice(self.tp_rank * size, (self.tp_rank + 1) * size)
+        mine = slice(self.groups.tp_rank * size, (self.groups.tp_rank + 1) * size)
         return weights[mine], segments[mine]
 
     def _pool(self, states: Tensor, pack: Pack, packing: Packing) -> Tensor:
-        """Token states [T or T / TP, H] -> unit vectors, float32 [B, H]."""
+        """This rank's token states [t or t / TP, H] -> unit vectors, float32 [B, H]."""
         if self.reads_layers:
             return normalize(self._pool_layers(states, pack, packing)[: pack.num_texts], dim=-1)
         is_sharded = self.config.sequence_parallel
@@ -210,16 +212,20 @@ class Encoder(MegatronModule):
         if self.pooling is not None:
             states = self.pooling(states, packing)
         tokens = (states, *self._weights(pack, packing, is_sharded), len(pack.lengths))
-        if not is_sharded:
+        if not is_sharded and self.groups.cp_size == 1:
             return pool(*tokens)[: pack.num_texts]
-        # Forward sums the shards; backward is the identity, since every tensor rank goes on with the same vector.
-        pooled = tensor_parallel.reduce_from_tensor_model_parallel_region(segment_sum(*tokens))
+        pooled = sum_over_context(segment_sum(*tokens), self.groups)
+        if is_sharded:
+            # Forward sums the shards; backward is the identity, since every tensor rank goes on with the same vector.
+            pooled = tensor_parallel.reduce_from_tensor_model_parallel_region(pooled)
         return normalize(pooled[: pack.num_texts], dim=-1)
 
     def _pool_layers(self, states: Tensor, pack: Pack, packing: Packing) -> Tensor:
         """Token states of the last layer, and the summaries of those before -> vectors, float32 [B, H]."""
         packing.summaries.add(states)
         summaries = torch.stack(packing.summaries.layers)
+        if self.groups.cp_size > 1:
+            summaries = sum_over_context(summaries.float(), self.groups).to(states.dtype)
         if self.config.sequence_parallel:
             # As above: every tensor rank goes on alike, so the head's gradients must not be summed over them.
             summaries = tensor_parallel.reduce_from_tensor_model_parallel_region(summaries.float()).to(states.dtype)

@@ -41,8 +41,8 @@ def end_step(encoders: list[torch.nn.Module], groups: list[dist.ProcessGroup]) -
     """After the optimizer has changed the weights: histories of delayed scaling move by one.
 
     Args:
-        groups: those whose ranks together share these layers, tensor and data. All of them call this once a step,
-            however many packs each of them had.
+        groups: those whose ranks together share these layers, tensor, and data with context. All of them call this
+            once a step, however many packs each of them had.
     """
     if encoders[0].backend.is_fp8_in_te:
         from nvembed_mcore.model import te_layers

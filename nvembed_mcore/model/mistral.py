@@ -109,11 +109,7 @@ def check_layout(hf_config: MistralConfig, parallel: ParallelConfig) -> None:
             raise ConfigError(f"parallel.tp = {parallel.tp} does not divide the model's {field} = {size}")
     if VOCABULARY_MULTIPLE % parallel.tp:
         raise ConfigError(f"parallel.tp = {parallel.tp} does not divide {VOCABULARY_MULTIPLE}")
-    if hf_config.num_hidden_layers % (parallel.pp * parallel.chunks_per_stage):
-        raise ConfigError(
-            f"parallel.pp = {parallel.pp} times chunks_per_stage = {parallel.chunks_per_stage} does not divide the "
-            f"model's num_hidden_layers = {hf_config.num_hidden_layers}"
-        )
+    parallel.layers_of_stages(hf_config.num_hidden_layers)
 
 
 def check_fp8(hf_config: MistralConfig, backend: Backend, parallel: ParallelConfig) -> None:
@@ -151,6 +147,8 @@ def transformer_config(hf_config: MistralConfig, backend: Backend, parallel: Par
     """The Megatron configuration of these layers in this layout."""
     dtype, is_te = backend.dtype, backend.layers == "transformer_engine"
     is_interleaved = parallel.chunks_per_stage > 1
+    # Given both where chunks are interleaved, Megatron divides by the number of stages in between: none, of two.
+    last_follows = parallel.pp == 2 and parallel.layers_in_first_stage is not None
     return TransformerConfig(
         num_layers=hf_config.num_hidden_layers,
         hidden_size=hf_config.hidden_size,
@@ -170,7 +168,10 @@ def transformer_config(hf_config: MistralConfig, backend: Backend, parallel: Par
         bf16=dtype == torch.bfloat16,
         tensor_model_parallel_size=parallel.tp,
         pipeline_model_parallel_size=parallel.pp,
+        context_parallel_size=parallel.cp,
         virtual_pipeline_model_parallel_size=parallel.chunks_per_stage if is_interleaved else None,
+        num_layers_in_first_pipeline_stage=parallel.layers_in_first_stage,
+        num_layers_in_last_pipeline_stage=None if last_follows else parallel.layers_in_last_stage,
         # With lengths that vary, batched messages of an interleaved schedule cross or hang.
         overlap_p2p_comm=is_interleaved,
         batch_p2p_comm=not is_interleaved,

@@ -19,6 +19,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from nvembed_mcore.config import PoolingConfig
+from nvembed_mcore.data.packing import WHOLE, Split
 from nvembed_mcore.kernels import has_triton, reference_head
 from nvembed_mcore.model.attention import Packing, packed_attention
 
@@ -26,23 +27,24 @@ ROWS_AT_ONCE = 4096
 """Rows that the feed-forward of `MultiLayerPooling` computes together, R a text; some 16 H numbers a row."""
 
 
-def weights_of(lengths: np.ndarray, pooled_from: np.ndarray, num_tokens: int, kind: str) -> np.ndarray:
+def weights_of(lengths: np.ndarray, pooled_from: np.ndarray, kind: str, split: Split = WHOLE) -> np.ndarray:
     """Weight of each token in its text's pooled vector: float32 [T].
 
     Args:
         lengths: int64 [B'], tokens of each sequence; sequences beyond `len(pooled_from)` are dummies of weight 0.
         pooled_from: int64 [B], first pooled position of each text.
-        num_tokens: T.
         kind: `last` puts everything on the last token; the other kinds take the mean over pooled positions.
+        split: which part of the pack's tokens is asked for; what fills their sequences has weight 0.
     """
-    weights = np.zeros(num_tokens, dtype=np.float32)
+    filled = split.filled(lengths)
+    weights = np.zeros(int(filled.sum()), dtype=np.float32)
     start = 0
-    for length, first in zip(lengths.tolist(), pooled_from.tolist(), strict=False):
+    for length, size, first in zip(lengths.tolist(), filled.tolist(), pooled_from.tolist(), strict=False):
         assert 0 <= first < length, "a text without a pooled position must never reach a pack"
         begin = length - 1 if kind == "last" else first
         weights[start + begin : start + length] = 1.0 / (length - begin)
-        start += length
-    return weights
+        start += size
+    return weights[split.places(filled)]
 
 
 def kernels_for(states: torch.Tensor) -> ModuleType:

@@ -1,12 +1,15 @@
 """Core attention with TransformerEngine's kernels, for Megatron's self-attention.
 
-Letters: `T` tokens in a pack, `A` query heads and `G` key/value groups of this tensor rank, `d` head width, `L` padded
-length of a bucket, `b` sequences in a bucket.
+Letters: `t` tokens of a pack on this rank, `A` query heads and `G` key/value groups of this tensor rank, `d` head
+width, `L` padded length of a bucket, `b` sequences in a bucket.
 
 In bfloat16 it attends to the pack as it lies (`thd` with `cu_seqlens`, no pads), in FP8, whose backward pass the
 kernels have only for sequences of one length, to padded buckets. Written against TransformerEngine 2.20
 (`pytorch/attention/dot_product_attention`), whose own modules hold the rest: Megatron's wrapper adds nothing that is
 needed here, and has no way to say which form is meant.
+
+Where context-parallel ranks share the pack, their parts of keys and values go round in a ring (`p2p`), and a part is
+attended to while the next one comes; what fills sequences lies between them and is hidden.
 
 FP8 by delayed scaling, the only recipe that Hopper's kernels take, is a region of its own inside that of the linears,
 so these may have any recipe. Its scales are shared by the ranks that share the linears' (the group of the region
@@ -20,10 +23,12 @@ import logging
 from contextlib import AbstractContextManager
 
 import torch
+import torch.distributed as dist
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.transformer_config import TransformerConfig
 
+from nvembed_mcore import device
 from nvembed_mcore.model.attention import PackedCoreAttention, Packing, pad, unpad
 
 log = logging.getLogger(__name__)
@@ -65,7 +70,7 @@ class TransformerEngineCoreAttention(PackedCoreAttention):
     ) -> None:
         """
         Args:
-            pg_collection: whose `tp` ranks share the heads; None: one rank has them all.
+            pg_collection: whose `tp` ranks share the heads, and whose `cp` ranks a pack; None: one rank has it all.
             shares_scales: whether FP8 scales are those of all ranks of the region around; otherwise of this one.
         """
         super().__init__(config, layer_number, attn_mask_type, attention_type)
@@ -87,6 +92,7 @@ class TransformerEngineCoreAttention(PackedCoreAttention):
             tp_size=config.tensor_model_parallel_size,
             tp_group=pg_collection.tp if pg_collection else None,
             layer_number=layer_number,
+            **(_ring(pg_collection.cp) if config.context_parallel_size > 1 else {}),
         )
         self._region, self._rope, self._regions = te.autocast, apply_rotary_pos_emb, FP8GlobalStateManager
         # Several buckets go through one module, which may keep the magnitudes of the last one only: a margin of one
@@ -113,7 +119,7 @@ class TransformerEngineCoreAttention(PackedCoreAttention):
         attention_bias: None = None,
         packed_seq_params: Packing | None = None,
     ) -> torch.Tensor:
-        """query [T, A, d], key and value [T, G, d] -> [T, A * d]."""
+        """query [t, A, d], key and value [t, G, d] -> [t, A * d]."""
         packing = packed_seq_params
         if self.attention is None:
             return super().forward(query, key, value, attention_mask, packed_seq_params=packing)
@@ -122,13 +128,25 @@ class TransformerEngineCoreAttention(PackedCoreAttention):
 
     def _rotated(self, states: torch.Tensor, packing: Packing) -> torch.Tensor:
         """As `rotary.rotate`, in one kernel, which turns in float32 by the position inside the sequence."""
-        table = packing.rotary.table(packing.max_seqlen_q)
-        return self._rope(states, table, tensor_format="thd", fused=True, cu_seqlens=packing.cu_seqlens_q)
+        table, part = packing.rotary.table(packing.max_seqlen_q), {}
+        bounds = packing.cu_seqlens_q
+        if packing.context:
+            bounds = packing.cu_seqlens_q_padded
+            part = dict(cp_size=packing.context.split.size, cp_rank=packing.context.split.rank)
+        return self._rope(states, table, tensor_format="thd", fused=True, cu_seqlens=bounds, **part)
 
     def _attend(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, packing: Packing) -> torch.Tensor:
         """The packed form."""
+        filler, shared = None, {}
+        if packing.context:
+            filler = packing.context.is_filler
+            shared = dict(
+                cu_seqlens_q_padded=packing.cu_seqlens_q_padded,
+                cu_seqlens_kv_padded=packing.cu_seqlens_kv_padded,
+                pad_between_seqs=filler is not None,
+            )
         with self.region(is_fp8=False):
-            return self.attention(
+            out = self.attention(
                 query,
                 key,
                 value.contiguous(),  # a part of the projection's output otherwise, whose layout the kernels would copy
@@ -137,7 +155,10 @@ class TransformerEngineCoreAttention(PackedCoreAttention):
                 cu_seqlens_kv=packing.cu_seqlens_kv,
                 max_seqlen_q=packing.max_seqlen_q,
                 max_seqlen_kv=packing.max_seqlen_kv,
+                **shared,
             )
+        # The kernels leave anything there, and what is not finite would reach weights through a gradient of zero.
+        return out if filler is None else out.masked_fill(filler[:, None], 0.0)
 
     def _attend_in_fp8(
         self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, packing: Packing
@@ -170,6 +191,12 @@ class TransformerEngineCoreAttention(PackedCoreAttention):
             self._has_started = True
             state = self.attention.fp8_meta["scaling_bwd"]
             state.scale.masked_fill_(state.amax_history.amax(dim=0) == 0, GRADIENT_SCALE_AT_START)
+
+
+def _ring(group: dist.ProcessGroup) -> dict[str, object]:
+    """What TransformerEngine must know of the context-parallel ranks."""
+    ranks = dist.get_process_group_ranks(group)
+    return dict(cp_group=group, cp_global_ranks=ranks, cp_stream=device.second_stream(), cp_comm_type="p2p")
 
 
 @functools.cache

@@ -1,11 +1,15 @@
 """The only data-path collectives of ours.
 
-Letters: `N` rows in global order, `n` rows of one rank, `D` row width.
+Letters: `N` rows in global order, `n` rows of one rank, `D` row width, `C` context-parallel size, `t` tokens of a
+context-parallel rank, `S` tokens of the pack that they share.
 
 The gradient contract (docs/design.md). A rank scores the rows that it holds against all embeddings; what every rank
 has to say about an embedding is summed and handed to the embedding's owner, or made there anew. A rank's gradients
 are those of `(W / Q)` times the sum of losses, and Megatron's data parallelism divides by `W`: together the gradient
 of the mean over all `Q` queries, as one process holding the batch has it.
+
+Under context parallelism C ranks hold the same texts, score the same, and each pushes back through its own tokens all
+of `dL/dE`. Megatron divides by `W * C`; C of that is undone where the ranks' sums over tokens are added.
 """
 
 from __future__ import annotations
@@ -64,6 +68,60 @@ def _slots(owned: Sequence[np.ndarray]) -> tuple[torch.Tensor, int]:
     for rank, numbers in enumerate(owned):
         slots[torch.as_tensor(numbers, dtype=torch.long)] = rank * rows + torch.arange(len(numbers))
     return slots, rows
+
+
+class _GatheredTokens(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, local: torch.Tensor, rows: torch.Tensor, group: dist.ProcessGroup):
+        ctx.rows, ctx.group = rows, group
+        gathered = local.new_empty(group.size() * local.size(0), *local.shape[1:])
+        dist.all_gather_into_tensor(gathered, local.contiguous(), group=group)
+        ctx.shape = gathered.shape
+        return gathered.index_select(0, rows)
+
+    @staticmethod
+    def backward(ctx, grad: torch.Tensor):
+        gathered = grad.new_zeros(ctx.shape).index_copy_(0, ctx.rows, grad)
+        local = grad.new_empty(ctx.shape[0] // ctx.group.size(), *ctx.shape[1:])
+        dist.reduce_scatter_tensor(local, gathered, op=dist.ReduceOp.SUM, group=ctx.group)
+        return local, None, None
+
+
+def gather_tokens(local: torch.Tensor, rows: torch.Tensor, group: dist.ProcessGroup) -> torch.Tensor:
+    """States of a whole pack on each of the context-parallel ranks that share it.
+
+    The gradient is the exact adjoint: what all ranks say of a token is summed and handed to the rank that has it.
+
+    Args:
+        local: [t, ...], those of this rank's tokens; t is the same on all ranks.
+        rows: int64 [S], which of the C * t rows, one rank's behind the other's, are wanted, each at most once.
+        group: the context-parallel group.
+
+    Returns:
+        [S, ...].
+    """
+    return _GatheredTokens.apply(local, rows, group)
+
+
+class _SummedOverContext(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, values: torch.Tensor, group: dist.ProcessGroup):
+        ctx.size = group.size()
+        total = values.clone()
+        dist.all_reduce(total, group=group)
+        return total
+
+    @staticmethod
+    def backward(ctx, grad: torch.Tensor):
+        return grad * ctx.size, None
+
+
+def sum_over_context(values: torch.Tensor, groups: Groups) -> torch.Tensor:
+    """The sum of `values` over the context-parallel ranks, which all go on alike with it.
+
+    The adjoint sums the ranks' gradients. These are equal, so it multiplies by C and sends nothing.
+    """
+    return _SummedOverContext.apply(values, groups.cp) if groups.cp_size > 1 else values
 
 
 def sum_over_data_ranks(values: torch.Tensor, groups: Groups) -> torch.Tensor:

@@ -39,7 +39,15 @@ class Traffic(TorchDispatchMode):
         self.seconds: Counter[str] = Counter()
         self.calls: Counter[tuple[str, str]] = Counter()
         self.bytes: Counter[tuple[str, str]] = Counter()
-        dimensions = {"data": groups.dp, "tensor": groups.tp, "pipeline": groups.pp, "model": groups.collection.mp}
+        dimensions = {
+            "data": groups.dp,
+            "tensor": groups.tp,
+            "pipeline": groups.pp,
+            "context": groups.cp,
+            "model": groups.collection.mp,
+            "data and context": groups.dp_cp,
+            "tensor and context": groups.tp_cp,
+        }
         self.groups = [*dimensions, "all"]
         # Where two dimensions have the same ranks, the first name counts.
         self._names: dict[tuple[int, ...], str] = {}

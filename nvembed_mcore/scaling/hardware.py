@@ -178,6 +178,5 @@ def number(entry: dict[str, Any]) -> float:
     return float(entry["value"])
 
 
-@lru_cache
 def _read(name: str) -> dict[str, Any]:
     return yaml.safe_load((FOLDER / f"{name}.yaml").read_text(encoding="utf-8"))

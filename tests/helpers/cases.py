@@ -36,14 +36,14 @@ from tests.helpers.plain import (
 _layouts: dict = {}
 
 
-def layout(tp: int, pp: int, sp: bool, chunks_per_stage: int = 1, **more):
+def layout(tp: int, pp: int, sp: bool, chunks_per_stage: int = 1, cp: int = 1, **more):
     """The layout's configuration and groups; within a job they are made once."""
     from nvembed_mcore.parallel.groups import initialize
 
     parallel = ParallelConfig(
-        tp=tp, pp=pp, sequence_parallel=sp, chunks_per_stage=chunks_per_stage, timeout_minutes=2, **more
+        tp=tp, pp=pp, cp=cp, sequence_parallel=sp, chunks_per_stage=chunks_per_stage, timeout_minutes=2, **more
     )
-    key = (tp, pp, chunks_per_stage)
+    key = (tp, pp, cp, chunks_per_stage)
     if not torch.distributed.is_initialized() or key not in _layouts:
         _layouts.clear()
         _layouts[key] = initialize(parallel)
@@ -171,7 +171,10 @@ class Case:
     world: int = 1
     tp: int = 1
     pp: int = 1
+    cp: int = 1
     chunks: int = 1
+    first: int | None = None
+    last: int | None = None
     sp: bool = False
     way: str = "auto"
     budget: int = 100_000
@@ -190,9 +193,14 @@ class Case:
     dtype: str = "float32"
 
     @property
-    def layout(self) -> tuple[int, int, bool, int, int]:
-        """Processes, tensor-parallel size, sequence parallelism, pipeline size and chunks of a stage."""
-        return self.world, self.tp, self.sp, self.pp, self.chunks
+    def layout(self) -> tuple[int, int, bool, int, int, int]:
+        """Processes, tensor-parallel size, sequence parallelism, pipeline size, chunks of a stage, context size."""
+        return self.world, self.tp, self.sp, self.pp, self.chunks, self.cp
+
+    @property
+    def ranks(self) -> int:
+        """Data-parallel size."""
+        return self.world // (self.tp * self.pp * self.cp)
 
     def __str__(self) -> str:
         """What differs from the defaults."""
@@ -215,7 +223,8 @@ def build_step(case: Case, **changes):
     # Small buckets, so that there are several to overlap.
     overlap = dict(overlap_grad_reduce=case.overlap, bucket_size=4000 if case.overlap else None)
     overlap |= dict(overlap_param_gather=case.gather)
-    parallel, groups = layout(case.tp, case.pp, case.sp, chunks_per_stage=case.chunks, **overlap)
+    overlap |= dict(layers_in_first_stage=case.first, layers_in_last_stage=case.last)
+    parallel, groups = layout(case.tp, case.pp, case.sp, case.chunks, case.cp, **overlap)
     hf_config = step_config(**changes)
     loss = LossConfig(**{"temperature": TEMPERATURE, **case.loss})
     chunks, table, parameters = build(

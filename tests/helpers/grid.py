@@ -142,8 +142,20 @@ def adapters() -> Iterator[Case]:
     yield Case(world=4, pp=2, chunks=2, way="cached", budget=budget, targets=ALL_TARGETS, distributed=False)
 
 
+def uneven_stages() -> Iterator[Case]:
+    """Stages with different numbers of layers: an embedding table and one layer, or one layer and a head."""
+    for stages in (dict(first=1), dict(last=1), dict(first=3, last=1)):
+        yield Case(world=2, pp=2, **stages, way="cached", budget=budget_for(3, 1, 7), distributed=False, loss=LEARNED)
+    layout = dict(world=4, tp=2, sp=True, pp=2, way="cached", budget=200, distributed=False)
+    # Summaries of one layer go to the next stage, which adds those of three, or the other way.
+    yield Case(**layout, first=1, kind="multi_layer")
+    yield Case(**layout, last=1, kind="multi_layer", overlap=True)
+    yield Case(**layout, last=1, targets=ALL_TARGETS)
+
+
 GRID = {
     "Layouts and ways": list(layouts_and_ways()),
+    "Uneven stages": list(uneven_stages()),
     "Uneven batches": list(uneven_batches()),
     "Options of the loss": list(loss_options()),
     "Pooling heads": list(heads()),

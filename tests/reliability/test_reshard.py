@@ -28,12 +28,14 @@ LAYOUTS = {
     "dp2": Case(world=2, overlap=True),
     "tp2 sp": Case(world=2, tp=2, sp=True),
     "pp2 x 2": Case(world=2, pp=2, chunks=2),
+    "pp2: 1 + 3": Case(world=2, pp=2, first=1),
     "tp2 sp pp2": Case(world=4, tp=2, sp=True, pp=2),
     # The others are among the long tests only.
     "dp3": Case(world=3),
     "dp2 whole": Case(world=2, distributed=False),
     "tp2 dp2": Case(world=4, tp=2, overlap=True),
     "pp4": Case(world=4, pp=4),
+    "tp2 pp2: 3 + 1": Case(world=4, tp=2, pp=2, last=1),
     "tp4 whole": Case(world=4, tp=4, distributed=False),
     "tp2": Case(world=2, tp=2),
     "pp2": Case(world=2, pp=2),
@@ -47,7 +49,7 @@ LAYOUTS = {
 }
 """`dp` data-parallel, `tp` tensor-parallel, `sp` with sequence parallelism, `pp` pipeline stages, `x` chunks of each,
 `whole`: the optimizer is not sharded. With `overlap`, gradients are in many buckets."""
-SHORT = ["1", "dp2", "pp2 x 2", "tp2 sp pp2"]
+SHORT = ["1", "dp2", "pp2 x 2", "pp2: 1 + 3", "tp2 sp pp2"]
 
 
 @pytest.fixture(scope="module")

@@ -28,6 +28,12 @@ def run_config(**changes) -> RunConfig:
     ("make", "words"),
     [
         (lambda: ParallelConfig(chunks_per_stage=2), ["parallel.chunks_per_stage = 2", "parallel.pp above 1, got 1"]),
+        (lambda: ParallelConfig(layers_in_first_stage=1), ["layers_in_first_stage = 1", "parallel.pp above 1, got 1"]),
+        (
+            lambda: ParallelConfig(pp=2, chunks_per_stage=2, layers_in_last_stage=3),
+            ["parallel.layers_in_last_stage", "multiple of chunks_per_stage = 2, got 3"],
+        ),
+        (lambda: ParallelConfig(pp=2, layers_in_first_stage=0), ["layers_in_first_stage", "at least 1", "got 0"]),
         (lambda: ParallelConfig(cp=0), ["parallel.cp must be at least 1, got 0"]),
         (
             lambda: run_config(parallel=ParallelConfig(cp=2), precision=FP8_ATTENTION),
@@ -57,3 +63,19 @@ def test_what_cannot_work_together(make, words):
         make()
     for word in words:
         assert word in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("layout", "layers"),
+    [
+        ({}, [12]),
+        ({"pp": 3}, [4, 4, 4]),
+        ({"pp": 2, "layers_in_first_stage": 5}, [5, 7]),
+        ({"pp": 4, "layers_in_last_stage": 3}, [3, 3, 3, 3]),
+        ({"pp": 4, "layers_in_first_stage": 5, "layers_in_last_stage": 1}, [5, 3, 3, 1]),
+        ({"pp": 3, "chunks_per_stage": 2, "layers_in_first_stage": 2, "layers_in_last_stage": 6}, [2, 4, 6]),
+        ({"pp": 2, "layers_in_first_stage": 7, "layers_in_last_stage": 5}, [7, 5]),
+    ],
+)
+def test_layers_of_stages(layout, layers):
+    assert ParallelConfig(**layout).layers_of_stages(12) == layers

@@ -85,6 +85,8 @@ RESUMABLE: dict[str, tuple[Any, str]] = {
     "parallel.tp": (2, "parallel.tp: 1 -> 2"),
     "parallel.pp": (2, "parallel.pp: 1 -> 2"),
     "parallel.chunks_per_stage": (2, "parallel.chunks_per_stage: 1 -> 2"),
+    "parallel.layers_in_first_stage": (3, "parallel.layers_in_first_stage: None -> 3"),
+    "parallel.layers_in_last_stage": (1, "parallel.layers_in_last_stage: None -> 1"),
     "parallel.sequence_parallel": (False, "parallel.sequence_parallel: True -> False"),
     "parallel.overlap_grad_reduce": (True, "parallel.overlap_grad_reduce: False -> True"),
     "parallel.overlap_param_gather": (True, "parallel.overlap_param_gather: False -> True"),

@@ -111,23 +111,23 @@ def test_kinds_without_parameters_have_no_head():
 
 def test_weights_by_hand():
     lengths, pooled_from = np.array([4, 1, 3, 2]), np.array([2, 0, 0])  # the last sequence is a dummy
-    mean = weights_of(lengths, pooled_from, 10, "mean")
+    mean = weights_of(lengths, pooled_from, "mean")
     assert mean.dtype == np.float32
     np.testing.assert_array_equal(mean, np.array([0, 0, 1 / 2, 1 / 2, 1, 1 / 3, 1 / 3, 1 / 3, 0, 0], np.float32))
     for kind in ("latent", "self_attention"):
-        np.testing.assert_array_equal(weights_of(lengths, pooled_from, 10, kind), mean)
-    assert weights_of(lengths, pooled_from, 10, "last").tolist() == [0, 0, 0, 1, 1, 0, 0, 1, 0, 0]
+        np.testing.assert_array_equal(weights_of(lengths, pooled_from, kind), mean)
+    assert weights_of(lengths, pooled_from, "last").tolist() == [0, 0, 0, 1, 1, 0, 0, 1, 0, 0]
 
 
 def test_a_text_without_a_pooled_position_is_refused():
     with pytest.raises(AssertionError, match="without a pooled position"):
-        weights_of(np.array([3, 2]), np.array([0, 2]), 5, "mean")
+        weights_of(np.array([3, 2]), np.array([0, 2]), "mean")
 
 
 def test_segment_sum_is_the_mean_over_pooled_positions():
     lengths, pooled_from = np.array([4, 3]), np.array([1, 0])
     states = torch.randn(7, 5, generator=torch.Generator().manual_seed(0)).bfloat16()
-    weights = torch.as_tensor(weights_of(lengths, pooled_from, 7, "mean"))
+    weights = torch.as_tensor(weights_of(lengths, pooled_from, "mean"))
     pooled = segment_sum(states, weights, torch.tensor([0, 0, 0, 0, 1, 1, 1]), 2)
     assert pooled.dtype == torch.float32
     torch.testing.assert_close(pooled, torch.stack([states[1:4].float().mean(0), states[4:].float().mean(0)]))

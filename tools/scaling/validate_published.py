@@ -10,6 +10,8 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from rich.console import Console
+from rich.table import Table
 
 from nvembed_mcore.config import LoraConfig
 from nvembed_mcore.scaling import seconds
@@ -18,7 +20,7 @@ from nvembed_mcore.scaling.hardware import Cluster, cluster
 from nvembed_mcore.scaling.layers import Pack, Pass, Terms, embedding, layer, scaled
 from nvembed_mcore.scaling.layout import Layout
 from nvembed_mcore.scaling.pipeline import walk, with_host
-from nvembed_mcore.scaling.predict import data_parallel
+from nvembed_mcore.scaling.update import data_parallel
 
 DATA = Path(__file__).with_name("published.yaml")
 FITTED_FAMILY, FITTED_DEVICE = "llama", "h100"
@@ -158,7 +160,7 @@ def language_head(row: Row, machine: Cluster, tokens: float) -> Pass:
 
 
 def _sends(row: Row, machine: Cluster, pack: Pack) -> Terms:
-    """Handing a pack on and its gradient back, once a chunk; hidden beside other packs where stages are interleaved."""
+    """Handing a pack on and its gradient back, once a chunk; beside other packs where stages are interleaved."""
     layout = row.layout
     if layout.pp == 1:
         return Counter()
@@ -206,3 +208,29 @@ def summary(rows: list[Row], found: list[float]) -> dict[str, float]:
         "rows_published": len(others),
         "rows_fitted": len(fitted),
     }
+
+
+def report() -> dict[str, float]:
+    """Print every row, and return the figures."""
+    rows = read_rows()
+    found = errors(rows, {})
+    table = Table(
+        "model", "device", "precision", "trains", "GPUs", "TP/PP/CP/v", "published", "predicted", "error", ""
+    )
+    for row, error in zip(rows, found, strict=True):
+        layout = row.layout
+        remarks = (["fitted"] if row.is_fitted else []) + row.assumed
+        table.add_row(
+            row.name,
+            row.device,
+            "bf16" if row.fp8 == "off" else "fp8",
+            "adapters" if row.lora else "all" + ("" if row.recompute == "none" else f", {row.recompute} again"),
+            str(layout.gpus),
+            f"{layout.tp}/{layout.pp}/{layout.cp}/{layout.chunks}",
+            f"{row.published:.3f} s",
+            f"{row.published * (1 + error):.3f} s",
+            f"{100 * error:+.1f} %",
+            ", ".join(remarks),
+        )
+    Console(width=170).print(table)
+    return summary(rows, found)

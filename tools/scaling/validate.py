@@ -1,0 +1,63 @@
+"""How far the cost model is from what was measured: by others on their clusters, and by this trainer here.
+
+    PYTHONPATH=. python tools/scaling/validate.py --json validate.json
+    PYTHONPATH=. python tools/scaling/validate.py --only published
+    PYTHONPATH=. python tools/scaling/validate.py --fit       fits the constants anew, and stores them
+
+from the root of the repository.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+FIGURES = """
+figures:
+  median_error_published   median of |predicted / published - 1| over step times of all model families but the one that
+                           the constants were fitted on; bar 0.07. max_error_published: the largest of them
+  median_error_fitted      the same over the family of the fit
+  rows_published, rows_fitted
+                           how many step times each is over
+"""
+
+
+def _published() -> dict[str, float]:
+    from validate_published import report
+
+    return report()
+
+
+PARTS: dict[str, Callable[[], dict[str, float]]] = {"published": _published}
+"""Each prints its rows and returns its figures."""
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, epilog=FIGURES, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--only", nargs="+", choices=PARTS, default=list(PARTS), help="these parts; default: all")
+    parser.add_argument("--fit", action="store_true", help="fit the constants to the published rows and store them")
+    parser.add_argument("--json", metavar="PATH", help="write the figures here as well")
+    options = parser.parse_args()
+    if options.fit:
+        from validate_fit import write
+        from validate_published import read_rows
+
+        from nvembed_mcore.scaling import hardware
+
+        write(read_rows())
+        hardware.cluster.cache_clear()
+    figures: dict[str, float] = {}
+    for part in options.only:
+        figures |= PARTS[part]()
+    for name, value in figures.items():
+        print(f"{name} {value:.4g}")
+    if options.json:
+        Path(options.json).write_text(json.dumps(figures, indent=1) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
