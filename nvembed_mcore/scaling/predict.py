@@ -14,7 +14,8 @@ import numpy as np
 
 from nvembed_mcore.config_data import ConfigError
 from nvembed_mcore.scaling import seconds
-from nvembed_mcore.scaling.balance import Balance, balance_of
+from nvembed_mcore.scaling.balance import Balance, balance_of, plan_of
+from nvembed_mcore.scaling.exchange import recomputes
 from nvembed_mcore.scaling.flops import pack_flops
 from nvembed_mcore.scaling.hardware import Cluster, Constant
 from nvembed_mcore.scaling.layers import Pack, Pass, Terms, embedding, head, layer, scaled
@@ -162,6 +163,11 @@ class Parts:
         self.trained = trained_parameters(workload, replace(layout, way="cached", tokens_per_microbatch=1))
 
     @cached_property
+    def recomputes(self) -> bool:
+        """Whether a rank makes the gradients of its passages alone, from all queries (`step.gradient_exchange`)."""
+        return recomputes(self.workload, plan_of(self.workload, self.layout, 0), 0)
+
+    @cached_property
     def pack(self) -> Pack:
         """A pack of the fullest rank, on one context-parallel rank."""
         squares = float((self.workload.lengths.astype(np.float64) ** 2).sum())
@@ -219,18 +225,19 @@ class Parts:
         return both + Counter(again=max(0.0, packs - kept) * stages[0].forward.total())
 
     def _score(self, cluster: Cluster) -> Terms:
-        """Gathering embeddings, InfoNCE and its gradient, and what all ranks say of each text, summed.
+        """Gathering embeddings, InfoNCE and its gradient, and how each text's gradient reaches its rank.
 
-        `gather`: an all-gather of `e N D` bytes and a reduce-scatter of `4 N D`; `loss`: three products of
-        `2 (Q / W) M D` FLOPs, twice with `symmetric`.
+        `gather`: an all-gather of `e N D` bytes and, unless each rank makes its own columns' gradients alone, a
+        reduce-scatter of `4 N D`. `loss`: three products of `2 (Q / W) M D` FLOPs, or four; twice with `symmetric`.
         """
         work, layout = self.workload, self.layout
         size, texts = work.architecture.hidden_size, float(np.count_nonzero(work.lengths, axis=1).mean())
         ranks, per_node = layout.dp, max(1, cluster.device.gpus_per_node // (layout.tp * layout.cp))
         gather = seconds.ring(cluster, work.element * texts * size, ranks, per_node)
-        gather += seconds.ring(cluster, 4 * texts * size, ranks, per_node)
+        if not self.recomputes:
+            gather += seconds.ring(cluster, 4 * texts * size, ranks, per_node)
         rows, columns = work.num_queries / layout.dp, texts - work.num_queries
-        products = 3 * (2 if work.loss.symmetric else 1)
+        products = (4 if self.recomputes else 3) * (2 if work.loss.symmetric else 1)
         return Counter(gather=gather, loss=products * seconds.matmul(cluster, work.dtype, rows, size, columns))
 
     def _update(self, cluster: Cluster, stages: list[Pass]) -> Terms:
