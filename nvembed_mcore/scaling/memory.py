@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -11,11 +12,11 @@ from nvembed_mcore.data.packing import Plan
 from nvembed_mcore.scaling import activations
 from nvembed_mcore.scaling.balance import plan_of
 from nvembed_mcore.scaling.exchange import recomputes
+from nvembed_mcore.scaling.layout import Layout
 from nvembed_mcore.scaling.parameters import buffers_of, chunk_parameters, linears
 
 if TYPE_CHECKING:
     from nvembed_mcore.scaling.hardware import Cluster
-    from nvembed_mcore.scaling.layout import Layout
     from nvembed_mcore.scaling.workload import Workload
 
 FRAGMENTATION = 0.05
@@ -35,7 +36,8 @@ def memory_of(workload: Workload, layout: Layout, cluster: Cluster) -> dict[str,
     their gradients at that moment), `fragmentation` (on a GPU: what the allocator wastes, and NCCL's buffers).
     """
     is_gpu = cluster.device.name != "cpu"
-    ranks = [_rank(workload, layout, stage) for stage in range(layout.pp)]
+    # A stage between the second and the last has as many layers as the second one, and keeps fewer packs.
+    ranks = [_rank(workload, layout, stage) for stage in sorted({0, min(1, layout.pp - 1), layout.pp - 1})]
     fullest = max(ranks, key=lambda kinds: sum(kinds.values()))
     waste = FRAGMENTATION * sum(fullest.values()) + (NCCL_BYTES if layout.gpus > 1 else 0.0)
     return fullest | {"fragmentation": waste if is_gpu else 0.0}
@@ -96,11 +98,12 @@ class _Graph:
 
 
 def _graph(workload: Workload, layout: Layout, stage: int, chunk: int, lengths: np.ndarray) -> _Graph:
-    shape = activations.shape_of(workload, layout, lengths)
+    split = _split(layout)
+    shape = _shape(workload, split, lengths.tobytes())
     is_first, is_last = stage == 0 and chunk == 0, stage == layout.pp - 1 and chunk == layout.chunks - 1
     layers = layout.stages(workload.architecture.num_hidden_layers)[stage][chunk]
-    kept = (layers - is_first) * activations.layer(workload, layout, shape)
-    kept += is_first * activations.layer(workload, layout, shape, is_first=True)
+    kept = (layers - is_first) * _layer(workload, split, shape, False)
+    kept += is_first * _layer(workload, split, shape, True)
     kept += activations.outside_layers(workload, layout, shape, is_first=is_first, is_last=is_last)
     if layout.pp > 1:
         # What a stage receives and what it sends stay until the schedule is done with the pack.
@@ -114,14 +117,33 @@ def _graph(workload: Workload, layout: Layout, stage: int, chunk: int, lengths: 
     return _Graph(kept, fullest - kept)
 
 
+@lru_cache(maxsize=4096)
+def _split(layout: Layout) -> Layout:
+    """A layout that splits a layer in the same way: all that what a pack keeps depends on."""
+    return Layout(gpus=layout.tp * layout.cp, tp=layout.tp, cp=layout.cp, sequence_parallel=layout.sequence_parallel)
+
+
+@lru_cache(maxsize=8192)
+def _shape(workload: Workload, split: Layout, lengths: bytes) -> activations.Shape:
+    return activations.shape_of(workload, split, np.frombuffer(lengths, dtype=np.int64))
+
+
+@lru_cache(maxsize=8192)
+def _layer(workload: Workload, split: Layout, shape: activations.Shape, is_first: bool) -> float:
+    return activations.layer(workload, split, shape, is_first=is_first)
+
+
 def _moments(workload: Workload, layout: Layout, stage: int, step: int, gradients: float) -> list[tuple[float, float]]:
     """Activations and scores at the moments of a sampled step that may be the fullest, over data-parallel ranks."""
     plan, found = plan_of(workload, layout, step), []
     texts = workload.texts(step)
     is_last = stage == layout.pp - 1
-    for rank, packs in enumerate(plan.packs):
+    for rank in _full_ranks(plan, texts):
+        packs = plan.packs[rank]
+        if layout.pp == 1 and layout.way == "cached":  # one graph at a time: the largest, and the one that is kept
+            packs = [max(packs, key=lambda pack: texts[pack].sum()), packs[-1]]
         graphs = [[_graph(workload, layout, stage, c, texts[p]) for c in range(layout.chunks)] for p in packs]
-        embeddings = 4 * len(plan.owned()[rank]) * workload.architecture.hidden_size if is_last else 0.0
+        embeddings = 4 * sum(map(len, plan.packs[rank])) * workload.architecture.hidden_size if is_last else 0.0
         if layout.pp > 1:
             backward, scoring = _in_flight(layout, stage, graphs), 0.0
         elif layout.way == "cached":
@@ -134,6 +156,19 @@ def _moments(workload: Workload, layout: Layout, stage: int, step: int, gradient
             found.append((scoring, embeddings + scores(workload, layout, plan, rank, step)))
     found.append((_at_the_end(workload, layout, stage, gradients), 0.0))
     return found
+
+
+def _full_ranks(plan: Plan, texts: np.ndarray) -> list[int]:
+    """Ranks that may be the fullest: of many, that with the most tokens, the largest pack, the most texts."""
+    if len(plan.packs) <= 8:
+        return list(range(len(plan.packs)))
+    packs = [[int(texts[pack].sum()) for pack in packs] for packs in plan.packs]
+    orders = (
+        [sum(sizes) for sizes in packs],
+        [max(sizes) for sizes in packs],
+        [sum(map(len, one)) for one in plan.packs],
+    )
+    return sorted({int(np.argmax(order)) for order in orders})
 
 
 def _in_flight(layout: Layout, stage: int, graphs: list[list[_Graph]]) -> float:
@@ -166,7 +201,7 @@ def scores(workload: Workload, layout: Layout, plan: Plan, rank: int, step: int)
     and a block of scores. On CUDA in bfloat16 also the embeddings in it, and a block's gradient.
     """
     width, texts = workload.architecture.hidden_size, workload.texts(step)
-    owned = plan.owned()[rank]
+    owned = np.concatenate(plan.packs[rank])
     own = recomputes(workload, plan, step)
     pairs = int(workload.is_positive[step].sum())
     mine = int((workload.is_positive[step][: len(texts)] & np.isin(workload.query[step][: len(texts)], owned)).sum())
