@@ -79,6 +79,8 @@ class Constants:
     """Share of the memory's bandwidth that norms, activations and casts reach."""
     host_layer: Constant
     """Seconds until the host has queued one layer's forward pass."""
+    host_step: Constant
+    """Seconds of a step in which the host alone works: the plan, packs, calls of the optimizer."""
     exposed: Constant
     """Share of overlapped communication that stays visible."""
     unexplained: Constant

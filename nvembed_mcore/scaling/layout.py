@@ -61,8 +61,7 @@ class Layout:
             gpus=gpus,
             tp=parallel.tp,
             pp=parallel.pp,
-            # Not every configuration can say these.
-            cp=getattr(parallel, "cp", 1),
+            cp=parallel.cp,
             chunks=parallel.chunks_per_stage,
             layers_in_first_stage=getattr(parallel, "layers_in_first_stage", None),
             layers_in_last_stage=getattr(parallel, "layers_in_last_stage", None),
