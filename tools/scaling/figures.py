@@ -2,8 +2,8 @@
 
 Run from the root of the repository: PYTHONPATH=. python tools/scaling/figures.py --to docs/scaling
 
-Asks `nvembed plan` for the fastest layout of every scenario and number of GPUs, writes them as plan.csv and draws
-plan-strong.png, plan-efficiency.png, plan-weak.png, plan-terms.png and plan-memory.png. No GPU is needed or used.
+Asks for the fastest layout of every scenario and number of GPUs, as `nvembed plan` does, writes them as plan.csv and
+draws plan-strong.png, plan-efficiency.png, plan-weak.png, plan-terms.png and plan-memory.png. No GPU is needed or used.
 """
 
 from __future__ import annotations
@@ -11,37 +11,46 @@ from __future__ import annotations
 import argparse
 import csv
 import json
-import subprocess
-import sys
-import tempfile
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
+
+from nvembed_mcore.cli.run_config import read_run_config
+from nvembed_mcore.scaling.architecture import Architecture
+from nvembed_mcore.scaling.hardware import cluster
+from nvembed_mcore.scaling.layout import Layout
+from nvembed_mcore.scaling.lengths import sample_lengths
+from nvembed_mcore.scaling.plan import Plan, plan
+from nvembed_mcore.scaling.predict import Prediction, predict
+from nvembed_mcore.scaling.workload import Workload
 
 ROOT = Path(__file__).parent.parent.parent
 RECIPE = ROOT / "examples" / "recipes" / "nv_embed_v2"
 MISTRAL = ROOT / "examples" / "recipes" / "mistral_7b_v0_1.json"
 GPUS = (8, 16, 32, 64, 128, 256, 512, 1152, 2304, 4608)
-SEQUENCES_OF_A_QUERY = 9
-"""Itself, its positive and seven hard negatives."""
-BATCH = 128
-LARGER_BATCH = 8192
+BATCH, LARGER_BATCH = 128, 8192
+FEWEST_OF_LARGER = 64
 QUERIES_PER_GPU = 16
 """Of the weak scaling: those of a batch of 128 on 8 GPUs."""
+TEXTS_SAMPLED = 10_000
+"""Sampled batches of so many texts in all, or one batch, say how even the packs are."""
 WEIGHTS = {"LoRA": (), "full": ("--model.lora.rank", "0")}
 PRECISIONS = {"BF16": (), "FP8": ("--precision.fp8", "tensorwise")}
 FIGURES = """
 Columns of plan.csv, one row for each scenario, kind and number of GPUs; --json has the same rows as a list `rows`, and
-for each scenario and kind `end_of_STUDY_STAGE_KIND`, the largest number of GPUs at half of its efficiency or better:
+for each of them `end_of_STUDY_STAGE_KIND`, the largest number of GPUs at half of its efficiency or better:
 
-  study           strong: 128 queries (1,152 sequences) a step; larger: 8,192 queries; weak: 16 queries a GPU
-  stage           of NV-Embed
+  study           strong: 128 queries (1,152 sequences) a step, lengths of MS MARCO; longest: the same with 512 tokens
+                  in every text; larger: 8,192 queries; weak: 16 queries a GPU in the layout that is fastest on 8
+  stage           of NV-Embed-v2
   weights, precision    LoRA (rank 16) or full; BF16 or FP8 (tensorwise)
   queries, gpus
   tp, pp, cp, dp, way, tokens_per_microbatch    the fastest layout that fits; empty where none does (see `why`)
   seconds, low, high    of a step; the range of nine in ten by the spread of the fitted constants
-  tokens_per_second_per_gpu, mfu
+  tokens_per_second_per_gpu    real tokens
+  mfu             model FLOPs over the data sheet's bfloat16 peak
+  microbatches, fullest_over_mean    packs of the fullest rank, and its tokens over those of the mean rank
   efficiency      tokens_per_second_per_gpu over that of the smallest number of GPUs of the same study and kind
   t_TERM          seconds of a step by term (`nvembed plan --explain` has the formulas)
   m_KIND          bytes of the fullest rank by kind
@@ -52,7 +61,7 @@ Row = dict[str, Any]
 
 @dataclass(frozen=True)
 class Scenario:
-    """One question to `nvembed plan`."""
+    """A step of one kind on several numbers of GPUs."""
 
     study: str
     stage: int
@@ -61,22 +70,26 @@ class Scenario:
     queries: int
     gpus: tuple[int, ...]
 
-    @property
-    def words(self) -> list[str]:
-        """Its command, without device and output."""
-        numbers = ",".join(str(number) for number in self.gpus)
-        options = ["--gpus", numbers, "--top", "1", "--architecture", str(MISTRAL)]
-        fields = ["--batch_size", str(self.queries), *WEIGHTS[self.weights], *PRECISIONS[self.precision]]
-        return ["plan", str(RECIPE / f"stage{self.stage}.yaml"), *options, *fields]
+    def workload(self) -> tuple[Workload, Layout]:
+        """The step's work, and the layout of the recipe's file on the fewest GPUs."""
+        words = [str(RECIPE / f"stage{self.stage}.yaml"), "--batch_size", str(self.queries)]
+        config = read_run_config([*words, *WEIGHTS[self.weights], *PRECISIONS[self.precision]])
+        lengths = sample_lengths(config, "longest" if self.study == "longest" else "ms_marco")
+        steps = max(1, TEXTS_SAMPLED // lengths.tokens.shape[1])
+        some = {name: getattr(lengths, name)[:steps] for name in ("tokens", "query", "is_positive")}
+        workload = Workload.of(config, Architecture.read(MISTRAL), replace(lengths, **some))
+        return workload, Layout.of(config, self.gpus[0])
 
 
 def scenarios(gpus: tuple[int, ...] = GPUS) -> Iterator[Scenario]:
-    """All questions; a number of GPUs of the weak scaling is a question of its own."""
+    """All of them; each number of GPUs of the weak scaling is one of its own, and those of a kind are in order."""
     for weights in WEIGHTS:
         for precision in PRECISIONS:
             for stage in (1, 2):
                 yield Scenario("strong", stage, weights, precision, BATCH, gpus)
-            yield Scenario("larger", 1, weights, precision, LARGER_BATCH, tuple(one for one in gpus if one >= 64))
+            yield Scenario("longest", 1, weights, precision, BATCH, gpus)
+            many = tuple(number for number in gpus if number >= FEWEST_OF_LARGER)
+            yield Scenario("larger", 1, weights, precision, LARGER_BATCH, many)
             for number in gpus:
                 yield Scenario("weak", 1, weights, precision, QUERIES_PER_GPU * number, (number,))
 
@@ -91,7 +104,9 @@ def main() -> None:
     parser.add_argument("--gpus", nargs="+", type=int, default=GPUS, help=f"default {GPUS}")
     parser.add_argument("--json", metavar="PATH", help="write the figures there")
     options = parser.parse_args()
-    rows = [row for one in scenarios(tuple(options.gpus)) for row in ask(one, options.device)]
+    rows: list[Row] = []
+    for one in scenarios(tuple(sorted(options.gpus))):
+        rows += ask(one, options.device, rows)
     add_efficiency(rows)
     to = Path(options.to)
     to.mkdir(parents=True, exist_ok=True)
@@ -104,35 +119,39 @@ def main() -> None:
         print(f"{name:40} {value}")
     print(f"{len(rows)} rows in {to / 'plan.csv'}, plots beside it")
     if options.json:
+        rows = [{name: value for name, value in row.items() if name != "layout"} for row in rows]
         Path(options.json).write_text(json.dumps(found | {"rows": rows}, indent=1) + "\n", encoding="utf-8")
 
 
-def ask(scenario: Scenario, device: str) -> list[Row]:
-    """A row for each number of GPUs of a scenario."""
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "plan.json"
-        words = [*scenario.words, "--device", device, "--json", str(path)]
-        program = [sys.executable, "-m", "nvembed_mcore", *words]
-        done = subprocess.run(program, capture_output=True, text=True)  # noqa: S603
-        if done.returncode:
-            sys.exit(f"error: nvembed {' '.join(words)}\n{done.stderr}")
-        (stage,) = json.loads(path.read_text(encoding="utf-8"))["stages"]
-    return [row_of(scenario, plan) for plan in stage["plans"]]
+def ask(scenario: Scenario, device: str, before: list[Row]) -> Iterator[Row]:
+    """A row for each number of GPUs of a scenario. The weak one keeps the layout that `before` has of its kind."""
+    machine = cluster(device)
+    workload, configured = scenario.workload()
+    kind = {name: getattr(scenario, name) for name in ("study", "stage", "weights", "precision", "queries")}
+    kept = next((row["layout"] for row in before if kind_of(row) == kind_of(kind) and "layout" in row), None)
+    for gpus in scenario.gpus:
+        row = kind | {"gpus": gpus}
+        if scenario.study == "weak" and kept is not None:
+            yield row | columns(predict(workload, replace(kept, gpus=gpus), machine))
+            continue
+        found = plan(workload, replace(configured, gpus=gpus, tp=1), machine, top=1)
+        yield row | (columns(found.fitting[0]) if found.fitting else {"why": why(found)})
 
 
-def row_of(scenario: Scenario, plan: dict[str, Any]) -> Row:
-    """The fastest layout of a plan, or why there is none."""
-    row: Row = {name: getattr(scenario, name) for name in ("study", "stage", "weights", "precision", "queries")}
-    row["gpus"] = plan["gpus"]
-    if not plan["layouts"]:
-        reasons = {one["reason"] for one in plan["rejected"]}
-        return row | {"why": min(reasons, default="no layout")}
-    best = plan["layouts"][0]
-    row |= {name: best["layout"][name] for name in ("tp", "pp", "cp", "dp", "way", "tokens_per_microbatch")}
-    row |= {"seconds": best["seconds"], "low": best["seconds_low"], "high": best["seconds_high"]}
-    row |= {name: best[name] for name in ("tokens_per_second_per_gpu", "mfu", "microbatches", "fullest_over_mean")}
-    row |= {f"t_{term}": value for term, value in best["seconds_by_term"].items()}
-    return row | {f"m_{kind}": value for kind, value in best["memory"].items()}
+def columns(best: Prediction) -> Row:
+    """What the table says of a layout."""
+    layout = best.layout
+    row = {name: getattr(layout, name) for name in ("tp", "pp", "cp", "dp", "way", "tokens_per_microbatch")}
+    row |= {"layout": layout, "seconds": best.total, "low": best.low, "high": best.high}
+    row |= {"tokens_per_second_per_gpu": best.tokens_per_second, "mfu": best.mfu}
+    row |= {"microbatches": best.balance.microbatches, "fullest_over_mean": best.balance.fullest}
+    row |= {f"t_{term}": value for term, value in best.seconds.items() if value}
+    return row | {f"m_{kind}": value for kind, value in best.memory.items()}
+
+
+def why(found: Plan) -> str:
+    """Why no layout of a number of GPUs fits."""
+    return min((one.reason for one in found.rejected), default="there is no layout")
 
 
 def kind_of(row: Row) -> tuple[str, int, str, str]:
@@ -160,9 +179,9 @@ def ends(rows: list[Row]) -> dict[str, int]:
 
 
 def write_csv(rows: list[Row], path: Path) -> None:
-    names = [*dict.fromkeys(name for row in rows for name in row)]
+    names = [name for name in dict.fromkeys(name for row in rows for name in row) if name != "layout"]
     with path.open("w", encoding="utf-8", newline="") as file:
-        writer = csv.DictWriter(file, names, lineterminator="\n")
+        writer = csv.DictWriter(file, names, extrasaction="ignore", lineterminator="\n")
         writer.writeheader()
         rounded = ({name: f"{v:.6g}" if isinstance(v, float) else v for name, v in row.items()} for row in rows)
         writer.writerows(rounded)

@@ -22,7 +22,8 @@ def draw(rows: list[Row], to: Path) -> None:
     rows = [row for row in rows if "seconds" in row]
     strong = [(f"Stage {stage}, 1,152 sequences a step", _of(rows, "strong", stage)) for stage in (1, 2)]
     _save(to / "plan-strong.png", strong, _seconds)
-    _save(to / "plan-efficiency.png", strong, _efficiency)
+    longest = ("Stage 1, 1,152 sequences of 512 tokens", _of(rows, "longest", 1))
+    _save(to / "plan-efficiency.png", [strong[0], longest], _efficiency)
     weak = [
         ("Stage 1, 144 sequences a GPU", _of(rows, "weak", 1)),
         ("Stage 1, 73,728 sequences a step", _of(rows, "larger", 1)),
