@@ -1,6 +1,6 @@
 """What autograd keeps of a pack between its forward and its backward pass, and what the passes need besides.
 
-Letters: `T` tokens of a pack on this rank's context-parallel share, `t` those of a tensor rank (T / TP where ranks split
+Letters: `T` tokens of a context-parallel rank's part of a pack, `t` those of a tensor rank (T / TP where ranks split
 tokens), `P` places of the padded buckets, `H` hidden size, `F` feed-forward width, `A` query heads, `G` key/value
 groups, `d` head width, `R` latents, `w` width of a head of the pooling head, `e` bytes of a number.
 
@@ -16,6 +16,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from nvembed_mcore.data.packing import Split
+from nvembed_mcore.scaling.balance import filled_tokens, pack_multiple
 from nvembed_mcore.scaling.parameters import linears, padded_vocabulary
 
 if TYPE_CHECKING:
@@ -50,9 +52,8 @@ class Shape:
 
 def shape_of(workload: Workload, layout: Layout, lengths: np.ndarray) -> Shape:
     """A pack of texts of these `lengths` (int64); none where a rank only takes part."""
-    multiple = pack_multiple(workload, layout)
-    total = int(lengths.sum())
-    tail = -total % multiple if len(lengths) else multiple
+    filled = filled_tokens(lengths, pack_multiple(workload, layout), layout.cp)
+    tail = filled - int(Split(size=layout.cp).filled(lengths).sum())
     whole = np.append(lengths, tail) if tail else lengths
     granularity = FP8_BUCKET if workload.fp8_attention else BUCKET
     classes = -(-whole // granularity)
@@ -62,16 +63,10 @@ def shape_of(workload: Workload, layout: Layout, lengths: np.ndarray) -> Shape:
         widest = np.zeros(int(classes.max()) + 1, dtype=np.int64)
         np.maximum.at(widest, classes, whole)
         widths = widest[classes]
-    tokens = (total + tail) / layout.cp
+    tokens = filled / layout.cp
     split = tokens / layout.tp if layout.splits_tokens else tokens
     squares = float((widths.astype(float) ** 2).sum())
     return Shape(tokens, split, float(widths.sum()) / layout.cp, squares / layout.cp, len(whole))
-
-
-def pack_multiple(workload: Workload, layout: Layout) -> int:
-    """A pack's tokens are a multiple of this, as `schedule.pack_multiple`; with context parallelism of 2 CP too."""
-    is_split = layout.splits_tokens or workload.alignment > 1
-    return workload.alignment * (layout.tp if is_split else 1) * (2 * layout.cp if layout.cp > 1 else 1)
 
 
 def layer(workload: Workload, layout: Layout, shape: Shape, *, is_first: bool = False) -> float:

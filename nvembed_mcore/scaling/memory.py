@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
 
-from nvembed_mcore.data.packing import Plan
 from nvembed_mcore.scaling import activations
-from nvembed_mcore.scaling.balance import plan_of
+from nvembed_mcore.scaling.balance import Planned, plan_of
 from nvembed_mcore.scaling.exchange import recomputes
 from nvembed_mcore.scaling.parameters import buffers_of, chunk_parameters, linears
 
@@ -103,9 +101,9 @@ def _graph(workload: Workload, layout: Layout, stage: int, chunk: int, lengths: 
     kept = (layers - is_first) * activations.layer(workload, layout, shape)
     kept += is_first * activations.layer(workload, layout, shape, is_first=True)
     kept += activations.outside_layers(workload, layout, shape, is_first=is_first, is_last=is_last)
-    if layout.pp > 1:
-        # What a stage receives and what it sends stay until the schedule is done with the pack.
-        kept += 2 * workload.element * shape.split * workload.architecture.hidden_size
+    if layout.pp > 1 and not is_last:
+        # What goes to the next stage stays until its gradient comes back; what came is the first norm's input.
+        kept += workload.element * shape.split * workload.architecture.hidden_size
     behind_head = kept
     if is_last:
         behind_head -= activations.head(workload, layout, shape) + activations.last_norm(workload, shape)
@@ -117,12 +115,13 @@ def _graph(workload: Workload, layout: Layout, stage: int, chunk: int, lengths: 
 
 def _moments(workload: Workload, layout: Layout, stage: int, step: int, gradients: float) -> list[tuple[float, float]]:
     """Activations and scores at the moments of a sampled step that may be the fullest, over data-parallel ranks."""
-    plan, found = plan_of(workload, layout, step), []
-    texts = workload.texts(step)
-    is_last = stage == layout.pp - 1
-    for rank, packs in enumerate(plan.packs):
-        graphs = [[_graph(workload, layout, stage, c, texts[p]) for c in range(layout.chunks)] for p in packs]
-        embeddings = 4 * len(plan.owned()[rank]) * workload.architecture.hidden_size if is_last else 0.0
+    plan, found, is_last = plan_of(workload, layout, step), [], stage == layout.pp - 1
+    for rank in {int(numbers.argmax()) for numbers in (plan.filled, plan.largest, plan.texts, plan.queries)}:
+        graphs = [
+            [_graph(workload, layout, stage, chunk, lengths) for chunk in range(layout.chunks)]
+            for lengths in plan.lengths(rank)
+        ]
+        embeddings = 4.0 * plan.texts[rank] * workload.architecture.hidden_size if is_last else 0.0
         if layout.pp > 1:
             backward, scoring = _in_flight(layout, stage, graphs), 0.0
         elif layout.way == "cached":
@@ -138,18 +137,30 @@ def _moments(workload: Workload, layout: Layout, stage: int, step: int, gradient
 
 
 def _in_flight(layout: Layout, stage: int, graphs: list[list[_Graph]]) -> float:
-    """Graphs that the pipeline's schedule keeps at once, the largest ones, and the work of one backward pass.
+    """Most bytes of graphs at once, and of one backward pass, while the pipeline's schedule walks through the packs.
 
-    One forward, one backward: as many packs as there are stages from this one on. Interleaved: those of the warm-up
-    and one more, each of one chunk (Megatron-Core's `get_pp_rank_microbatches`).
+    One forward, one backward, behind a warm-up (Megatron-Core's `get_pp_rank_microbatches`, `get_schedule_table`);
+    packs go in groups of as many as there are stages through the chunks.
     """
-    if layout.chunks == 1:
-        number = min(len(graphs), layout.pp - stage)
-    else:
-        warm_up = (layout.pp - stage - 1) * 2 + (layout.chunks - 1) * layout.pp
-        number = min(len(graphs) * layout.chunks, warm_up + 1)
-    kept = sorted((one.kept for pack in graphs for one in pack), reverse=True)
-    return sum(kept[:number]) + max(one.work for pack in graphs for one in pack)
+    packs, pp, chunks = len(graphs), layout.pp, layout.chunks
+    order = [
+        (pack, chunk)
+        for first in range(0, packs, pp if chunks > 1 else packs)
+        for chunk in range(chunks)
+        for pack in range(first, min(packs, first + pp if chunks > 1 else packs))
+    ]
+    warm_up = pp - stage - 1 if chunks == 1 else (pp - stage - 1) * 2 + (chunks - 1) * pp
+    most = held = 0.0
+    for number in range(len(order) + warm_up):
+        if number < len(order):
+            pack, chunk = order[number]
+            held += graphs[pack][chunk].kept
+        if number >= warm_up:
+            pack, chunk = order[number - warm_up]
+            graph = graphs[pack][chunks - 1 - chunk]
+            most = max(most, held + graph.work)
+            held -= graph.kept
+    return most
 
 
 def _at_the_end(workload: Workload, layout: Layout, stage: int, gradients: float) -> float:
@@ -159,25 +170,23 @@ def _at_the_end(workload: Workload, layout: Layout, stage: int, gradients: float
     return max(gradients if is_copied else 0.0, table)
 
 
-def scores(workload: Workload, layout: Layout, plan: Plan, rank: int, step: int) -> float:
+def scores(workload: Workload, layout: Layout, plan: Planned, rank: int, step: int) -> float:
     """Bytes of scoring at its fullest, on a data-parallel rank of the last stage (score.py, loss.py), in float32.
 
     Embeddings of all texts (N D) and of this rank (n D); the gradient and a buffer that it is added up in, of all
-    texts or, where each rank makes its own, of this rank's; the anchors and their gradient; the gradient of the columns;
-    and a block of scores. On CUDA in bfloat16 also the embeddings in it, and a block's gradient.
+    texts or, where each rank makes its own, of this rank's; the anchors and their gradient; the gradient of the
+    columns; and a block of scores. On CUDA in bfloat16 also the embeddings in it, and a block's gradient.
     """
-    width, texts = workload.architecture.hidden_size, workload.texts(step)
-    owned = plan.owned()[rank]
-    own = recomputes(workload, plan, step)
-    pairs = int(workload.is_positive[step].sum())
-    mine = int((workload.is_positive[step][: len(texts)] & np.isin(workload.query[step][: len(texts)], owned)).sum())
-    columns = len(texts) - workload.num_queries
+    width, texts, owned = workload.architecture.hidden_size, len(plan.sizes), int(plan.texts[rank])
+    own, is_positive = recomputes(workload, plan, step), workload.is_positive[step]
+    pairs, columns = int(is_positive.sum()), texts - workload.num_queries
+    mine = int(np.isin(workload.query[step][is_positive], plan.owned(rank)).sum())
     is_half = workload.device_type == "cuda" and workload.dtype == "bfloat16"
-    gradient = len(owned) if own else len(texts)
-    rows = len(texts) * (1.5 if is_half else 1) + len(owned) + 2 * gradient + 2 * mine
+    gradient = owned if own else texts
+    rows = texts * (1.5 if is_half else 1) + owned + 2 * gradient + 2 * mine
     if own:
-        rows += pairs + len(owned)
-        block = _block(workload.device_type, pairs, len(owned))
+        rows += pairs + owned
+        block = _block(workload.device_type, pairs, owned)
     else:
         rows += columns
         block = _block(workload.device_type, mine, columns)

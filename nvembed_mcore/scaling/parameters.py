@@ -1,8 +1,5 @@
 """Parameters of a rank, one by one: how large each is here, who trains it, and which buffers of Megatron hold it.
 
-Letters: `H` hidden size, `F` feed-forward width, `A` query heads, `G` key/value groups, `d` head width, `r` rank of the
-adapters, `w` width of a head of the pooling head, `R` its latents.
-
 The numbers of a rank do not depend on its place among the tensor and data-parallel ranks, only on its pipeline stage.
 """
 
@@ -64,7 +61,7 @@ def parameters_of(workload: Workload, layout: Layout, stage: int) -> dict[Part, 
 
 def chunk_parameters(workload: Workload, layout: Layout, stage: int, chunk: int = 0) -> list[Parameter]:
     """Parameters of one chunk of a stage, in the order in which the encoder names them."""
-    architecture, is_split = workload.architecture, layout.sequence_parallel and layout.tp > 1
+    architecture, is_split = workload.architecture, layout.splits_tokens
     is_first = stage == 0 and chunk == 0
     is_last = stage == layout.pp - 1 and chunk == layout.chunks - 1
     trains, found = workload.lora is None, []
