@@ -36,8 +36,8 @@ def layouts(plan: Plan, workload: Workload, price: float | None, top: int) -> Ta
         title_justify="left",
     )
     rows = [(found, "") for found in plan.fitting[:top]]
-    if plan.asked is not None:
-        rows.append((plan.asked, "as configured" if plan.asked.fits else "as configured: does not fit"))
+    if not isinstance(plan.own, str):
+        rows.append((plan.own, "as configured" if plan.own.fits else "as configured: does not fit"))
     for found, remark in rows:
         table.add_row(*_cells(found, workload, price), remark)
     return table
@@ -72,7 +72,9 @@ def _stages(layout: Layout, layers: int) -> str:
 
 
 def refusals(plan: Plan, top: int) -> Iterator[str]:
-    """A line for each layout that was rejected, the first `top` of each reason's kind left to JSON."""
+    """Lines for the first `top` layouts that were rejected, and for the configuration's own where it cannot be."""
+    if isinstance(plan.own, str):
+        yield f"  as configured: {plan.own}"
     for one in plan.rejected[:top]:
         yield f"  rejected: {name_of(one.layout)}: {one.reason}"
     if len(plan.rejected) > top:
@@ -180,7 +182,7 @@ def _plan(plan: Plan, steps: int, price: float | None) -> dict[str, Any]:
     return {
         "gpus": plan.gpus,
         "layouts": [_prediction(found, steps, price) for found in plan.fitting],
-        "as_configured": None if plan.asked is None else _prediction(plan.asked, steps, price),
+        "as_configured": plan.own if isinstance(plan.own, str) else _prediction(plan.own, steps, price),
         "rejected": [{"layout": asdict(one.layout), "reason": one.reason} for one in plan.rejected],
     }
 
