@@ -163,6 +163,7 @@ def _print_stage(console: Console, stage: Stage, machine: Cluster, options: argp
             if options.explain:
                 console.print(plan_report.terms(plan.fitting[0]))
                 console.print(plan_report.memory(plan.fitting[0]))
+                console.print(plan_report.traffic(plan.fitting[0], workload, machine))
     if options.explain:
         print(FLOPS)
         print(f"Here {model_flops(workload) / 1e15:.3f} PFLOP a step. With")

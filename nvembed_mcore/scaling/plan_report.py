@@ -7,9 +7,11 @@ from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
 from nvembed_mcore.scaling.explain import explain
+from nvembed_mcore.scaling.hardware import Cluster
 from nvembed_mcore.scaling.layout import Layout
 from nvembed_mcore.scaling.plan import Plan
 from nvembed_mcore.scaling.predict import Prediction
+from nvembed_mcore.scaling.traffic import traffic_of
 from nvembed_mcore.scaling.workload import Workload
 
 if TYPE_CHECKING:
@@ -132,6 +134,21 @@ def memory(found: Prediction) -> Table:
     for kind, size in sorted(found.memory.items(), key=lambda item: -item[1]):
         table.add_row(kind.replace("_", " "), f"{size / 1e9:.2f}", f"{100 * size / limit:.1f} %")
     table.add_row("all", f"{sum(found.memory.values()) / 1e9:.2f}", f"of {limit / 1e9:.1f} GB")
+    return table
+
+
+def traffic(found: Prediction, workload: Workload, cluster: Cluster) -> Table:
+    """What a rank of the last stage hands to collectives and sends in a step, and over which link that goes."""
+    from rich.table import Table
+
+    layout = found.layout
+    inner = {"tensor": layout.tp, "context": layout.tp * layout.cp, "tensor and context": layout.tp * layout.cp}
+    in_stage = layout.gpus // layout.pp
+    table = Table("collective", "ranks", "MB a step", "link")
+    for (kind, group), size in sorted(traffic_of(workload, layout).items(), key=lambda item: -item[1]):
+        reach = inner.get(group, in_stage if group.startswith("data") else layout.gpus)
+        link = cluster.intra_node if reach <= cluster.device.gpus_per_node else cluster.inter_node
+        table.add_row(kind, group, f"{size / 1e6:,.2f}", link.name)
     return table
 
 
