@@ -117,10 +117,12 @@ def _numbers(text: str) -> list[int]:
 
 
 def _workload(config: RunConfig, options: argparse.Namespace) -> Workload:
+    from nvembed_mcore.scaling.plan import few_steps
     from nvembed_mcore.scaling.workload import Workload
 
     architecture = read_architecture(config, options.architecture)
-    return Workload.of(config, architecture, _lengths(config, options), "cpu" if options.device == "cpu" else "cuda")
+    device_type = "cpu" if options.device == "cpu" else "cuda"
+    return few_steps(Workload.of(config, architecture, _lengths(config, options), device_type))
 
 
 def _lengths(config: RunConfig, options: argparse.Namespace) -> Lengths:

@@ -18,6 +18,8 @@ from nvembed_mcore.scaling.predict import Prediction, no_rate, predict
 from nvembed_mcore.scaling.workload import Workload
 
 PIPELINES, BUDGETS = (1, 2, 4, 8), (4096, 8192, 16384, 32768)
+TEXTS = 5000
+"""Texts that are packed for a layout, at least one step's."""
 LONG_TEXT = 4096
 """Tokens of a text from which on ranks may share it (context parallelism)."""
 
@@ -44,6 +46,13 @@ class Plan:
     fitting: list[Prediction]
     rejected: list[Rejected]
     own: Prediction | str
+
+
+def few_steps(workload: Workload) -> Workload:
+    """The same with so many of the sampled steps as hold some thousand texts: each layout packs all of them."""
+    steps = max(1, TEXTS // max(1, workload.lengths.shape[1]))
+    kept = {name: getattr(workload, name)[:steps] for name in ("lengths", "query", "is_positive")}
+    return replace(workload, **kept)
 
 
 def plan(workload: Workload, config: RunConfig, gpus: int, cluster: Cluster, top: int = 10) -> Plan:
