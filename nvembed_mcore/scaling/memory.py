@@ -34,19 +34,15 @@ def memory_of(workload: Workload, layout: Layout, cluster: Cluster) -> dict[str,
     their gradients at that moment), `fragmentation` (on a GPU: what the allocator wastes, and NCCL's buffers).
     """
     is_gpu = cluster.device.name != "cpu"
-    ranks = [_rank(workload, layout, stage) for stage in range(layout.pp)]
+    ranks = [rank_memory(workload, layout, stage) for stage in range(layout.pp)]
     fullest = max(ranks, key=lambda kinds: sum(kinds.values()))
     waste = FRAGMENTATION * sum(fullest.values()) + (NCCL_BYTES if layout.gpus > 1 else 0.0)
     return fullest | {"fragmentation": waste if is_gpu else 0.0}
 
 
 def rank_memory(workload: Workload, layout: Layout, stage: int) -> dict[str, float]:
-    """Bytes by kind of the fullest rank of a stage, without `fragmentation`: what torch allocates."""
-    return _rank(workload, layout, stage)
-
-
-def _rank(workload: Workload, layout: Layout, stage: int) -> dict[str, float]:
-    """At the fullest moment of all sampled steps."""
+    """Bytes by kind of a stage's fullest rank, at the fullest moment of all sampled steps, without `fragmentation`:
+    what torch's allocator gives out."""
     held = static(workload, layout, stage)
     moments = [
         moment
