@@ -9,6 +9,7 @@ from itertools import takewhile
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from nvembed_mcore.cli.plan_dry_run import dry_run, numbers
 from nvembed_mcore.cli.run_config import read_run_config
 from nvembed_mcore.config import ConfigError, RunConfig
 from nvembed_mcore.scaling.architecture import Architecture
@@ -18,7 +19,7 @@ if TYPE_CHECKING:
 
     from nvembed_mcore.scaling.hardware import Cluster
     from nvembed_mcore.scaling.plan_report import Stage
-    from nvembed_mcore.scaling.workload import Workload
+    from nvembed_mcore.scaling.workload import Lengths, Workload
 
 _USAGE = "nvembed plan CONFIG.yaml [CONFIG.yaml ...] --gpus N[,N ...] [--device NAME] [options] [--field value ...]"
 _DESCRIPTION = """\
@@ -52,14 +53,12 @@ def plan(arguments: list[str]) -> None:
         raise ConfigError(f"give a configuration before its fields: {_USAGE}")
     configs = [read_run_config([file, *rest[len(files) :]]) for file in files]
     if options.dry_run:
-        from nvembed_mcore.cli.plan_dry_run import dry_run
-
-        return dry_run(configs, options)
+        if len(configs) > 1:
+            raise ConfigError(f"--dry-run builds one configuration, got {', '.join(files)}")
+        return dry_run(*configs, options, _lengths(*configs, options) if options.lengths else None)
     from rich.console import Console
 
     from nvembed_mcore.scaling.hardware import cluster
-    from nvembed_mcore.scaling.layout import Layout
-    from nvembed_mcore.scaling.plan import auto_way
     from nvembed_mcore.scaling.plan import plan as plan_stage
     from nvembed_mcore.scaling.plan_report import Stage, as_json, sums
 
@@ -67,10 +66,7 @@ def plan(arguments: list[str]) -> None:
     stages = []
     for file, config in zip(files, configs, strict=True):
         workload = _workload(config, options)
-        asked = [Layout.of(config, gpus) for gpus in options.gpus]
-        if config.step.way == "auto":
-            asked = [auto_way(workload, layout, machine) for layout in asked]
-        plans = [plan_stage(workload, layout, machine, options.top) for layout in asked]
+        plans = [plan_stage(workload, config, gpus, machine, options.top) for gpus in options.gpus]
         stages.append(Stage(file, workload, plans))
     for stage in stages:
         _print_stage(console, stage, machine, options)
@@ -104,8 +100,11 @@ def _parser() -> argparse.ArgumentParser:
         "examples/recipes/mistral_7b_v0_1.json)",
     )
     parser.add_argument(
-        "--dry-run", action="store_true", help="build some ranks of the configuration's own layout instead"
+        "--dry-run",
+        action="store_true",
+        help="instead build some ranks of the configuration's own layout on this machine, to see that it can be",
     )
+    parser.add_argument("--ranks", type=numbers, metavar="R[,R ...]", help="with --dry-run: which ranks")
     parser.add_argument("--json", metavar="PATH", help="write everything here as well, all layouts included")
     return parser
 
@@ -118,14 +117,16 @@ def _numbers(text: str) -> list[int]:
 
 
 def _workload(config: RunConfig, options: argparse.Namespace) -> Workload:
-    from nvembed_mcore.scaling.workload import Workload, sample_lengths
+    from nvembed_mcore.scaling.workload import Workload
 
-    return Workload.of(
-        config,
-        read_architecture(config, options.architecture),
-        sample_lengths(config, options.lengths),
-        "cpu" if options.device == "cpu" else "cuda",
-    )
+    architecture = read_architecture(config, options.architecture)
+    return Workload.of(config, architecture, _lengths(config, options), "cpu" if options.device == "cpu" else "cuda")
+
+
+def _lengths(config: RunConfig, options: argparse.Namespace) -> Lengths:
+    from nvembed_mcore.scaling.workload import sample_lengths
+
+    return sample_lengths(config, options.lengths)
 
 
 def read_architecture(config: RunConfig, given: str | None) -> Architecture:
@@ -162,6 +163,7 @@ def _print_stage(console: Console, stage: Stage, machine: Cluster, options: argp
             if options.explain:
                 console.print(plan_report.terms(plan.fitting[0]))
                 console.print(plan_report.memory(plan.fitting[0]))
+                console.print(plan_report.traffic(plan.fitting[0], workload, machine))
     if options.explain:
         print(FLOPS)
         print(f"Here {model_flops(workload) / 1e15:.3f} PFLOP a step. With")
