@@ -36,19 +36,15 @@ def memory_of(workload: Workload, layout: Layout, cluster: Cluster) -> dict[str,
     """
     is_gpu = cluster.device.name != "cpu"
     # A stage between the second and the last has as many layers as the second one, and keeps fewer packs.
-    ranks = [_rank(workload, layout, stage) for stage in sorted({0, min(1, layout.pp - 1), layout.pp - 1})]
+    ranks = [rank_memory(workload, layout, stage) for stage in sorted({0, min(1, layout.pp - 1), layout.pp - 1})]
     fullest = max(ranks, key=lambda kinds: sum(kinds.values()))
     waste = FRAGMENTATION * sum(fullest.values()) + (NCCL_BYTES if layout.gpus > 1 else 0.0)
     return fullest | {"fragmentation": waste if is_gpu else 0.0}
 
 
 def rank_memory(workload: Workload, layout: Layout, stage: int) -> dict[str, float]:
-    """Bytes by kind of the fullest rank of a stage, without `fragmentation`: what torch allocates."""
-    return _rank(workload, layout, stage)
-
-
-def _rank(workload: Workload, layout: Layout, stage: int) -> dict[str, float]:
-    """At the fullest moment of all sampled steps."""
+    """Bytes by kind of a stage's fullest rank, at the fullest moment of all sampled steps, without `fragmentation`:
+    what torch's allocator gives out."""
     held = static(workload, layout, stage)
     moments = [
         moment

@@ -249,18 +249,15 @@ def _free_port() -> int:
 
 def measure(case: Case) -> Measured:
     """Build the case's step on this rank and take two; the first allocates the moments, the second is measured."""
-    import torch
-
     from nvembed_mcore.metrics import PhaseTimer
     from nvembed_mcore.parallel.groups import initialize
     from nvembed_mcore.parallel.traffic import Traffic
 
-    groups = initialize(case.config.parallel)
+    groups, others = initialize(case.config.parallel), bytes_of_all()
     with Allocations() as allocations:
         step, batch = build(case, groups), case.batch
         step(batch, 1, PhaseTimer())
-        gc.collect()
-        held = bytes_of(one for one in gc.get_objects() if issubclass(type(one), torch.Tensor))
+        held = bytes_of_all() - others
         allocations.mark()
         with Traffic(groups) as traffic:
             step(batch, 2, PhaseTimer())
@@ -281,6 +278,14 @@ def static_bytes(step: Any) -> int:
             tensors += [parameter for group in one.optimizer.param_groups for parameter in group["params"]]
             tensors += [value for state in one.optimizer.state.values() for value in state.values()]
     return bytes_of(tensors)
+
+
+def bytes_of_all() -> int:
+    """Bytes of all tensors that this process can reach."""
+    import torch
+
+    gc.collect()
+    return bytes_of(one for one in gc.get_objects() if issubclass(type(one), torch.Tensor))
 
 
 def bytes_of(tensors: Iterable[Any]) -> int:

@@ -21,12 +21,13 @@ figures:
   median_error_fitted      the same over the family of the fit
   rows_published, rows_fitted
                            how many step times each is over
-  max_error_memory         largest |model / allocated - 1| over layouts of a small model on 1, 2 and 4 processes, float32 on
-                           CPUs: all that torch's allocator had given out at the fullest moment of a step, on the fullest
-                           rank of each pipeline stage; bar 0.10. rows_memory: so many
+  max_error_memory         largest |model / allocated - 1| over layouts of a small model on 1, 2 and 4 processes on
+                           CPUs in float32: all that torch's allocator had given out at the fullest moment of a step,
+                           on the fullest rank of each pipeline stage; bar 0.10. rows_memory: so many
   max_error_memory_gpu     the same on a GPU in bfloat16 and FP8, where there is one
-  max_error_bytes          largest error of the bytes that a rank hands to collectives and sends, over the same layouts,
-                           every rank, and every kind and group with a thousandth of them; bar 0.01. rows_bytes: ranks
+  max_error_bytes          largest error of the bytes that a rank hands to collectives and sends, over the same
+                           layouts, all ranks, and each kind and group with a thousandth of them; bar 0.01.
+                           rows_bytes: ranks
 """
 
 
