@@ -82,7 +82,8 @@ def sample_lengths(config: RunConfig, given: str | None = None) -> Lengths:
         pool, source = _of_store(store) if store else _of_files(data, dataset) or _given("ms_marco", config)
         pools.append(pool)
         sources.setdefault(source, []).append(dataset.path)
-    return _drawn(config, pools, "; ".join(f"{', '.join(paths)}: {source}" for source, paths in sources.items()))
+    names = {source: ", ".join(paths) if len(paths) < 4 else f"{len(paths)} sets" for source, paths in sources.items()}
+    return _drawn(config, pools, "; ".join(f"{paths}: {source}" for source, paths in names.items()))
 
 
 def _of_batches(batches: Sequence[Any], source: str) -> Lengths:
