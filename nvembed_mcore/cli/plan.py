@@ -56,7 +56,7 @@ def plan(arguments: list[str]) -> None:
     if options.dry_run:
         if len(configs) > 1:
             raise ConfigError(f"--dry-run builds one configuration, got {', '.join(files)}")
-        return dry_run(*configs, options, _lengths(*configs, options) if options.lengths else None)
+        return dry_run(*configs, options, _lengths(*configs, options))
     from rich.console import Console
 
     from nvembed_mcore.scaling.hardware import cluster
@@ -172,8 +172,9 @@ def _print_stage(console: Console, stage: Stage, machine: Cluster, options: argp
             if options.explain:
                 console.print(plan_report.terms(plan.fitting[0]))
                 console.print(plan_report.memory(plan.fitting[0]))
-                console.print(plan_report.traffic(plan.fitting[0], workload, machine))
+                if plan.gpus > 1:
+                    console.print(plan_report.traffic(plan.fitting[0], workload, machine))
     if options.explain:
         print(FLOPS)
-        print(f"Here {model_flops(workload) / 1e15:.3f} PFLOP a step. With")
+        print(f"Here {model_flops(workload) / 1e12:,.4g} TFLOP a step. With")
         print("\n".join(f"  {line}" for line in figures_used(workload, machine)))
