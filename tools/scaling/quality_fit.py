@@ -85,7 +85,8 @@ class Fit:
     """A curve through the points of an axis.
 
     Attributes:
-        form: name of its form: the one that tells each point best from the others (leave one out).
+        form: name of its form: of those that the points bear, the one that tells each point best from the others
+            (leave one out); where they bear none, the nearest.
         parameters: of all points.
         low, high: of each parameter, 95 % of the resamples; empty where no value has two seeds.
         residual: root mean square of the means about the curve.
@@ -109,7 +110,7 @@ class Fit:
     @property
     def is_borne(self) -> bool:
         """Whether the means are no farther from the curve than two deviations between seeds, as far as one knows."""
-        return self.deviation is None or self.residual <= 2 * self.deviation
+        return _bears(self.residual, self.deviation)
 
 
 Levels = list[tuple[float, list[float]]]
@@ -135,7 +136,7 @@ def seed_deviation(levels: Levels) -> float | None:
 
 
 def fit(levels: Levels, axis: str) -> Fit | None:
-    """The form of an axis that predicts left-out points best, with intervals by resampling residuals of the seeds.
+    """A curve of one of the forms of an axis, with intervals by resampling residuals of the seeds.
 
     Residuals about the means are pooled over the points (a point has two or three) and stretched by
     sqrt(n / (n - 1)); a resample draws new means from them. None with fewer than 3 points.
@@ -153,9 +154,12 @@ def fit(levels: Levels, axis: str) -> Fit | None:
     }
     if not errors:
         return None
-    name = min(errors, key=errors.__getitem__)
-    form = FORMS[name]
-    parameters = form.fit(x, y)
+    deviation = seed_deviation(levels)
+    fitted = {name: FORMS[name].fit(x, y) for name in errors}
+    residuals = {name: _rms(FORMS[name].curve(x, one) - y) for name, one in fitted.items()}
+    borne = [name for name in errors if _bears(residuals[name], deviation)]
+    name = min(borne, key=errors.__getitem__) if borne else min(residuals, key=residuals.__getitem__)
+    form, parameters = FORMS[name], fitted[name]
     resampled = [form.fit(x, one) for one in _resamples(levels, y)]
     low, high = (
         {key: float(np.percentile([one[key] for one in resampled], q)) for key in parameters} if resampled else {}
@@ -166,8 +170,15 @@ def fit(levels: Levels, axis: str) -> Fit | None:
         curves = [form.curve(at, one) for one in resampled]
         return tuple(np.percentile(curves, [2.5, 97.5], axis=0)) if curves else None
 
-    residual = float(np.sqrt(((form.curve(x, parameters) - y) ** 2).mean()))
-    return Fit(name, parameters, low, high, residual, errors[name], seed_deviation(levels), band)
+    return Fit(name, parameters, low, high, residuals[name], errors[name], deviation, band)
+
+
+def _bears(residual: float, deviation: float | None) -> bool:
+    return deviation is None or residual <= 2 * deviation
+
+
+def _rms(gaps: np.ndarray) -> float:
+    return float(np.sqrt(np.mean(np.square(gaps))))
 
 
 def _left_out(form: Form, x: np.ndarray, y: np.ndarray) -> float:
@@ -175,7 +186,7 @@ def _left_out(form: Form, x: np.ndarray, y: np.ndarray) -> float:
     for one in range(len(x)):
         others = np.arange(len(x)) != one
         gaps.append(float(form.curve(x[one : one + 1], form.fit(x[others], y[others]))[0] - y[one]))
-    return float(np.sqrt(np.mean(np.square(gaps))))
+    return _rms(np.array(gaps))
 
 
 def _resamples(levels: Levels, means: np.ndarray) -> list[np.ndarray]:

@@ -71,7 +71,7 @@ def _panel(axes: Axes, rows: list[dict[str, Any]], series: dict[str, str], unit:
     axes.minorticks_off()
     axes.set_ylabel("held-out nDCG@10")
     axes.grid(alpha=0.3)
-    axes.set_ylim(bottom=0)
+    axes.set_ylim(0, 1.08 * axes.get_ylim()[1])
     axes.legend(fontsize=8.5, loc="lower right")
 
 
@@ -83,10 +83,10 @@ def _points_and_curve(axes: Axes, levels: list, axis: str, label: str, colour: s
     seeds = sorted({len(values) for _, values in levels})
     counted = f"{seeds[0]}" if len(seeds) == 1 else f"{seeds[0]} to {seeds[-1]}"
     what = f"{counted} seed{'s' * (seeds[-1] > 1)}"
-    axes.errorbar(
-        x * unit, means, yerr=spread, fmt="D", color=colour, markersize=5, capsize=3,
-        label=f"{label}; {'mean, deviation, ' * (seeds[-1] > 1)}{what}",
-    )  # fmt: skip
+    # Two series may share a run: one mark is inside the other.
+    mark = {"fmt": "D", "markersize": 5} if colour == "C0" else {"fmt": "s", "markersize": 8, "mfc": "none"}
+    label = f"{label}; {'mean, deviation, ' * (seeds[-1] > 1)}{what}"
+    axes.errorbar(x * unit, means, yerr=spread, color=colour, capsize=3, label=label, **mark)
     found = fit(levels, axis)
     if found is None:
         return
