@@ -142,6 +142,8 @@ def test_a_curve_that_the_points_do_not_bear_says_so():
     ]
     assert fit(peaked, "negatives").form == "parabola" and fit(peaked, "negatives").is_borne
     assert fit(peaked, "tokens").form != "parabola" and not fit(peaked, "tokens").is_borne
+    valley = [(at, [-y for y in values]) for at, values in peaked]
+    assert fit(valley, "negatives").form != "parabola"
 
 
 def test_table_figures_and_plots(tmp_path):

@@ -156,8 +156,9 @@ def fit(levels: Levels, axis: str) -> Fit | None:
         return None
     deviation = seed_deviation(levels)
     fitted = {name: FORMS[name].fit(x, y) for name in errors}
+    fitted = {name: one for name, one in fitted.items() if _has_its_best_inside(one, x)}
     residuals = {name: _rms(FORMS[name].curve(x, one) - y) for name, one in fitted.items()}
-    borne = [name for name in errors if _bears(residuals[name], deviation)]
+    borne = [name for name in fitted if _bears(residuals[name], deviation)]
     name = min(borne, key=errors.__getitem__) if borne else min(residuals, key=residuals.__getitem__)
     form, parameters = FORMS[name], fitted[name]
     resampled = [form.fit(x, one) for one in _resamples(levels, y)]
@@ -171,6 +172,11 @@ def fit(levels: Levels, axis: str) -> Fit | None:
         return tuple(np.percentile(curves, [2.5, 97.5], axis=0)) if curves else None
 
     return Fit(name, parameters, low, high, residuals[name], errors[name], deviation, band)
+
+
+def _has_its_best_inside(parameters: Params, x: np.ndarray) -> bool:
+    """Of a parabola; points on one side of it say nothing of where it turns."""
+    return "best" not in parameters or (parameters["curvature"] > 0 and x[0] <= parameters["best"] <= x[-1])
 
 
 def _bears(residual: float, deviation: float | None) -> bool:

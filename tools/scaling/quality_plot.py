@@ -71,7 +71,7 @@ def _panel(axes: Axes, rows: list[dict[str, Any]], series: dict[str, str], unit:
     axes.minorticks_off()
     axes.set_ylabel("held-out nDCG@10")
     axes.grid(alpha=0.3)
-    axes.set_ylim(0, 1.08 * axes.get_ylim()[1])
+    axes.set_ylim(0, 1.15 * max(row["ndcg_at_10"] for row in rows if row["axis"] in series))
     axes.legend(fontsize=8.5, loc="lower right")
 
 
