@@ -104,7 +104,16 @@ def _parser() -> argparse.ArgumentParser:
         "examples/recipes/mistral_7b_v0_1.json)",
     )
     parser.add_argument(
-        "--dry-run", action="store_true", help="build some ranks of the configuration's own layout instead"
+        "--dry-run",
+        action="store_true",
+        help="build some ranks of the configuration's own layout instead, with nothing allocated, as `train` would: "
+        "what cannot work ends with its error and status",
+    )
+    parser.add_argument(
+        "--ranks",
+        type=_ranks,
+        metavar="N[,N ...]",
+        help="of a dry run (default: the first of each pipeline stage, and the last of all)",
     )
     parser.add_argument("--json", metavar="PATH", help="write everything here as well, all layouts included")
     return parser
@@ -115,6 +124,10 @@ def _numbers(text: str) -> list[int]:
     if any(number < 1 for number in numbers):
         raise argparse.ArgumentTypeError(f"numbers of GPUs must be at least 1, got {text}")
     return numbers
+
+
+def _ranks(text: str) -> list[int]:
+    return [int(word) for word in text.split(",")]
 
 
 def _workload(config: RunConfig, options: argparse.Namespace) -> Workload:

@@ -16,37 +16,36 @@ if TYPE_CHECKING:
     from rich.table import Table
 
     from nvembed_mcore.scaling.dry_run import DryRun, Packing, Rank
-    from nvembed_mcore.scaling.workload import Lengths
 
 
-def numbers(text: str) -> list[int]:
-    """`0,8,1023` as numbers, for `--ranks`."""
-    found = [int(word) for word in text.split(",")]
-    if any(number < 0 for number in found):
-        raise argparse.ArgumentTypeError(f"ranks must not be negative, got {text}")
-    return found
-
-
-def dry_run(config: RunConfig, options: argparse.Namespace, lengths: Lengths | None = None) -> None:
-    """Print what ranks of a configuration would have, and write it where `--json` says.
+def dry_run(configs: Sequence[RunConfig], options: argparse.Namespace) -> None:
+    """Print what ranks of a run would have, and write it where `--json` says.
 
     Args:
-        options: `gpus` (one number), `ranks`, `architecture`, `device` and `json` of `nvembed plan`.
-        lengths: of the texts of some steps, for the plan of packs.
+        configs: one.
+        options: of `nvembed plan`.
 
     Raises:
-        ConfigError, WeightsError: what `train` raises of such a run.
+        ConfigError, DataError, WeightsError: what `train` raises of such a run.
     """
     from rich.console import Console
 
     from nvembed_mcore.model.mistral import read_mistral_config
     from nvembed_mcore.scaling.dry_run import dry_run as build_ranks
 
-    if len(options.gpus) > 1:
-        raise ConfigError(f"--dry-run builds a run of one size, got --gpus {','.join(map(str, options.gpus))}")
+    if len(configs) > 1 or len(options.gpus) > 1:
+        raise ConfigError(
+            f"--dry-run builds a run of one configuration and size, got {len(configs)} configuration(s) and --gpus "
+            f"{','.join(map(str, options.gpus))}"
+        )
+    lengths = None
+    if options.lengths:
+        from nvembed_mcore.scaling.workload import sample_lengths
+
+        lengths = sample_lengths(configs[0], options.lengths)
     found = build_ranks(
-        config,
-        *options.gpus,
+        configs[0],
+        options.gpus[0],
         hf_config=read_mistral_config(options.architecture) if options.architecture else None,
         lengths=lengths,
         ranks=options.ranks,
