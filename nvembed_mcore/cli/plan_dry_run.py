@@ -18,12 +18,16 @@ if TYPE_CHECKING:
     from nvembed_mcore.scaling.dry_run import DryRun, Packing, Rank
 
 
-def dry_run(configs: Sequence[RunConfig], options: argparse.Namespace) -> None:
+def numbers(text: str) -> list[int]:
+    """`0,8,1023` as numbers, for `--ranks`."""
+    return [int(word) for word in text.split(",")]
+
+
+def dry_run(config: RunConfig, options: argparse.Namespace) -> None:
     """Print what ranks of a run would have, and write it where `--json` says.
 
     Args:
-        configs: one.
-        options: of `nvembed plan`.
+        options: those of `nvembed plan`.
 
     Raises:
         ConfigError, DataError, WeightsError: what `train` raises of such a run.
@@ -33,29 +37,20 @@ def dry_run(configs: Sequence[RunConfig], options: argparse.Namespace) -> None:
     from nvembed_mcore.model.mistral import read_mistral_config
     from nvembed_mcore.scaling.dry_run import dry_run as build_ranks
 
-    if len(configs) > 1 or len(options.gpus) > 1:
-        raise ConfigError(
-            f"--dry-run builds a run of one configuration and size, got {len(configs)} configuration(s) and --gpus "
-            f"{','.join(map(str, options.gpus))}"
-        )
-    lengths = None
-    if options.lengths:
-        from nvembed_mcore.scaling.workload import sample_lengths
-
-        lengths = sample_lengths(configs[0], options.lengths)
+    if len(options.gpus) > 1:
+        raise ConfigError(f"--dry-run builds a run of one size, got --gpus {','.join(map(str, options.gpus))}")
     found = build_ranks(
-        configs[0],
-        options.gpus[0],
+        config,
+        *options.gpus,
         hf_config=read_mistral_config(options.architecture) if options.architecture else None,
-        lengths=lengths,
+        lengths=options.lengths,
         ranks=options.ranks,
         device_type="cpu" if options.device == "cpu" else "cuda",
     )
     console = Console(width=None if sys.stdout.isatty() else 150)
     console.print(_headline(found), highlight=False)
     console.print(_rank_table(found.ranks))
-    if found.packing:
-        console.print(_packing_table(found.packing))
+    console.print(_packing_table(found.packing))
     for warning in found.warnings:
         console.print(f"warning: {warning}", style="yellow", markup=False)
     if options.json:

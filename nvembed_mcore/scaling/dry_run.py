@@ -26,8 +26,8 @@ from nvembed_mcore.model.mistral import check_fp8, head_dim
 from nvembed_mcore.parallel import groups as process_groups
 from nvembed_mcore.parallel.groups import Groups
 from nvembed_mcore.scaling.flops import pack_flops
+from nvembed_mcore.scaling.lengths import sample_lengths
 from nvembed_mcore.scaling.pipeline import even_layers
-from nvembed_mcore.scaling.workload import Lengths
 from nvembed_mcore.schedule import packs_of_rank, plan_texts
 from nvembed_mcore.step import check_packs
 from nvembed_mcore.train import batch_source, build_stores, open_tokenizer
@@ -106,7 +106,7 @@ class DryRun:
     layout: dict[str, int]
     stages: list[int]
     ranks: list[Rank]
-    packing: Packing | None
+    packing: Packing
     warnings: list[str]
 
 
@@ -115,7 +115,7 @@ def dry_run(
     gpus: int,
     *,
     hf_config: MistralConfig | None = None,
-    lengths: Lengths | None = None,
+    lengths: str | None = None,
     ranks: Sequence[int] | None = None,
     device_type: Device = "cuda",
 ) -> DryRun:
@@ -123,7 +123,8 @@ def dry_run(
 
     Args:
         hf_config: the backbone, where it is not where the configuration says.
-        lengths: of the texts of some steps, for a machine without the run's data; None: then no packs are planned.
+        lengths: of texts, as `scaling.lengths.sample_lengths` takes them; None: those of the run's own batches, or
+            what comes nearest to them on this machine.
         ranks: which are built; None: the first of each pipeline stage, and the last of all.
         device_type: where the run is to go. For `cuda` the data type is that of CUDA, and layers are built with the
             local modules, which have the same parameters as TransformerEngine's.
@@ -145,16 +146,17 @@ def dry_run(
                 chunks = build.build_empty_model(here, hf_config, groups)
                 found.append(_rank(chunks, groups))
         texts, missing = _own_texts(config, hf_config)
-        if texts is None and lengths is not None:
-            texts = _Texts([step[step > 0] for step in lengths.tokens], lengths.source)
-        packing = texts and _pack(config.step, chunks, groups, texts)
+        if texts is None or lengths is not None:
+            sampled = sample_lengths(config, lengths)
+            texts = _Texts([step[step > 0] for step in sampled.tokens], sampled.source)
+        packing = _pack(config.step, chunks, groups, texts)
     finally:
         process_groups.shutdown()
     layout = {name: getattr(config.parallel, name) for name in ("tp", "pp", "cp")}
     layout["dp"] = gpus // (layout["tp"] * layout["pp"] * layout["cp"])
     stages = config.parallel.layers_of_stages(hf_config.num_hidden_layers)
     warnings += missing
-    warnings += _idle_warnings(layout["dp"], packing) if packing else []
+    warnings += _idle_warnings(layout["dp"], packing)
     warnings += _stage_warnings(config, hf_config, stages, texts)
     return DryRun(gpus, layout, stages, found, packing, warnings)
 
@@ -213,7 +215,7 @@ def _own_texts(config: RunConfig, hf_config: MistralConfig) -> tuple[_Texts | No
     tokenizer = open_tokenizer(data, hf_config) if os.path.exists(data.tokenizer) else None
     if missing:
         more = f" (nor {len(missing) - 1} more of its files)" if missing[1:] else ""
-        return None, [f"{missing[0]} is not on this machine{more}, so batches of the run are not planned"]
+        return None, [f"{missing[0]} is not on this machine{more}, so the run's own batches are not planned"]
     source = batch_source(config, build_stores(data, tokenizer))
     steps = [source.batch(step).lengths for step in range(min(STEPS, config.steps))]
     return _Texts(steps, "the run's own batches"), []
@@ -298,7 +300,7 @@ def _idle_warnings(dp: int, packing: Packing) -> list[str]:
     ]
 
 
-def _stage_warnings(config: RunConfig, hf_config: MistralConfig, stages: list[int], texts: _Texts | None) -> list[str]:
+def _stage_warnings(config: RunConfig, hf_config: MistralConfig, stages: list[int], texts: _Texts) -> list[str]:
     """Whether other numbers of layers would make the slowest pipeline stage shorter, by FLOPs of layers and head."""
     parallel = config.parallel
     if parallel.pp == 1:
@@ -320,11 +322,10 @@ def _stage_warnings(config: RunConfig, hf_config: MistralConfig, stages: list[in
     ]
 
 
-def _head_in_layers(config: RunConfig, hf_config: MistralConfig, texts: _Texts | None) -> float:
+def _head_in_layers(config: RunConfig, hf_config: MistralConfig, texts: _Texts) -> float:
     """FLOPs of the pooling head on a tensor rank over those of a layer, for a full pack."""
-    longest, budget = config.data.max_document_tokens, config.step.tokens_per_microbatch
-    length = longest if texts is None else int(np.concatenate(texts.steps).mean())
-    pack = [length] * max(1, budget // length)
+    length = int(np.concatenate(texts.steps).mean())
+    pack = [length] * max(1, config.step.tokens_per_microbatch // length)
     how = {"causal": config.model.attention_mask == "causal", "lora": config.model.adapters}
     plain = replace(config.model.pooling, kind="mean")
     layers, both = (pack_flops(hf_config, pooling, pack, **how) for pooling in (plain, config.model.pooling))

@@ -65,7 +65,7 @@ def test_a_run_of_a_thousand_processes(capsys, config, tmp_path):
         (["--gpus", "1024", "--loss.matryoshka_dims", "[64]"], ["loss.matryoshka_dims", "hidden_size 64"]),
         (["--gpus", "8", "--batch_size", "41"], ["batch_size must be between 1 and the 40 records", "got 41"]),
         (["--gpus", "1024", "--ranks", "7,1024"], ["ranks 0 to 1023, got 1024"]),
-        (["--gpus", "8,16"], ["one configuration and size", "--gpus 8,16"]),
+        (["--gpus", "8,16"], ["one size", "--gpus 8,16"]),
         (["--gpus", "8", "--device", "cpu", "--model.backend", "transformer_engine"], ["no CUDA device"]),
         (
             ["--gpus", "8", "--precision.fp8", "delayed", "--precision.fp8_attention", "on"],
@@ -92,7 +92,7 @@ def test_without_the_files_of_the_run(capsys, config):
     """They may be on the cluster only."""
     assert plan(config, "--gpus", "8", "--data.tokenizer", "elsewhere") == 0
     output = " ".join(capsys.readouterr().out.split())
-    assert "data.tokenizer elsewhere is not on this machine, so batches of the run are not planned" in output
+    assert "data.tokenizer elsewhere is not on this machine, so the run's own batches are not planned" in output
 
 
 def test_better_stages_are_proposed(config):
