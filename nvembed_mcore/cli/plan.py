@@ -18,8 +18,9 @@ if TYPE_CHECKING:
     from rich.console import Console
 
     from nvembed_mcore.scaling.hardware import Cluster
+    from nvembed_mcore.scaling.lengths import Lengths
     from nvembed_mcore.scaling.plan_report import Stage
-    from nvembed_mcore.scaling.workload import Lengths, Workload
+    from nvembed_mcore.scaling.workload import Workload
 
 _USAGE = "nvembed plan CONFIG.yaml [CONFIG.yaml ...] --gpus N[,N ...] [--device NAME] [options] [--field value ...]"
 _DESCRIPTION = """\
@@ -55,7 +56,7 @@ def plan(arguments: list[str]) -> None:
     if options.dry_run:
         if len(configs) > 1:
             raise ConfigError(f"--dry-run builds one configuration, got {', '.join(files)}")
-        return dry_run(*configs, options, _lengths(*configs, options) if options.lengths else None)
+        return dry_run(*configs, options, _lengths(*configs, options))
     from rich.console import Console
 
     from nvembed_mcore.scaling.hardware import cluster
@@ -92,7 +93,12 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--price", type=float, metavar="DOLLARS", help="of one GPU for an hour")
     parser.add_argument("--top", type=int, default=5, metavar="N", help="layouts listed of each kind (default 5)")
     parser.add_argument("--explain", action="store_true", help="show where each second of the fastest layout goes")
-    parser.add_argument("--lengths", metavar="FILE", help="token lengths of the data, where it is not tokenised here")
+    parser.add_argument(
+        "--lengths",
+        metavar="FILE",
+        help='instead of the run\'s own data: a JSON file {"query": {tokens: texts, ...}, "document": {...}}, or a '
+        "name in scaling/lengths.yaml (default: token stores, else data files, else lengths of MS MARCO)",
+    )
     parser.add_argument(
         "--architecture",
         metavar="FILE",
@@ -117,14 +123,16 @@ def _numbers(text: str) -> list[int]:
 
 
 def _workload(config: RunConfig, options: argparse.Namespace) -> Workload:
+    from nvembed_mcore.scaling.plan import few_steps
     from nvembed_mcore.scaling.workload import Workload
 
     architecture = read_architecture(config, options.architecture)
-    return Workload.of(config, architecture, _lengths(config, options), "cpu" if options.device == "cpu" else "cuda")
+    device_type = "cpu" if options.device == "cpu" else "cuda"
+    return few_steps(Workload.of(config, architecture, _lengths(config, options), device_type))
 
 
 def _lengths(config: RunConfig, options: argparse.Namespace) -> Lengths:
-    from nvembed_mcore.scaling.workload import sample_lengths
+    from nvembed_mcore.scaling.lengths import sample_lengths
 
     return sample_lengths(config, options.lengths)
 
@@ -153,7 +161,8 @@ def _print_stage(console: Console, stage: Stage, machine: Cluster, options: argp
     from nvembed_mcore.scaling.predict import model_flops
 
     workload = stage.workload
-    print(f"{stage.file}: {workload.tokens_per_step:,.0f} tokens a step ({workload.source}), {workload.steps:,} steps")
+    print(f"{stage.file}: {workload.tokens_per_step:,.0f} tokens a step, {workload.steps:,} steps")
+    print(f"  lengths of texts: {workload.source}")
     for plan in stage.plans:
         console.print(plan_report.layouts(plan, workload, options.price, options.top))
         for line in plan_report.refusals(plan, options.top):
@@ -163,8 +172,9 @@ def _print_stage(console: Console, stage: Stage, machine: Cluster, options: argp
             if options.explain:
                 console.print(plan_report.terms(plan.fitting[0]))
                 console.print(plan_report.memory(plan.fitting[0]))
-                console.print(plan_report.traffic(plan.fitting[0], workload, machine))
+                if plan.gpus > 1:
+                    console.print(plan_report.traffic(plan.fitting[0], workload, machine))
     if options.explain:
         print(FLOPS)
-        print(f"Here {model_flops(workload) / 1e15:.3f} PFLOP a step. With")
+        print(f"Here {model_flops(workload) / 1e12:,.4g} TFLOP a step. With")
         print("\n".join(f"  {line}" for line in figures_used(workload, machine)))

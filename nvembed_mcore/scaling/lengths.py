@@ -83,9 +83,8 @@ def sample_lengths(config: RunConfig, given: str | None = None) -> Lengths:
         pools.append(pool)
         sources.setdefault(source, []).append(dataset.path)
     sizes = [_size_of(dataset, store) for dataset, store in zip(data.datasets, stores, strict=True)]
-    return _drawn(
-        config, pools, sizes, "; ".join(f"{', '.join(paths)}: {source}" for source, paths in sources.items())
-    )
+    names = {source: ", ".join(paths) if len(paths) < 4 else f"{len(paths)} sets" for source, paths in sources.items()}
+    return _drawn(config, pools, sizes, "; ".join(f"{paths}: {source}" for source, paths in names.items()))
 
 
 def _of_batches(batches: Sequence[Any], source: str) -> Lengths:

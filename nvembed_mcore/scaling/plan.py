@@ -18,6 +18,8 @@ from nvembed_mcore.scaling.predict import Prediction, no_rate, predict
 from nvembed_mcore.scaling.workload import Workload
 
 PIPELINES, BUDGETS = (1, 2, 4, 8), (4096, 8192, 16384, 32768)
+TEXTS = 5000
+"""Texts that are packed for a layout, at least one step's."""
 LONG_TEXT = 4096
 """Tokens of a text from which on ranks may share it (context parallelism)."""
 
@@ -44,6 +46,13 @@ class Plan:
     fitting: list[Prediction]
     rejected: list[Rejected]
     own: Prediction | str
+
+
+def few_steps(workload: Workload) -> Workload:
+    """The same with so many of the sampled steps as hold some thousand texts: each layout packs all of them."""
+    steps = max(1, TEXTS // max(1, workload.lengths.shape[1]))
+    kept = {name: getattr(workload, name)[:steps] for name in ("lengths", "query", "is_positive")}
+    return replace(workload, **kept)
 
 
 def plan(workload: Workload, config: RunConfig, gpus: int, cluster: Cluster, top: int = 10) -> Plan:
@@ -99,7 +108,7 @@ def candidates(workload: Workload, switches: Layout, cluster: Cluster) -> Iterat
     """Layouts worth a prediction: powers of two of each size, ways of stepping, even and balanced stages.
 
     Reducing and gathering beside computing costs nothing where there is more than one data-parallel rank, so all have
-    it; a larger budget than what a rank gets changes nothing, so none has that.
+    it.
     """
     contexts = [1] if workload.max_length < LONG_TEXT else [1, 2, 4, 8]
     sizes = [(tp, cp, pp) for tp in (1, 2, 4, 8) for cp in contexts for pp in PIPELINES]
@@ -108,16 +117,22 @@ def candidates(workload: Workload, switches: Layout, cluster: Cluster) -> Iterat
         if switches.gpus % (tp * cp * pp):
             continue
         base = replace(switches, tp=tp, cp=cp, pp=pp, **overlaps)
-        for budget in _budgets(workload, base):
-            packed = replace(base, tokens_per_microbatch=budget)
+        if why_not(workload, base, cluster):
+            yield base  # to be rejected once, and not for each budget
+            continue
+        for packed in _budgets(workload, base):
             yield from _ways(workload, packed) if pp == 1 else _pipelines(workload, packed, cluster)
 
 
-def _budgets(workload: Workload, base: Layout) -> list[int]:
-    """Token budgets, up to the first that holds what a rank gets."""
-    share = workload.tokens_per_step / base.dp / base.cp
-    known = sorted({*BUDGETS, base.tokens_per_microbatch})
-    return [budget for place, budget in enumerate(known) if place == 0 or known[place - 1] < share]
+def _budgets(workload: Workload, base: Layout) -> Iterator[Layout]:
+    """The layout with token budgets that give other numbers of packs."""
+    known = set()
+    for budget in sorted({*BUDGETS, base.tokens_per_microbatch}):
+        packed = replace(base, tokens_per_microbatch=budget)
+        packs = balance_of(workload, packed).microbatches
+        if packs not in known:
+            known.add(packs)
+            yield packed
 
 
 def _ways(workload: Workload, base: Layout) -> Iterator[Layout]:

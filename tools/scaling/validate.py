@@ -21,6 +21,8 @@ figures:
   median_error_fitted      the same over the family of the fit
   rows_published, rows_fitted
                            how many step times each is over
+  median_error_fitted_on_FAMILY
+                           with --each-family: the first figure, with constants fitted on that family instead
   max_error_memory         largest |model / allocated - 1| over layouts of a small model on 1, 2 and 4 processes on
                            CPUs in float32: all that torch's allocator had given out at the fullest moment of a step,
                            on the fullest rank of each pipeline stage; bar 0.10. rows_memory: so many
@@ -59,6 +61,7 @@ def main() -> None:
     )
     parser.add_argument("--only", nargs="+", choices=PARTS, default=list(PARTS), help="these parts; default: all")
     parser.add_argument("--fit", action="store_true", help="fit the constants to the published rows and store them")
+    parser.add_argument("--each-family", action="store_true", help="fit on each family in turn too; stores nothing")
     parser.add_argument("--json", metavar="PATH", help="write the figures here as well")
     options = parser.parse_args()
     if options.fit:
@@ -69,6 +72,11 @@ def main() -> None:
     figures: dict[str, float] = {}
     for part in options.only:
         figures |= PARTS[part]()
+    if options.each_family:
+        from validate_fit import each_family
+        from validate_published import read_rows
+
+        figures |= each_family(read_rows())
     for name, value in figures.items():
         print(f"{name} {value:.4g}")
     if options.json:
