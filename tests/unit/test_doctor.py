@@ -83,12 +83,13 @@ def test_of_this_machine(capsys, tmp_path):
 @of_a_cpu
 def test_with_a_configuration(capsys, config):
     lora = ["--model.lora.rank", "4", "--parallel.overlap_grad_reduce", "true", "--precision.fp8", "tensorwise"]
-    assert main(["doctor", config, *lora]) == 0
+    assert main(["doctor", config, *lora, "--parallel.cp", "2"]) == 0
     said = capsys.readouterr().out
     for words in (
         "adapters of rank 4 and the head",
         "reduced while the backward pass runs",
         "FP8 tensorwise, emulated",
+        "keys and values gathered from 2 ranks",
     ):
         assert words in said
 
@@ -211,10 +212,11 @@ def test_a_well_kept_machine_has_no_warning():
             dict(packages={"transformer-engine": "2", "transformer-engine-torch": "3", "psutil": "7"}),
             "different versions",
         ),
-        (dict(parallel=ParallelConfig(tp=2)), "CUDA_DEVICE_MAX_CONNECTIONS is None, with parallel.tp = 2"),
+        (dict(parallel=ParallelConfig(tp=2)), "CUDA_DEVICE_MAX_CONNECTIONS is None, with parallel.tp = 2 and"),
+        (dict(parallel=ParallelConfig(cp=4)), "with parallel.tp = 1 and parallel.cp = 4"),
         (
             dict(parallel=ParallelConfig(overlap_grad_reduce=True), environment={"CUDA_DEVICE_MAX_CONNECTIONS": "1"}),
-            "CUDA_DEVICE_MAX_CONNECTIONS is 1, with parallel.tp = 1",
+            "CUDA_DEVICE_MAX_CONNECTIONS is 1, with parallel.tp = parallel.cp = 1",
         ),
         (dict(environment={"NCCL_P2P_DISABLE": "1"}), "NCCL_P2P_DISABLE is 1: GPUs of a node exchange through"),
         (dict(environment={"NCCL_DEBUG": "INFO"}), "NCCL_DEBUG is INFO"),
