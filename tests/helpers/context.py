@@ -55,10 +55,10 @@ def _attention_difference(lengths: list[int], causal: bool, groups) -> float:
 
     truth = results(whole, packing_of(np.array(lengths), cpu, WHOLE))
     found = results(parts, packing_of(np.array(lengths), cpu, split, groups.cp))
-    differences = [(one[rows] - other[numbers]).abs().max() for one, other in zip(found, truth, strict=True)]
     is_filler = np.setdiff1d(np.arange(size), rows)
     assert all(one.isfinite().all() for one in found) and not any(one[is_filler].any() for one in found[2:])
-    return max(one.item() for one in differences) if len(rows) else 0.0
+    differences = [(one[rows] - other[numbers]).abs() for one, other in zip(found, truth, strict=True)]
+    return torch.cat([one.flatten() for one in [torch.zeros(1), *differences]]).max().item()
 
 
 def groups_of_ranks(tp: int, cp: int) -> dict[str, list[int]]:
