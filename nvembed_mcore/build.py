@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import logging
 from pathlib import Path
+from typing import Any
 
 from megatron.core.distributed import DistributedDataParallel
 from transformers import MistralConfig
@@ -44,22 +45,59 @@ def build_model(config: RunConfig, hf_config: MistralConfig, groups: Groups) -> 
         ConfigError: what `model.init_from` or `model.lora.init_from` holds is not what the configuration describes.
         WeightsError: a folder's weights are missing or damaged.
     """
+    encoders = build_encoders(
+        config.model, hf_config, config.parallel, groups, seed=config.seed, **_of_training(config, hf_config)
+    )
+    return wrap_data_parallel(encoders, config.parallel, distributed_optimizer=config.optim.distributed)
+
+
+def build_empty_model(config: RunConfig, hf_config: MistralConfig, groups: Groups) -> list[DistributedDataParallel]:
+    """The same without the weights: nothing is read and no rank is asked, so that a dry run can do it.
+
+    Raises:
+        ConfigError: the layers cannot be built as the configuration describes them.
+    """
+    encoders = _empty_encoders(config.model, hf_config, config.parallel, groups, **_of_training(config, hf_config))
+    return wrap_data_parallel(encoders, config.parallel, distributed_optimizer=config.optim.distributed)
+
+
+def check_start(model: ModelConfig, hf_config: MistralConfig) -> None:
+    """Look at what `model.init_from` says of itself, without its weights.
+
+    Raises:
+        ConfigError, WeightsError: as `build_model`.
+    """
+    start = store.find_checkpoint(model.init_from)
+    if start:
+        _parts_to_make(start, model, hf_config)
+    else:
+        check_pooling(open_hf_model(model.init_from), model.pooling)
+
+
+def _of_training(config: RunConfig, hf_config: MistralConfig) -> dict[str, Any]:
+    """What the encoders of a run need that those which only embed do not."""
     if any(dim >= hf_config.hidden_size for dim in config.loss.matryoshka_dims):
         raise ConfigError(
             f"loss.matryoshka_dims must be below the model's hidden_size {hf_config.hidden_size}, got "
             f"{config.loss.matryoshka_dims}"
         )
     temperature = config.loss.temperature if config.loss.learn_temperature else None
-    encoders = build_encoders(
-        config.model,
-        hf_config,
-        config.parallel,
-        groups,
-        precision=config.precision,
-        seed=config.seed,
-        temperature=temperature,
-    )
-    return wrap_data_parallel(encoders, config.parallel, distributed_optimizer=config.optim.distributed)
+    return {"precision": config.precision, "temperature": temperature}
+
+
+def _empty_encoders(
+    model: ModelConfig,
+    hf_config: MistralConfig,
+    parallel: ParallelConfig,
+    groups: Groups,
+    *,
+    precision: PrecisionConfig | None,
+    temperature: float | None,
+) -> list[Encoder]:
+    return [
+        Encoder(hf_config, model, parallel, groups, precision=precision, chunk=chunk, temperature=temperature)
+        for chunk in range(parallel.chunks_per_stage)
+    ]
 
 
 def build_encoders(
@@ -86,10 +124,7 @@ def build_encoders(
     table = name_table(hf_config, model.pooling, model.adapters)
     sources = _sources(model, seed, hf_config, start, groups)
     missing = _parts_to_make(start, model, hf_config) if start else {entry.name for entry in table}
-    encoders = [
-        Encoder(hf_config, model, parallel, groups, precision=precision, chunk=chunk, temperature=temperature)
-        for chunk in range(parallel.chunks_per_stage)
-    ]
+    encoders = _empty_encoders(model, hf_config, parallel, groups, precision=precision, temperature=temperature)
     log.info("%s", encoders[0].backend)
     if start:
         store.load_weights(start, encoders, but=missing)

@@ -70,6 +70,15 @@ def microbatch_seed(seed: int, step: int, microbatch: int, chunk: int, groups: G
     return int.from_bytes(hashlib.sha256(words).digest()[:4], "little") & 0x7FFFFFFF
 
 
+def check_packs(config: StepConfig, plan: Plan, step: int) -> None:
+    """Raise a `ConfigError` where `step.way` is `single` and a rank has more than one pack in step number `step`."""
+    if config.way == "single" and plan.max_microbatches > 1:
+        raise ConfigError(
+            f"step.way 'single' needs one pack a rank, but the batch of step {step} needs {plan.max_microbatches} "
+            f"of step.tokens_per_microbatch = {config.tokens_per_microbatch}. Use 'auto' or 'retain'"
+        )
+
+
 class ContrastiveStep:
     """Computes and applies the gradient of one global batch, equal in every layout to that of one process."""
 
@@ -176,11 +185,7 @@ class ContrastiveStep:
         way, stages = self.config.way, self.groups.pp_size
         is_single = plan.max_microbatches == 1 and stages == 1
         assert stages == 1 or way in ("auto", "cached"), (stages, way)
-        if way == "single" and not is_single:
-            raise ConfigError(
-                f"step.way 'single' needs one pack a rank, but the batch of step {step} needs {plan.max_microbatches} "
-                f"of step.tokens_per_microbatch = {self.config.tokens_per_microbatch}. Use 'auto' or 'retain'"
-            )
+        check_packs(self.config, plan, step)
         if way != "auto":
             return way
         most = int(plan.tokens_per_rank(lengths).max())

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import torch.distributed as dist
 import yaml
-from transformers import MistralConfig
+from transformers import MistralConfig, PreTrainedTokenizerFast
 
 from nvembed_mcore import device, redact, resume
 from nvembed_mcore.attempts import Attempt
@@ -21,6 +21,7 @@ from nvembed_mcore.checkpoint import store
 from nvembed_mcore.checkpoint.folders import folder_of
 from nvembed_mcore.checkpoint.saver import Saver
 from nvembed_mcore.config import ConfigError, RunConfig
+from nvembed_mcore.config_data import DataConfig
 from nvembed_mcore.data.batch import Batch
 from nvembed_mcore.data.faults import DataError
 from nvembed_mcore.data.source import BatchSource
@@ -303,12 +304,7 @@ def _write_config(config: RunConfig) -> None:
 
 def open_data(config: RunConfig, hf_config: MistralConfig) -> _Data:
     """Tokenise what is not yet tokenised (rank 0), then open it on every rank."""
-    tokenizer = load_tokenizer(config.data.tokenizer)
-    if len(tokenizer) > hf_config.vocab_size:
-        raise ConfigError(
-            f"the tokenizer {config.data.tokenizer} has {len(tokenizer)} ids, the model's vocab_size is "
-            f"{hf_config.vocab_size}"
-        )
+    tokenizer = open_tokenizer(config.data, hf_config)
     how = dict(
         max_query_tokens=config.data.max_query_tokens,
         max_document_tokens=config.data.max_document_tokens,
@@ -324,6 +320,17 @@ def open_data(config: RunConfig, hf_config: MistralConfig) -> _Data:
     stores = [TokenStore.open(folder) for folder in first_rank_does(build)]
     source = BatchSource(config.data, stores, batch_size=config.batch_size, seed=config.seed, stage=config.stage)
     return _Data(source, evaluation, tokenizer_fingerprint(tokenizer))
+
+
+def open_tokenizer(data: DataConfig, hf_config: MistralConfig) -> PreTrainedTokenizerFast:
+    """The run's tokenizer; a `ConfigError` where the model has fewer rows than it has ids."""
+    tokenizer = load_tokenizer(data.tokenizer)
+    if len(tokenizer) > hf_config.vocab_size:
+        raise ConfigError(
+            f"the tokenizer {data.tokenizer} has {len(tokenizer)} ids, the model's vocab_size is "
+            f"{hf_config.vocab_size}"
+        )
+    return tokenizer
 
 
 def _metrics(

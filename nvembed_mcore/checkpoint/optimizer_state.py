@@ -32,7 +32,7 @@ _KEYS = ("param", *_MOMENTS)
 
 
 @dataclass(frozen=True)
-class _Piece:
+class Piece:
     """The elements `begin` to `end` of a flattened parameter, and the rank (data and context) that updates them."""
 
     rank: int
@@ -53,8 +53,8 @@ class _Trained:
     """
 
     parameter: Tensor
-    pieces: list[_Piece]
-    own: _Piece | None
+    pieces: list[Piece]
+    own: Piece | None
     main: Tensor | None
     state: dict[str, Tensor]
     group: dist.ProcessGroup | None = None
@@ -67,7 +67,7 @@ def sharded_state(optimizer: MegatronOptimizer, weights: dict, *, is_loading: bo
         weights: the model's sharded state, which says where each parameter stands.
         is_loading: whether it is to be filled from a checkpoint.
     """
-    places = _places(weights)
+    places = places_of(weights)
     tensors = {}
     for one in _trained(optimizer):
         place = places[id(one.parameter)]
@@ -85,7 +85,7 @@ def sharded_state(optimizer: MegatronOptimizer, weights: dict, *, is_loading: bo
 @torch.no_grad()
 def load(optimizer: MegatronOptimizer, weights: dict, state: dict[str, Any]) -> None:
     """Fill an optimizer with what `dist_checkpointing` loaded for `sharded_state`."""
-    places = _places(weights)
+    places = places_of(weights)
     for one in (one for one in _trained(optimizer) if one.own is not None):
         for key in _MOMENTS:
             one.state[key] = torch.empty_like(one.main, requires_grad=False)
@@ -101,7 +101,7 @@ def _identity(group: dict[str, Any]) -> tuple:
     return tuple(group[key] for key in param_group_identifier_keys)
 
 
-def _places(weights: dict) -> dict[int, ShardedTensor | ShardedTensorFactory]:
+def places_of(weights: dict) -> dict[int, ShardedTensor | ShardedTensorFactory]:
     tensors, _ = extract_sharded_tensors_and_factories(weights)
     return {id(one.data): one for one in nested_values(tensors)}
 
@@ -151,7 +151,7 @@ def _of_sharded(optimizer: DistributedOptimizer) -> Iterator[_Trained]:
     group = optimizer.data_parallel_group_gloo
     for buffer in optimizer.buffers:
         for parameter, (begin, end, _) in buffer.param_index_map.items():
-            pieces = _pieces(buffer.param_to_bucket[parameter], begin, end, group.size())
+            pieces = pieces_of(buffer.param_to_bucket[parameter], begin, end, group.size())
             own = next((piece for piece in pieces if piece.rank == group.rank()), None)
             main, state = None, {}
             if own is not None:
@@ -162,7 +162,7 @@ def _of_sharded(optimizer: DistributedOptimizer) -> Iterator[_Trained]:
             yield _Trained(parameter, pieces, own, main, state, group)
 
 
-def _pieces(bucket: Any, begin: int, end: int, num_ranks: int) -> list[_Piece]:
+def pieces_of(bucket: Any, begin: int, end: int, num_ranks: int) -> list[Piece]:
     """Of the parameter that stands at `begin` to `end` of a buffer. Ranks have equal shares of a bucket, in order."""
     share = bucket.grad_data.numel() // num_ranks
     found = []
@@ -170,7 +170,7 @@ def _pieces(bucket: Any, begin: int, end: int, num_ranks: int) -> list[_Piece]:
         first = max(begin, bucket.offset + rank * share)
         last = min(end, bucket.offset + (rank + 1) * share)
         if first < last:
-            found.append(_Piece(rank, first - begin, last - begin))
+            found.append(Piece(rank, first - begin, last - begin))
     return found
 
 
@@ -180,5 +180,5 @@ def _of_whole(optimizer: MegatronOptimizer) -> Iterator[_Trained]:
     mains = chain.from_iterable(getattr(optimizer, "fp32_from_float16_groups", []))
     parameter_of = {id(main): model for model, main in zip(models, mains, strict=True)}
     for main in chain.from_iterable(group["params"] for group in optimizer.param_groups):
-        whole = _Piece(0, 0, main.numel())
+        whole = Piece(0, 0, main.numel())
         yield _Trained(parameter_of.get(id(main), main), [whole], whole, main, optimizer.optimizer.state[main])

@@ -231,7 +231,7 @@ def load_checkpoint(
         missing = chunk.module.load_state_dict(state["model"][str(number)], strict=False).missing_keys
         assert not _tensors(dict.fromkeys(missing)), missing
         fp8_state.load(chunk, state.get("fp8", {}).get(str(number), {}))
-    optimizer_state.load(optimizer, _weights_of(chunks), state["optimizer"])
+    optimizer_state.load(optimizer, weights_of_chunks(chunks), state["optimizer"])
 
 
 def load_weights(checkpoint: Checkpoint, encoders: list[torch.nn.Module], but: Collection[str] = ()) -> None:
@@ -350,7 +350,7 @@ def sharded_state(
     chunks: list[DistributedDataParallel], optimizer: MegatronOptimizer, *, is_loading: bool
 ) -> dict[str, Any]:
     """Weights, optimizer and histories of delayed FP8 scaling, likewise."""
-    weights = _weights_of(chunks)
+    weights = weights_of_chunks(chunks)
     return {
         "model": weights,
         "optimizer": optimizer_state.sharded_state(optimizer, weights, is_loading=is_loading),
@@ -358,7 +358,8 @@ def sharded_state(
     }
 
 
-def _weights_of(chunks: list[DistributedDataParallel]) -> dict[str, Any]:
+def weights_of_chunks(chunks: list[DistributedDataParallel]) -> dict[str, Any]:
+    """Those of a stage's chunks, by their number."""
     return {str(number): weights_of(chunk.module) for number, chunk in enumerate(chunks)}
 
 

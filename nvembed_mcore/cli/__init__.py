@@ -18,6 +18,7 @@ from collections.abc import Callable
 from nvembed_mcore import __version__, redact
 from nvembed_mcore.cli import data, encode, mine, status, use, weights
 from nvembed_mcore.cli.doctor import doctor
+from nvembed_mcore.cli.plan import plan
 from nvembed_mcore.cli.preflight import preflight
 from nvembed_mcore.cli.train import train
 from nvembed_mcore.exits import Exit, exit_of
@@ -41,6 +42,8 @@ def main(arguments: list[str] | None = None) -> int:
         return _guarded(lambda: preflight(arguments[1:]))
     if arguments[:1] == ["doctor"]:
         return _guarded(lambda: doctor(arguments[1:]))
+    if arguments[:1] == ["plan"]:
+        return _guarded(lambda: plan(arguments[1:]))
     parsed = _parser().parse_args(arguments)
     return _guarded(lambda: parsed.run(parsed))
 
@@ -130,6 +133,7 @@ def _parser() -> argparse.ArgumentParser:
     commands.add_parser("train", help="train one stage: nvembed train CONFIG.yaml [--field value ...]", add_help=False)
     status.add(commands)
     commands.add_parser("preflight", help="check the surroundings of `train` before a job", add_help=False)
+    commands.add_parser("plan", help="say which layouts of a cluster fit, and what a run costs", add_help=False)
     commands.add_parser("doctor", help="say what a run is computed with on this machine, and why", add_help=False)
     weights.add(commands)
     use.add(commands)

@@ -6,6 +6,7 @@ texts of the pack.
 
 from __future__ import annotations
 
+import functools
 import math
 from typing import Any
 
@@ -125,10 +126,13 @@ class Encoder(MegatronModule):
         with torch.device("meta"):  # torch would draw three gigabytes for NV-Embed's head, to be written over
             head = build_head(self.config.hidden_size, pooling, self.config.num_layers)
         if head is not None:
-            head.to(self.config.params_dtype).to_empty(device=device.current())
-            for parameter in head.parameters():
-                # Where a rank sees only its shard of the tokens, the head's gradients are summed over tensor ranks.
-                parameter.sequence_parallel = self.config.sequence_parallel and not head.needs_whole_texts
+            make = functools.partial(torch.empty_like, dtype=self.config.params_dtype, device=device.current())
+            for module in head.modules():
+                for name, empty in [*module.named_parameters(recurse=False)]:
+                    parameter = torch.nn.Parameter(make(empty))
+                    # Where a rank sees only its shard of the tokens, the gradients are summed over tensor ranks.
+                    parameter.sequence_parallel = self.config.sequence_parallel and not head.needs_whole_texts
+                    setattr(module, name, parameter)
         return head
 
     def _mark_sharded_weights(self) -> None:

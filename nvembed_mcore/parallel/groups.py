@@ -77,6 +77,11 @@ class Groups:
     def tp_cp(self) -> dist.ProcessGroup:
         return self.collection.tp_cp
 
+    def members(self) -> dict[str, list[int]]:
+        """Ranks of the groups that this rank is in."""
+        groups = {"tp": self.tp, "pp": self.pp, "cp": self.cp, "dp": self.dp, "dp_cp": self.dp_cp}
+        return {name: dist.get_process_group_ranks(group) for name, group in groups.items()}
+
 
 def initialize(config: ParallelConfig) -> Groups:
     """Join the other processes (those of `torchrun`, or none) and lay out the groups.
@@ -87,17 +92,43 @@ def initialize(config: ParallelConfig) -> Groups:
     """
     device.prepare()
     here = rendezvous.place()
-    world_size = here.world_size if here else 1
+    _check_size(config, here.world_size if here else 1)
+    # Later than the watchdog, which knows who is late: this is for what it cannot see.
+    timeout = timedelta(minutes=config.timeout_minutes) + min(timedelta(minutes=config.timeout_minutes / 2), _MARGIN)
+    if not dist.is_initialized():
+        _join(here, timeout)
+    return _lay_out(config, timeout, has_gloo=True)
+
+
+def pretend(config: ParallelConfig, rank: int, world_size: int) -> Groups:
+    """Be one of many processes of which no other is there: groups have their members, and nothing is sent.
+
+    For a dry run. Groups of before are left; `shutdown` ends these.
+
+    Raises:
+        ConfigError: as `initialize`.
+    """
+    # Registers the back end.
+    from torch.testing._internal.distributed.fake_pg import FakeStore
+
+    device.prepare()
+    _check_size(config, world_size)
+    shutdown()
+    dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=world_size)
+    return _lay_out(config, timedelta(minutes=config.timeout_minutes), has_gloo=False)
+
+
+def _check_size(config: ParallelConfig, world_size: int) -> None:
     replica = config.tp * config.pp * config.cp
     if world_size % replica:
         raise ConfigError(
             f"parallel.tp x parallel.pp x parallel.cp = {config.tp} x {config.pp} x {config.cp} = {replica} does not "
             f"divide the {world_size} process(es) of this run; start a multiple of it with torchrun --nproc-per-node"
         )
-    # Later than the watchdog, which knows who is late: this is for what it cannot see.
-    timeout = timedelta(minutes=config.timeout_minutes) + min(timedelta(minutes=config.timeout_minutes / 2), _MARGIN)
-    if not dist.is_initialized():
-        _join(here, timeout)
+
+
+def _lay_out(config: ParallelConfig, timeout: timedelta, *, has_gloo: bool) -> Groups:
+    """Megatron's groups among the processes that have joined."""
     if parallel_state.is_initialized():
         parallel_state.destroy_model_parallel()
     parallel_state.initialize_model_parallel(
@@ -106,7 +137,7 @@ def initialize(config: ParallelConfig) -> Groups:
         virtual_pipeline_model_parallel_size=config.chunks_per_stage if config.chunks_per_stage > 1 else None,
         context_parallel_size=config.cp,
         distributed_timeout_minutes=timeout.total_seconds() / 60,
-        create_gloo_process_groups=True,
+        create_gloo_process_groups=has_gloo,
     )
     groups = Groups(
         collection=ProcessGroupCollection.use_mpu_process_groups(),

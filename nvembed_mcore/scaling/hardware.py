@@ -29,6 +29,8 @@ class Device:
     """Data sheet without sparsity, by data type: `float32`, `bfloat16`, `fp8`. float32 is that of plain cores."""
     matmul_flops: dict[str, float]
     """The fastest large matrix product that somebody measured, by data type."""
+    reference_flops: float
+    """Rate of the product for which the constant `matmul_half` holds."""
     attention_flops: tuple[float, float]
     """What fused attention over long texts reaches, forward and backward."""
     attention_half: tuple[float, float]
@@ -79,6 +81,8 @@ class Constants:
     """Share of the memory's bandwidth that norms, activations and casts reach."""
     host_layer: Constant
     """Seconds until the host has queued one layer's forward pass."""
+    host_step: Constant
+    """Seconds of a step in which the host alone works: the plan, packs, calls of the optimizer."""
     exposed: Constant
     """Share of overlapped communication that stays visible."""
     unexplained: Constant
@@ -120,6 +124,7 @@ def cluster(name: str) -> Cluster:
         name=name.lower(),
         peak_flops={dtype: number(entry) for dtype, entry in raw["peak_flops"].items()},
         matmul_flops={dtype: number(entry) for dtype, entry in raw["matmul_flops"].items()},
+        reference_flops=number(raw["reference_flops"]),
         attention_flops=tuple(number(raw["attention"][way]["flops"]) for way in ("forward", "backward")),
         attention_half=tuple(number(raw["attention"][way]["half"]) for way in ("forward", "backward")),
         memory_bytes=number(raw["memory_bytes"]),

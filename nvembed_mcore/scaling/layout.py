@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Literal
 
-from nvembed_mcore.config import RunConfig
+from nvembed_mcore.config import ParallelConfig, RunConfig
 from nvembed_mcore.config_data import ConfigError
 
 
@@ -39,6 +40,8 @@ class Layout:
     """Whether gradients are reduced while the backward pass runs."""
     overlap_param_gather: bool = False
     """Whether weights are gathered while the next forward pass runs."""
+    bucket_size: int | None = None
+    """Parameters of one bucket at least, where gradients are reduced so; None: Megatron's choice."""
 
     def __post_init__(self) -> None:
         for name in ("gpus", "tp", "pp", "cp", "chunks", "tokens_per_microbatch"):
@@ -61,17 +64,17 @@ class Layout:
             gpus=gpus,
             tp=parallel.tp,
             pp=parallel.pp,
-            # Not every configuration can say these.
-            cp=getattr(parallel, "cp", 1),
+            cp=parallel.cp,
             chunks=parallel.chunks_per_stage,
-            layers_in_first_stage=getattr(parallel, "layers_in_first_stage", None),
-            layers_in_last_stage=getattr(parallel, "layers_in_last_stage", None),
+            layers_in_first_stage=parallel.layers_in_first_stage,
+            layers_in_last_stage=parallel.layers_in_last_stage,
             sequence_parallel=parallel.sequence_parallel,
             way="cached" if config.step.way == "auto" else config.step.way,
             tokens_per_microbatch=config.step.tokens_per_microbatch,
             distributed_optimizer=config.optim.distributed,
             overlap_grad_reduce=parallel.overlap_grad_reduce,
             overlap_param_gather=parallel.overlap_param_gather,
+            bucket_size=parallel.bucket_size,
         )
 
     @property
@@ -85,22 +88,20 @@ class Layout:
         return self.sequence_parallel and self.tp > 1
 
     def stages(self, num_layers: int) -> list[list[int]]:
-        """Layers of each chunk of each stage: `stages[stage][chunk]`, by Megatron-Core's rule.
-
-        The first and the last stage have what the layout says, the others share the rest evenly.
+        """Layers of each chunk of each stage: `stages[stage][chunk]`.
 
         Raises:
             ConfigError: the layers cannot be split so.
         """
-        given = {0: self.layers_in_first_stage, self.pp - 1: self.layers_in_last_stage} if self.pp > 1 else {}
-        given = {stage: layers for stage, layers in given.items() if layers is not None}
-        others = self.pp - len(given)
-        rest = num_layers - sum(given.values())
-        if rest < 0 or (rest % others if others else rest):
-            raise ConfigError(
-                f"{num_layers} layers: what first and last stage leave ({rest}) cannot be shared by {others} stages"
-            )
-        layers = [given[stage] if stage in given else rest // others for stage in range(self.pp)]
-        if bad := [number for number in layers if number % self.chunks or not number]:
-            raise ConfigError(f"a stage of {bad[0]} layers cannot have {self.chunks} chunks of at least one layer")
-        return [[number // self.chunks] * self.chunks for number in layers]
+        if self.pp == 1:
+            return [[num_layers]]
+        ends = self.layers_in_first_stage, self.layers_in_last_stage
+        return [[layers // self.chunks] * self.chunks for layers in _layers(self.pp, self.chunks, ends, num_layers)]
+
+
+@lru_cache
+def _layers(pp: int, chunks: int, ends: tuple[int | None, int | None], num_layers: int) -> list[int]:
+    """Layers of each stage, by the rule that a run's configuration has. Kept, because a plan asks very often."""
+    first, last = ends
+    parallel = ParallelConfig(pp=pp, chunks_per_stage=chunks, layers_in_first_stage=first, layers_in_last_stage=last)
+    return parallel.layers_of_stages(num_layers)

@@ -1,8 +1,5 @@
 """Parameters of a rank, one by one: how large each is here, who trains it, and which buffers of Megatron hold it.
 
-Letters: `H` hidden size, `F` feed-forward width, `A` query heads, `G` key/value groups, `d` head width, `r` rank of the
-adapters, `w` width of a head of the pooling head, `R` its latents.
-
 The numbers of a rank do not depend on its place among the tensor and data-parallel ranks, only on its pipeline stage.
 """
 
@@ -64,7 +61,7 @@ def parameters_of(workload: Workload, layout: Layout, stage: int) -> dict[Part, 
 
 def chunk_parameters(workload: Workload, layout: Layout, stage: int, chunk: int = 0) -> list[Parameter]:
     """Parameters of one chunk of a stage, in the order in which the encoder names them."""
-    architecture, is_split = workload.architecture, layout.sequence_parallel and layout.tp > 1
+    architecture, is_split = workload.architecture, layout.splits_tokens
     is_first = stage == 0 and chunk == 0
     is_last = stage == layout.pp - 1 and chunk == layout.chunks - 1
     trains, found = workload.lora is None, []
@@ -204,10 +201,10 @@ def buffers_of(workload: Workload, layout: Layout, stage: int, chunk: int = 0) -
 
 
 def bucket_size(layout: Layout) -> int | None:
-    """Parameters of a bucket at least, on the first stage; None: one bucket."""
+    """Parameters of a bucket at least, on the first stage, as Megatron chooses it; None: one bucket."""
     if not layout.overlap_grad_reduce:
         return None
-    return layout.bucket_size or max(40_000_000, 1_000_000 * layout.dp)
+    return max(40_000_000, 1_000_000 * layout.dp)
 
 
 def _buckets(sizes: list[int], layout: Layout, bucket_size: int | None) -> list[int]:

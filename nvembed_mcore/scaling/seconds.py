@@ -10,8 +10,6 @@ from nvembed_mcore.scaling.hardware import Cluster, Device, Link
 
 ELEMENT = {"bfloat16": 2, "float32": 4, "tf32": 4, "fp8": 1}
 """Bytes of a number."""
-_FASTEST_KNOWN = 794.5e12
-"""FLOP/s of the product for which `matmul_half` holds: bfloat16 on an H100."""
 READINGS = {"delayed": 1, "tensorwise": 2, "blockwise": 2, "mxfp8": 1}
 """How often a bfloat16 number is read to become FP8: twice where the largest is looked for before."""
 ADAM_BYTES = 30.0
@@ -24,11 +22,12 @@ def matmul(cluster: Cluster, dtype: str, rows: float, inputs: float, outputs: fl
 
     `2 m k n / (R e)` with the rate `R` = `matmul_flops` x `matmul_share` and the efficiency
     `e = m / (m + h) x k / (k + h) x n / (n + h)`: edges of tiles and waves cost as much as `h` more rows or columns.
-    `h` is `matmul_half`, longer where the device is faster. Not faster than its operands cross the memory.
+    `h` is `matmul_half x matmul_flops / reference_flops`: in the time of an edge a fast type does more. Not faster than
+    its operands cross the memory.
     """
     device, constants = cluster.device, cluster.constants
     fastest = device.matmul_flops[dtype]
-    half = constants.matmul_half.value * fastest / _FASTEST_KNOWN
+    half = constants.matmul_half.value * fastest / device.reference_flops
     efficiency = 1.0
     for size in (rows, inputs, outputs):
         efficiency *= size / (size + half) if size else 1.0

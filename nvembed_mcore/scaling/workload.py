@@ -77,7 +77,7 @@ class Workload:
         lengths: Lengths,
         device_type: Literal["cuda", "cpu"] = "cuda",
     ) -> Workload:
-        """The work of a run of `config` on a device; on CUDA layers are TransformerEngine's unless it says otherwise."""
+        """The work of a run of `config` on a device; on CUDA TransformerEngine computes, unless it says otherwise."""
         is_local = device_type == "cpu" or config.model.backend == "local"
         dtype = config.precision.dtype
         if dtype == "auto":

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from unittest import mock
 
@@ -222,11 +223,8 @@ def training_steps(case: Case, sabotage: str | None = None) -> dict[str, float]:
     result = {"loss": 0.0, "norm": 0.0, "gradient": 0.0}
     for number, truth in enumerate(run_plainly(case.queries, case.kind, case.clip, case.targets, **case.loss), 1):
         batch = training_batch(case.queries, number)
-        if sabotage == "detached":
-            own = lambda values, owned, group: values[torch.as_tensor(owned[groups.dp_rank])]  # noqa: E731
-            with mock.patch.object(score, "scatter_sum", own):
-                output = step(batch, number, PhaseTimer())
-        else:
+        own = lambda values, owned, group: values[torch.as_tensor(owned[groups.dp_rank])]  # noqa: E731
+        with mock.patch.object(score, "scatter_sum", own) if sabotage == "detached" else nullcontext():
             output = step(batch, number, PhaseTimer())
         result["loss"] = max(result["loss"], abs(output.loss - truth.loss) / abs(truth.loss))
         result["norm"] = max(result["norm"], abs(output.grad_norm - truth.norm) / truth.norm)

@@ -79,3 +79,28 @@ def test_what_cannot_work_together(make, words):
 )
 def test_layers_of_stages(layout, layers):
     assert ParallelConfig(**layout).layers_of_stages(12) == layers
+
+
+@pytest.mark.parametrize(
+    ("layout", "words"),
+    [
+        ({"tp": 3}, ["parallel.tp = 3", "num_attention_heads = 8"]),
+        ({"tp": 4}, ["parallel.tp = 4", "num_key_value_heads = 2"]),
+        ({"pp": 3}, ["parallel.pp = 3", "num_hidden_layers = 4"]),
+        ({"pp": 3, "layers_in_first_stage": 1}, ["layers_in_first_stage = 1", "leave 3", "2 other", "pp = 3"]),
+        ({"pp": 2, "layers_in_first_stage": 1, "layers_in_last_stage": 2}, ["stage = 2 leave 1 of", "the 0 other"]),
+        ({"pp": 2, "layers_in_last_stage": 4}, ["layers_in_last_stage = 4 leave 0 of", "num_hidden_layers = 4"]),
+        (
+            {"pp": 3, "chunks_per_stage": 2, "layers_in_last_stage": 2},
+            ["layers_in_last_stage = 2 leave 2 of", "2 other", "chunks_per_stage = 2"],
+        ),
+    ],
+)
+def test_layout_that_does_not_divide_the_model(layout, words):
+    """Needs no processes: the check stands before anything is built."""
+    from nvembed_mcore.model.mistral import check_layout
+    from tests.helpers.models import tiny_config
+
+    with pytest.raises(ConfigError) as caught:
+        check_layout(tiny_config(), ParallelConfig(**layout))
+    assert all(word in str(caught.value) for word in words), str(caught.value)

@@ -237,6 +237,14 @@ def _restricts(tree: ast.AST) -> bool:
     return len(bases) == len(classes) == 1 and "super()" not in ast.unparse(classes[0])
 
 
+def planning_needs_no_torch(path: str, tree: ast.AST) -> Breaches:
+    """`nvembed plan` answers within seconds; what it imports otherwise is seen where the modules are loaded."""
+    plans = path.startswith("nvembed_mcore/scaling/") or path == "nvembed_mcore/cli/plan.py"
+    for line, name in uses(tree) if plans and path != "nvembed_mcore/scaling/dry_run.py" else ():
+        if is_within(name, "torch", "megatron", "transformers"):
+            yield line, f"{name} where layouts are planned"
+
+
 def functions_fit_a_screen(path: str, tree: ast.AST) -> Breaches:
     for node in ast.walk(tree):
         if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
@@ -256,6 +264,7 @@ CHECKS: list[Check] = [
     nothing_is_read_or_run_without_care,
     code_of_models_is_trusted_in_few_places,
     nothing_phones_home,
+    planning_needs_no_torch,
     functions_fit_a_screen,
 ]
 
@@ -317,6 +326,8 @@ def test_the_house_keeps_its_rules(check):
         (code_of_models_is_trusted_in_few_places, "tools/a.py", "settings['trust_remote_code'] = True"),
         (nothing_phones_home, "nvembed_mcore/a.py", "import wandb"),
         (nothing_phones_home, "nvembed_mcore/a.py", "from urllib.request import urlopen"),
+        (planning_needs_no_torch, "nvembed_mcore/scaling/a.py", "from torch import Tensor"),
+        (planning_needs_no_torch, "nvembed_mcore/cli/plan.py", "import transformers"),
         (functions_fit_a_screen, "tools/a.py", "def f():\n" + "    x = 1\n" * 60),
     ],
 )
@@ -339,6 +350,7 @@ def test_a_breach_is_seen(check, path, source):
         ),
         (code_of_models_is_trusted_in_few_places, "tools/a.py", "f(x, trust_remote_code=given)"),
         (cuda_only_in_device, "nvembed_mcore/train.py", "if tensor.is_cuda: x = torch.device('cuda')"),
+        (planning_needs_no_torch, "nvembed_mcore/scaling/dry_run.py", "import torch"),
         (functions_fit_a_screen, "tools/a.py", "def f():\n" + "    x = 1\n" * 59),
     ],
 )

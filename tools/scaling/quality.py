@@ -38,16 +38,17 @@ from tools.scaling.quality_points import (
 )
 
 ROOT = Path(__file__).parent.parent.parent
-SEEDS = {axis: 2 if axis in ("negatives_alone", "negatives_equal_steps") else 3 for axis in AXES}
+SEEDS = dict.fromkeys(AXES, 3) | {"negatives_alone": 2, "negatives_equal_steps": 2, "rate": 1}
 """Seeds of each axis where --seeds does not say otherwise."""
 FIGURES = """
 Figures of --json and columns of the table, one row for each axis and run:
 
-  axis            negatives: the batch grows, equal queries seen, rate by the root of the batch.
+  axis            negatives: the batch grows, equal queries seen, rate as column lr.
                   negatives_alone: one batch size, the records dealt into parts, a query meets its own part alone.
                   negatives_equal_steps: the batch grows at equal steps, so a larger one sees more queries.
                   tokens: runs of several lengths, each with its own schedule.
                   tokens_on_the_way: evaluations inside the longest of them. width, temperature.
+                  rate: factors on the learning rate, at a batch of 256 (4 passes) and of 4,096 (8 passes).
   negatives       in-batch negatives of a query (mean); batch, parts: queries in a step, and parts of the records
   lr              peak learning rate; linear warm-up over a tenth of the steps, then linear decay to zero
   steps, of_steps optimizer steps done, and of the whole run

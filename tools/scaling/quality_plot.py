@@ -22,7 +22,7 @@ PANELS: dict[str, list[tuple[str, str, dict[str, str]]]] = {
         (
             "negatives",
             "Negatives by larger batches",
-            {"negatives": "equal queries seen: 8 passes", "negatives_equal_steps": "equal steps: 78"},
+            {"negatives": "equal queries seen: 8 passes", "negatives_equal_steps": "equal steps: 39"},
         ),
         ("negatives", "Negatives alone", {"negatives_alone": "batch 2,048, 8 passes, records in parts"}),
     ],

@@ -8,7 +8,7 @@ import json
 import math
 import os
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,11 +16,10 @@ from nvembed_mcore.log import read_metrics
 
 BATCH, WIDTH, TEMPERATURE, LR = 256, 64, 0.05, 8e-3
 """What a run has where its axis does not say otherwise. `LR` is the peak rate at this batch and width."""
-LARGEST_LR = 0.02
-"""Of any batch: at 0.045 a batch of 8,192 collapses (all scores become equal, the loss stays at ln 8192)."""
+RATES = (0.5, 1.0, 2.0)
 MAX_QUERY_TOKENS, MAX_DOCUMENT_TOKENS = 24, 32
 NEGATIVES = (64, 256, 1024, 4096, 8192)
-PARTS, BATCH_IN_PARTS = (128, 32, 8, 2, 1), 2048
+PARTS, BATCH_IN_PARTS = (128, 32, 8, 1), 2048
 WIDTHS = (64, 128, 256, 512)
 PASSES = (1, 2, 4, 8, 16)
 TEMPERATURES = (0.01, 0.02, 0.05, 0.1, 0.2)
@@ -38,6 +37,7 @@ class Run:
         width: hidden size of the model.
         passes: over the training records.
         temperature: of the loss.
+        rate: factor on the learning rate that the rule gives.
         seed: of weights and order.
     """
 
@@ -46,6 +46,7 @@ class Run:
     width: int = WIDTH
     passes: float = PASSES_OF_NEGATIVES
     temperature: float = TEMPERATURE
+    rate: float = 1.0
     seed: int = 1
 
     def __post_init__(self) -> None:
@@ -55,14 +56,15 @@ class Run:
                 raise ValueError(f"{name} must be a multiple of {multiple} from {multiple} on, got {value}")
         if self.batch < 2 * self.parts:
             raise ValueError(f"a batch of {self.batch} in {self.parts} parts leaves a query without negatives")
-        for name in ("passes", "temperature"):
+        for name in ("passes", "temperature", "rate"):
             if not 0 < getattr(self, name) < math.inf:
                 raise ValueError(f"{name} must be above 0, got {getattr(self, name)}")
 
     @property
     def name(self) -> str:
         shape = f"batch{self.batch}-parts{self.parts}-width{self.width}"
-        return f"{shape}-passes{self.passes:g}-t{self.temperature:g}-seed{self.seed}"
+        rate = f"-rate{self.rate:g}" if self.rate != 1 else ""
+        return f"{shape}-passes{self.passes:g}-t{self.temperature:g}{rate}-seed{self.seed}"
 
     @property
     def negatives(self) -> int:
@@ -71,15 +73,18 @@ class Run:
 
     @property
     def lr(self) -> float:
-        """With the square root of the batch up to `LARGEST_LR`, and with one over that of the width."""
-        return min(LARGEST_LR, LR * math.sqrt(self.batch / BATCH)) * math.sqrt(WIDTH / self.width)
+        """With the square root of the batch up to `BATCH`, then no further, and with one over that of the width.
+
+        At 0.02 a batch of 4,096 does not learn until the schedule has brought the rate below 0.01 (axis `rate`).
+        """
+        return self.rate * LR * math.sqrt(min(self.batch, BATCH) / BATCH) * math.sqrt(WIDTH / self.width)
 
     def steps(self, records: int) -> int:
         """Optimizer steps: as near to `passes` as whole batches come."""
         return max(1, round(self.passes * records / self.batch))
 
 
-AXES = ("negatives", "negatives_alone", "negatives_equal_steps", "tokens", "width", "temperature")
+AXES = ("negatives", "negatives_alone", "negatives_equal_steps", "tokens", "width", "temperature", "rate")
 """Three of negatives: the batch grows at equal queries seen; the batch stays and the records are in parts; the batch
 grows at an equal number of steps, so that a larger one sees more."""
 
@@ -91,13 +96,17 @@ def runs_of(axis: str, seed: int) -> list[Run]:
     if axis == "negatives_alone":
         return [Run(batch=BATCH_IN_PARTS, parts=parts, seed=seed) for parts in PARTS]
     if axis == "negatives_equal_steps":
-        return [Run(batch=number, passes=number / BATCH, seed=seed) for number in NEGATIVES]
+        # Of 4,096 it is the run above.
+        return [Run(batch=number, passes=PASSES_OF_NEGATIVES * number / 4096, seed=seed) for number in NEGATIVES]
     if axis == "tokens":
         return [Run(passes=number, seed=seed) for number in PASSES]
     if axis == "width":
         return [Run(width=width, passes=PASSES_OF_WIDTH, seed=seed) for width in WIDTHS]
     if axis == "temperature":
         return [Run(temperature=value, passes=PASSES_OF_TEMPERATURE, seed=seed) for value in TEMPERATURES]
+    if axis == "rate":
+        small, large = Run(passes=PASSES_OF_TEMPERATURE, seed=seed), Run(batch=4096, seed=seed)
+        return [replace(run, rate=rate) for run in (small, large) for rate in RATES]
     raise ValueError(f"no axis {axis!r}; there are {', '.join(AXES)}")
 
 
@@ -235,6 +244,7 @@ def _row(axis: str, run: Run, result: dict[str, Any], scores: dict[str, float]) 
         "batch": run.batch,
         "parts": run.parts,
         "lr": round(run.lr, 6),
+        "rate": run.rate,
         "steps": step,
         "of_steps": len(result["lines"]),
         "queries_seen": step * run.batch,

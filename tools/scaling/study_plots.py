@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
@@ -58,11 +57,11 @@ def setting(row: Row, names: Sequence[str]) -> str:
         "gpus": f"{row['gpus']}",
         "dtype": str(row["dtype"]),
         "fp8": f"FP8 {row['fp8']}",
-        "query_tokens": f"queries of {row['query_tokens']}",
-        "document_tokens": f"documents of {row['document_tokens']}",
+        "query_tokens": f"{row['query_tokens']}/{row['document_tokens']} tokens",
+        "document_tokens": f"{row['query_tokens']}/{row['document_tokens']} tokens",
         "queries": f"batch {row['queries']:,}",
     }
-    return ", ".join(words[name] for name in names)
+    return ", ".join(dict.fromkeys(words[name] for name in names))
 
 
 def label(row: Row, rows: Sequence[Row]) -> str:
@@ -115,7 +114,7 @@ def batches(rows: Sequence[Row]) -> Figure | None:
         _line(axes, number, name, line, "queries", lambda row: row["tokens_per_second_per_gpu"])
     axes.set_xscale("log", base=2)
     _ticks_at(axes, some, "queries")
-    axes.set_ylim(bottom=0)
+    axes.set_ylim(0, 1.1 * max(row["tokens_per_second_per_gpu"] for row in some))
     axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.0f}"))
     axes.set_xlabel("queries of the batch")
     axes.set_ylabel(f"real tokens/s a {of_a_process(rows)}")
@@ -125,12 +124,13 @@ def batches(rows: Sequence[Row]) -> Figure | None:
 
 def phases(rows: Sequence[Row]) -> Figure | None:
     """Seconds of a step by phase, a bar a point."""
-    figure, axes = _bars(rows)
+    figure, axes, places = _bars(rows)
     left = [0.0] * len(rows)
     for phase in (*PHASES, "other"):
         values = [_seconds(row, phase) for row in rows]
-        axes.barh(range(len(rows)), values, left=left, color=PHASE_COLORS[phase], label=phase, height=0.7)
+        axes.barh(places, values, left=left, color=PHASE_COLORS[phase], label=phase, height=0.7)
         left = [a + b for a, b in zip(left, values, strict=True)]
+    axes.set_xlim(0, 1.04 * max(left))
     axes.set_xlabel("seconds of a step (medians of the first process)")
     figure.legend(loc="outside lower center", ncols=6, frameon=False)
     return figure
@@ -138,13 +138,18 @@ def phases(rows: Sequence[Row]) -> Figure | None:
 
 def memory(rows: Sequence[Row]) -> Figure | None:
     """Memory of the fullest process, measured and as predicted."""
-    figure, axes = _bars(rows)
+    figure, axes, places = _bars(rows)
     is_cpu = of_a_process(rows) == "process"
     name = "model_memory_bytes" if is_cpu else "memory_bytes"
-    axes.barh(range(len(rows)), [row[name] / 1e9 for row in rows], color=COLORS[0], label="measured", height=0.7)
-    predicted = [(place, row["predicted_memory_bytes"] / 1e9) for place, row in enumerate(rows) if _has(row, "memory")]
+    axes.barh(places, [row[name] / 1e9 for row in rows], color=COLORS[0], label="measured", height=0.7)
+    predicted = [
+        (place, row["predicted_memory_bytes"] / 1e9)
+        for place, row in zip(places, rows, strict=True)
+        if _has(row, "memory")
+    ]
     if predicted:
-        axes.plot(*_columns(predicted)[::-1], "D", color="#222222", markersize=5, label="predicted")
+        y, x = zip(*predicted, strict=True)
+        axes.plot(x, y, "D", color="#222222", markersize=5, label="predicted")
     what = "resident, less what was there before the model" if is_cpu else "tensors"
     axes.set_xlabel(f"GB of the fullest {of_a_process(rows)} ({what})")
     figure.legend(loc="outside lower center", ncols=2, frameon=False)
@@ -198,10 +203,6 @@ def _has(row: Row, what: str) -> bool:
     return row.get(f"predicted_{what}" if what == "seconds" else f"predicted_{what}_bytes") is not None
 
 
-def _columns(pairs: Sequence[tuple[Any, Any]]) -> list[tuple]:
-    return list(zip(*pairs, strict=True))
-
-
 def _figure(panels: int, height: float) -> tuple[Figure, Sequence[Axes]]:
     figure = Figure(figsize=(_WIDE, height), dpi=110, layout="constrained")
     all_axes = figure.subplots(1, panels, squeeze=False)[0]
@@ -231,7 +232,7 @@ def _by_series(rows: Sequence[Row], draw: Callable[[Axes, Sequence[Row], Sequenc
         axes.set_xscale("log", base=2)
         axes.set_xlim(min(row["gpus"] for row in some) / 1.25, max(row["gpus"] for row in some) * 1.25)
         _ticks_at(axes, some, "gpus")
-        axes.set_title(f"{some[0]['series']} ({some[0]['kind']})", fontsize=10)
+        axes.set_title(some[0]["series"], fontsize=10)
         axes.set_xlabel(processes(rows))
         axes.legend(fontsize=8, frameon=False, loc="upper center", bbox_to_anchor=(0.5, -0.17), ncols=2)
     for axes in grid.flat[len(series) :]:
@@ -283,28 +284,31 @@ def _ticks_at(axes: Axes, rows: Sequence[Row], name: str) -> None:
 
 
 def _plain_log(axis) -> None:
-    """Numbers as one writes them, not powers."""
+    """Numbers as one writes them, not powers; where they span little, some between the powers of ten as well."""
+
+    def between(value: float, _: int) -> str:
+        low, high = sorted(axis.get_view_interval())
+        return f"{value:,.10g}" if high / low < 12 and f"{value:e}"[0] in "2357" else ""
+
     axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.10g}"))
-    low, high = sorted(axis.get_view_interval())
-    few = high / max(low, 1e-12) < 12
-    axis.set_minor_formatter(
-        FuncFormatter(lambda value, _: f"{value:,.10g}" if few and str(f"{value:e}")[0] in "2357" else "")
-    )
+    axis.set_minor_formatter(FuncFormatter(between))
 
 
-def _bars(rows: Sequence[Row]) -> tuple[Figure, Axes]:
-    """An empty picture with a place for a bar a point, in groups by series, the first on top."""
-    series = len({row["series"] for row in rows})
-    figure, (axes,) = _figure(1, 1.3 + 0.27 * (len(rows) + series))
-    axes.set_yticks(range(len(rows)), [label(row, rows) for row in rows], fontsize=8)
-    before = None
-    for place, row in enumerate(rows):
-        if row["series"] != before:
-            before = row["series"]
-            if place:
-                axes.axhline(place - 0.5, color=_FAINT, linewidth=0.8)
-            where = dict(xycoords=("axes fraction", "data"), textcoords="offset points", ha="right", va="center")
-            axes.annotate(before, (1, place), (-2, 0), fontsize=8, color=_FAINT, style="italic", **where)
-    axes.set_ylim(len(rows) - 0.4, -0.6)
+def _bars(rows: Sequence[Row]) -> tuple[Figure, Axes, list[int]]:
+    """An empty picture with a place for a bar a point, below a line with the name of their series; and these places,
+    counted from the top."""
+    names: list[str] = []
+    places = []
+    for number, row in enumerate(rows):
+        if number == 0 or row["series"] != rows[number - 1]["series"]:
+            names.append(row["series"])
+        places.append(len(names))
+        names.append(label(row, rows))
+    figure, (axes,) = _figure(1, 1.2 + 0.24 * len(names))
+    axes.set_yticks(range(len(names)), names, fontsize=8)
+    for place, text in enumerate(axes.get_yticklabels()):
+        text.set_weight("normal" if place in places else "bold")
+    axes.set_ylim(len(names) - 0.4, -0.6)
     axes.grid(axis="y", visible=False)
-    return figure, axes
+    axes.tick_params(axis="y", length=0)
+    return figure, axes, places

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import base64
+import html
 from collections.abc import Mapping, Sequence
 from io import BytesIO
 from pathlib import Path
 from typing import Any
 
 from matplotlib.figure import Figure
-from study_plots import PICTURES, layout_of, of_a_process
+from study_plots import PICTURES, layout_of, of_a_process, processes
 from study_runs import Run, end_of_log
 from study_spec import KINDS, Study
 from study_table import COLUMNS, Row
@@ -51,7 +52,7 @@ def write_report(
         files.append(output / f"{name}.png")
         files[-1].write_bytes(_png(figure))
     sections = [("", _summary(study, rows, runs)), *_failures(runs)]
-    sections += [(f"Series: {name}", _series(study, name, rows)) for name in dict.fromkeys(r["series"] for r in rows)]
+    sections += [(f"Series: {name}", _series(name, rows)) for name in dict.fromkeys(r["series"] for r in rows)]
     for name, figure in pictures.items():
         title = PICTURES[name][0]
         about = _ABOUT[name].format(unit=of_a_process(rows))
@@ -79,43 +80,64 @@ def _failures(runs: Sequence[Run]) -> list[tuple[str, list[str]]]:
     return [("Runs that failed", parts)] if failed else []
 
 
-def _series(study: Study, name: str, rows: Sequence[Row]) -> list[str]:
+def _series(name: str, rows: Sequence[Row]) -> list[str]:
+    """What the points of a series are, and what they did: two tables."""
     some = [row for row in rows if row["series"] == name]
     unit = of_a_process(rows)
-    header = [unit + ("es" if unit == "process" else "s"), "layout", "way", "type", "tokens", "queries", "texts"]
-    header += ["packs", "real tokens", "fill", "s/step", "p95", "spread", f"tokens/s/{unit}", f"TF/s/{unit}", "MFU"]
-    header += ["efficiency", "comm.", "GB"]
-    header += ["predicted s", "predicted GB"] if any("predicted_seconds" in row for row in rows) else []
     kind = some[0]["kind"]
-    return [f"{kind}: {KINDS[kind]}", report.table(header, [_cells(row, len(header)) for row in some])]
-
-
-def _cells(row: Row, number: int) -> list[Any]:
-    memory = row["memory_bytes"] if row["device"] != "cpu" else row["model_memory_bytes"]
-    predicted_memory = row.get("predicted_memory_bytes")
+    place = [processes(rows), "layout", "queries"]
+    what = [*place, "texts", "tokens of a text", "type", "way", "packs", "real tokens", "fill", "s/step", "p95"]
+    did = [*place, "spread", f"tokens/s/{unit}", f"TF/s/{unit}", "MFU", "efficiency", "communication", "GB"]
+    is_predicted = any("predicted_seconds" in row for row in rows)
+    did += ["predicted s/step", "low to high", "predicted GB"] if is_predicted else []
     return [
-        row["gpus"],
-        layout_of(row),
-        row["way"],
-        row["dtype"] if row["fp8"] == "off" else f"{row['dtype']}, FP8 {row['fp8']}",
-        f"{'' if row['synthetic'] else 'up to '}{row['query_tokens']} / {row['document_tokens']}",
-        row["queries"],
+        f"{kind}: {KINDS[kind]}",
+        report.table(what, [_what(row) for row in some]),
+        report.table(did, [_did(row)[: len(did)] for row in some]),
+    ]
+
+
+def _place(row: Row) -> list[Any]:
+    return [row["gpus"], _unbroken(layout_of(row)), row["queries"]]
+
+
+def _what(row: Row) -> list[Any]:
+    limits = f"{row['query_tokens']} / {row['document_tokens']}"
+    return [
+        *_place(row),
         row["texts"],
+        _unbroken(limits if row["synthetic"] else f"up to {limits}"),
+        _unbroken(row["dtype"] if row["fp8"] == "off" else f"{row['dtype']}, FP8 {row['fp8']}"),
+        _unbroken(row["way"]),
         row["microbatches"],
         row["real_tokens"],
         _percent(row["fill"]),
         row["seconds"],
         row["seconds_p95"],
+    ]
+
+
+def _did(row: Row) -> list[Any]:
+    memory = row["memory_bytes"] if row["device"] != "cpu" else row["model_memory_bytes"]
+    predicted = row.get("predicted_memory_bytes")
+    ends = [row.get(f"predicted_seconds_{end}") for end in ("low", "high")]
+    return [
+        *_place(row),
         _percent(row["spread"]),
         round(row["tokens_per_second_per_gpu"]),
-        f"{row['tflops_per_gpu']:.4g}",
+        f"{row['tflops_per_gpu']:.3g}",
         _percent(row["mfu"]),
         _percent(row["efficiency"]),
         _percent(row["communication_share"]),
         memory / 1e9,
         row.get("predicted_seconds"),
-        None if predicted_memory is None else predicted_memory / 1e9,
-    ][:number]
+        None if ends[0] is None else _unbroken(f"{ends[0]:.3f} to {ends[1]:.3f}"),
+        None if predicted is None else predicted / 1e9,
+    ]
+
+
+def _unbroken(text: str) -> report.Html:
+    return report.Html(f'<span style="white-space:nowrap">{html.escape(text)}</span>')
 
 
 def _percent(value: float | None) -> str | None:

@@ -26,7 +26,7 @@ repeat                    number of the run; empty for a point
 nodes, gpus               gpus: processes, each with a GPU of its own where there are GPUs
 tp, pp, cp, dp, chunks    sizes of tensor, pipeline, context and data parallelism; model chunks of a stage
 way                       what a step keeps between its phases (docs/design.md, The step)
-dtype, fp8                precision.dtype and precision.fp8
+dtype, fp8                precision.dtype, `auto` as the device decides it, and precision.fp8
 query_tokens, document_tokens, synthetic
                           limits of texts; synthetic: every text is as long as its limit
 queries, texts            of the global batch; texts: queries and documents (GBS)
@@ -46,8 +46,8 @@ efficiency                tokens_per_second_per_gpu over that of the fastest of 
                           same series at the same precision and lengths (`batch`: and the same batch)
 communication_seconds, communication_share
                           seconds in which a rank (mean of all) communicated or waited to, when each collective is
-                          waited for as soon as it begins; share: of `seconds`. What overlaps in other steps counts, so
-                          it is the most that communication can cost
+                          waited for as soon as it begins; share: of the same steps. What overlaps in the other steps
+                          counts, so it is the most that communication can cost
 communication_seconds_GROUP, bytes_GROUP
                           by group of ranks; bytes: those that the first rank hands in, a step, as its log has them
 memory_bytes              most that a rank held at any time: of tensors on a GPU; without one, what is resident
@@ -80,7 +80,7 @@ def rows_of(study: Study, runs: Sequence[Run], predictions: Mapping[str, Row]) -
         both = _row(study, repeats) | {"spread": (max(medians) - min(medians)) / statistics.median(medians)}
         both |= {"memory_bytes": _middle(each, "memory_bytes")}
         both |= {"model_memory_bytes": _middle(each, "model_memory_bytes")}
-        rows += [{"row": "point"} | both | predictions.get(name, {}), *each]
+        rows += [both | predictions.get(name, {}) | {"row": "point"}, *each]
     _add_efficiency(rows)
     names = list(dict.fromkeys(name for row in rows for name in row))
     return [{name: row.get(name) for name in names} for row in rows]
@@ -96,7 +96,10 @@ def _row(study: Study, repeats: Sequence[Run]) -> Row:
     lines = [line for one in repeats for line in one.lines() if line["step"] > study.warmup_steps]
     plain = [line for line in lines if not study.times_communication(line["step"])]
     timed = [line for line in lines if study.times_communication(line["step"])]
-    return _place(study, run) | _measured(plain, run.point.gpus) | _communication(timed, plain) | _facts(run)
+    row = _place(study, run) | _measured(plain, run.point.gpus) | _communication(timed) | _facts(run)
+    if row["dtype"] == "auto":
+        row["dtype"] = "float32" if row["device"] == "cpu" else "bfloat16"
+    return row
 
 
 def _place(study: Study, run: Run) -> Row:
@@ -158,7 +161,7 @@ def _measured(lines: Sequence[dict[str, float]], gpus: int) -> Row:
     return row | {"efficiency": None}
 
 
-def _communication(timed: Sequence[dict[str, float]], plain: Sequence[dict[str, float]]) -> Row:
+def _communication(timed: Sequence[dict[str, float]]) -> Row:
     """Of the steps in which it was timed; a single process does not communicate."""
     if not timed:
         return {"communication_seconds": None, "communication_share": None}
@@ -166,8 +169,8 @@ def _communication(timed: Sequence[dict[str, float]], plain: Sequence[dict[str, 
     seconds = {
         name: statistics.median(line.get(name, 0.0) for line in timed) for name in ["communication_seconds", *names]
     }
-    whole = statistics.median(line["seconds"] for line in plain)
-    return {**seconds, "communication_share": seconds["communication_seconds"] / whole}
+    share = statistics.median(line.get("communication_seconds", 0.0) / line["seconds"] for line in timed)
+    return {**seconds, "communication_share": share}
 
 
 def _facts(run: Run) -> Row:

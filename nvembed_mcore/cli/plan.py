@@ -1,0 +1,168 @@
+"""`nvembed plan CONFIG.yaml ... --gpus 8,64`: which layouts a run fits into, what they take, and what it costs."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from itertools import takewhile
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from nvembed_mcore.cli.run_config import read_run_config
+from nvembed_mcore.config import ConfigError, RunConfig
+from nvembed_mcore.scaling.architecture import Architecture
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from nvembed_mcore.scaling.hardware import Cluster
+    from nvembed_mcore.scaling.plan_report import Stage
+    from nvembed_mcore.scaling.workload import Workload
+
+_USAGE = "nvembed plan CONFIG.yaml [CONFIG.yaml ...] --gpus N[,N ...] [--device NAME] [options] [--field value ...]"
+_DESCRIPTION = """\
+Say, without a GPU and without torch, which layouts of a cluster a training run fits into, how long a step takes in
+each, and what the whole run costs. Several configurations are the stages of one recipe: their costs are added.
+
+For each number of GPUs the layouts that fit are listed, the fastest first:
+  TP PP CP DP     tensor-, pipeline-, context- and data-parallel size
+  stages          layers of the first, a middle and the last stage, x chunks where stages are interleaved
+  way, budget     step.way and step.tokens_per_microbatch
+  s/step          seconds of an optimizer step, and a range for nine in ten, by the spread of the fitted constants
+  tok/s/GPU       real tokens, without padding, a second and GPU
+  MFU             model FLOPs (nothing that is computed twice) over the data sheet's bfloat16 peak
+  GB              memory of the fullest rank
+  GPU hours, $    of all `steps`, without evaluation, saves and failures
+The line `as configured` is the layout that the configuration itself describes."""
+_EPILOG = """\
+Constants of the time model are fitted to published step times (tools/scaling/validate.py), not to runs of this
+trainer: measure before you buy. Fields of a configuration may be given as in `nvembed train`: --batch_size 1024."""
+
+
+def plan(arguments: list[str]) -> None:
+    """`nvembed plan CONFIG.yaml ... --gpus N[,N ...]`.
+
+    Raises:
+        ConfigError: a file, a field, a device or a number of GPUs cannot work.
+    """
+    options, rest = _parser().parse_known_args(arguments)
+    files = list(takewhile(lambda word: not word.startswith("-"), rest))
+    if not files:
+        raise ConfigError(f"give a configuration before its fields: {_USAGE}")
+    configs = [read_run_config([file, *rest[len(files) :]]) for file in files]
+    if options.dry_run:
+        from nvembed_mcore.cli.plan_dry_run import dry_run
+
+        return dry_run(configs, options)
+    from rich.console import Console
+
+    from nvembed_mcore.scaling.hardware import cluster
+    from nvembed_mcore.scaling.layout import Layout
+    from nvembed_mcore.scaling.plan import auto_way
+    from nvembed_mcore.scaling.plan import plan as plan_stage
+    from nvembed_mcore.scaling.plan_report import Stage, as_json, sums
+
+    machine, console = cluster(options.device), Console(width=None if sys.stdout.isatty() else 150)
+    stages = []
+    for file, config in zip(files, configs, strict=True):
+        workload = _workload(config, options)
+        asked = [Layout.of(config, gpus) for gpus in options.gpus]
+        if config.step.way == "auto":
+            asked = [auto_way(workload, layout, machine) for layout in asked]
+        plans = [plan_stage(workload, layout, machine, options.top) for layout in asked]
+        stages.append(Stage(file, workload, plans))
+    for stage in stages:
+        _print_stage(console, stage, machine, options)
+    if len(stages) > 1:
+        console.print(sums(stages, options.price))
+    if options.json:
+        found = as_json(stages, options.device, options.price)
+        Path(options.json).write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+    return None
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="nvembed plan",
+        usage=_USAGE,
+        description=_DESCRIPTION,
+        epilog=_EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument("--gpus", type=_numbers, required=True, metavar="N[,N ...]", help="numbers of GPUs")
+    parser.add_argument("--device", default="h200", help="a100, h100, h200 (default), b200, or cpu for gloo on cores")
+    parser.add_argument("--price", type=float, metavar="DOLLARS", help="of one GPU for an hour")
+    parser.add_argument("--top", type=int, default=5, metavar="N", help="layouts listed of each kind (default 5)")
+    parser.add_argument("--explain", action="store_true", help="show where each second of the fastest layout goes")
+    parser.add_argument("--lengths", metavar="FILE", help="token lengths of the data, where it is not tokenised here")
+    parser.add_argument(
+        "--architecture",
+        metavar="FILE",
+        help="config.json of the backbone, where model.init_from is not here (Mistral-7B: "
+        "examples/recipes/mistral_7b_v0_1.json)",
+    )
+    parser.add_argument(
+        "--dry-run", action="store_true", help="build some ranks of the configuration's own layout instead"
+    )
+    parser.add_argument("--json", metavar="PATH", help="write everything here as well, all layouts included")
+    return parser
+
+
+def _numbers(text: str) -> list[int]:
+    numbers = [int(word) for word in text.split(",")]
+    if any(number < 1 for number in numbers):
+        raise argparse.ArgumentTypeError(f"numbers of GPUs must be at least 1, got {text}")
+    return numbers
+
+
+def _workload(config: RunConfig, options: argparse.Namespace) -> Workload:
+    from nvembed_mcore.scaling.workload import Workload, sample_lengths
+
+    return Workload.of(
+        config,
+        read_architecture(config, options.architecture),
+        sample_lengths(config, options.lengths),
+        "cpu" if options.device == "cpu" else "cuda",
+    )
+
+
+def read_architecture(config: RunConfig, given: str | None) -> Architecture:
+    """The backbone's sizes, from `--architecture` or from where the configuration says.
+
+    Raises:
+        ConfigError: there is no config.json; the message says what helps.
+    """
+    if given is not None:
+        return Architecture.read(given)
+    source = config.model.config or config.model.init_from
+    if not Path(source).is_file() and not (Path(source) / "config.json").is_file():
+        field = "config" if config.model.config else "init_from"
+        raise ConfigError(
+            f"model.{field} is {source}, where no config.json is. Give the backbone's with --architecture; "
+            f"Mistral-7B's is examples/recipes/mistral_7b_v0_1.json"
+        )
+    return Architecture.read(source)
+
+
+def _print_stage(console: Console, stage: Stage, machine: Cluster, options: argparse.Namespace) -> None:
+    from nvembed_mcore.scaling import plan_report
+    from nvembed_mcore.scaling.explain import FLOPS, figures_used
+    from nvembed_mcore.scaling.predict import model_flops
+
+    workload = stage.workload
+    print(f"{stage.file}: {workload.tokens_per_step:,.0f} tokens a step ({workload.source}), {workload.steps:,} steps")
+    for plan in stage.plans:
+        console.print(plan_report.layouts(plan, workload, options.price, options.top))
+        for line in plan_report.refusals(plan, options.top):
+            print(line)
+        if plan.fitting:
+            print(f"  the fastest: {plan_report.options_of(plan.fitting[0].layout)}")
+            if options.explain:
+                console.print(plan_report.terms(plan.fitting[0]))
+                console.print(plan_report.memory(plan.fitting[0]))
+    if options.explain:
+        print(FLOPS)
+        print(f"Here {model_flops(workload) / 1e15:.3f} PFLOP a step. With")
+        print("\n".join(f"  {line}" for line in figures_used(workload, machine)))

@@ -1,0 +1,204 @@
+"""A plan as tables for a screen, and as JSON."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any
+
+from nvembed_mcore.scaling.explain import explain
+from nvembed_mcore.scaling.layout import Layout
+from nvembed_mcore.scaling.plan import Plan
+from nvembed_mcore.scaling.predict import Prediction
+from nvembed_mcore.scaling.workload import Workload
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+
+@dataclass(frozen=True)
+class Stage:
+    """A configuration, and a plan for each number of GPUs."""
+
+    file: str
+    workload: Workload
+    plans: list[Plan]
+
+
+def layouts(plan: Plan, workload: Workload, price: float | None, top: int) -> Table:
+    """The fastest layouts that fit, and the configuration's own."""
+    from rich.table import Table
+
+    table = Table(
+        *("TP", "PP", "CP", "DP", "stages", "way", "budget", "s/step", "low to high", "tok/s/GPU", "MFU", "GB"),
+        *("GPU hours", *_money(price), ""),
+        title=f"{plan.gpus} GPUs: {len(plan.fitting)} layouts fit, {len(plan.rejected)} do not",
+        title_justify="left",
+    )
+    rows = [(found, "") for found in plan.fitting[:top]]
+    if plan.asked is not None:
+        rows.append((plan.asked, "as configured" if plan.asked.fits else "as configured: does not fit"))
+    for found, remark in rows:
+        table.add_row(*_cells(found, workload, price), remark)
+    return table
+
+
+def _money(price: float | None) -> list[str]:
+    return [] if price is None else ["$"]
+
+
+def _cells(found: Prediction, workload: Workload, price: float | None) -> list[str]:
+    layout, hours = found.layout, found.gpu_hours(workload.steps)
+    return [
+        *(str(size) for size in (layout.tp, layout.pp, layout.cp, layout.dp)),
+        _stages(layout, workload.architecture.num_hidden_layers),
+        layout.way,
+        str(layout.tokens_per_microbatch),
+        f"{found.total:.3f}",
+        f"{found.low:.3f} to {found.high:.3f}",
+        f"{found.tokens_per_second:,.0f}",
+        f"{100 * found.mfu:.1f} %",
+        f"{sum(found.memory.values()) / 1e9:.1f}",
+        f"{hours:,.0f}",
+        *([] if price is None else [f"{hours * price:,.0f}"]),
+    ]
+
+
+def _stages(layout: Layout, layers: int) -> str:
+    """Layers of the first, a middle and the last stage; `x 2` where each has two chunks."""
+    each = [sum(chunks) for chunks in layout.stages(layers)]
+    some = each if len(each) < 3 else [each[0], each[1], each[-1]]
+    return "-".join(str(number) for number in some) + (f" x {layout.chunks}" if layout.chunks > 1 else "")
+
+
+def refusals(plan: Plan, top: int) -> Iterator[str]:
+    """A line for each layout that was rejected, the first `top` of each reason's kind left to JSON."""
+    for one in plan.rejected[:top]:
+        yield f"  rejected: {name_of(one.layout)}: {one.reason}"
+    if len(plan.rejected) > top:
+        yield f"  rejected: {len(plan.rejected) - top} more (--json has all)"
+
+
+def name_of(layout: Layout) -> str:
+    """A layout in a few words."""
+    sizes = f"TP {layout.tp} PP {layout.pp}" + (f" CP {layout.cp}" if layout.cp > 1 else "")
+    return f"{sizes} {layout.way} {layout.tokens_per_microbatch}"
+
+
+def options_of(layout: Layout) -> str:
+    """What makes `nvembed train` run this layout."""
+    fields = {
+        "parallel.tp": layout.tp,
+        "parallel.pp": layout.pp,
+        "parallel.cp": layout.cp,
+        "parallel.chunks_per_stage": layout.chunks,
+        "step.way": layout.way,
+        "step.tokens_per_microbatch": layout.tokens_per_microbatch,
+        "parallel.overlap_grad_reduce": str(layout.overlap_grad_reduce).lower(),
+        "parallel.overlap_param_gather": str(layout.overlap_param_gather).lower(),
+    }
+    if layout.layers_in_first_stage is not None:
+        fields["parallel.layers_in_first_stage"] = layout.layers_in_first_stage
+    if layout.layers_in_last_stage is not None:
+        fields["parallel.layers_in_last_stage"] = layout.layers_in_last_stage
+    return " ".join(f"--{name} {value}" for name, value in fields.items())
+
+
+def terms(found: Prediction) -> Table:
+    """Where each second of a layout's step goes."""
+    from rich.table import Column, Table
+
+    table = Table(
+        "term",
+        "ms a step",
+        "share",
+        Column("formula", overflow="fold"),
+        title=f"{name_of(found.layout)}: where {1000 * found.total:.1f} ms go",
+        title_justify="left",
+    )
+    for line in explain(found):
+        table.add_row(line.term, f"{1000 * line.seconds:.2f}", f"{100 * line.share:.1f} %", line.formula)
+    return table
+
+
+def memory(found: Prediction) -> Table:
+    """What fills the fullest rank's memory."""
+    from rich.table import Table
+
+    limit = found.memory_limit
+    table = Table("memory of the fullest rank", "GB", "of a GPU")
+    for kind, size in sorted(found.memory.items(), key=lambda item: -item[1]):
+        table.add_row(kind.replace("_", " "), f"{size / 1e9:.2f}", f"{100 * size / limit:.1f} %")
+    table.add_row("all", f"{sum(found.memory.values()) / 1e9:.2f}", f"of {limit / 1e9:.1f} GB")
+    return table
+
+
+def sums(stages: list[Stage], price: float | None) -> Table:
+    """All stages of a recipe, each in its fastest layout."""
+    from rich.table import Table
+
+    table = Table(
+        *("GPUs", "hours", "GPU hours", "low to high", *_money(price)),
+        title=f"all {len(stages)} stages, each in its fastest layout",
+        title_justify="left",
+    )
+    for plans in zip(*(stage.plans for stage in stages), strict=True):
+        gpus = plans[0].gpus
+        if not all(plan.fitting for plan in plans):
+            table.add_row(str(gpus), "does not fit")
+            continue
+        fastest = [(plan.fitting[0], stage.workload.steps) for plan, stage in zip(plans, stages, strict=True)]
+        hours = sum(found.gpu_hours(steps) for found, steps in fastest)
+        low, high = (
+            sum(found.gpu_hours(steps) * end(found) / found.total for found, steps in fastest)
+            for end in (lambda one: one.low, lambda one: one.high)
+        )
+        money = [] if price is None else [f"{hours * price:,.0f}"]
+        table.add_row(str(gpus), f"{hours / gpus:,.1f}", f"{hours:,.0f}", f"{low:,.0f} to {high:,.0f}", *money)
+    return table
+
+
+def as_json(stages: list[Stage], device: str, price: float | None) -> dict[str, Any]:
+    """Everything, all layouts included; seconds, bytes, and dollars where there is a price."""
+    return {
+        "device": device,
+        "price": price,
+        "stages": [
+            {
+                "config": stage.file,
+                "lengths": stage.workload.source,
+                "tokens_per_step": stage.workload.tokens_per_step,
+                "steps": stage.workload.steps,
+                "plans": [_plan(plan, stage.workload.steps, price) for plan in stage.plans],
+            }
+            for stage in stages
+        ],
+    }
+
+
+def _plan(plan: Plan, steps: int, price: float | None) -> dict[str, Any]:
+    return {
+        "gpus": plan.gpus,
+        "layouts": [_prediction(found, steps, price) for found in plan.fitting],
+        "as_configured": None if plan.asked is None else _prediction(plan.asked, steps, price),
+        "rejected": [{"layout": asdict(one.layout), "reason": one.reason} for one in plan.rejected],
+    }
+
+
+def _prediction(found: Prediction, steps: int, price: float | None) -> dict[str, Any]:
+    hours = found.gpu_hours(steps)
+    return {
+        "layout": asdict(found.layout) | {"dp": found.layout.dp},
+        "fits": found.fits,
+        "seconds": found.total,
+        "seconds_low": found.low,
+        "seconds_high": found.high,
+        "seconds_by_term": {line.term: line.seconds for line in explain(found)},
+        "tokens_per_second_per_gpu": found.tokens_per_second,
+        "mfu": found.mfu,
+        "memory": found.memory,
+        "gpu_hours": hours,
+        "dollars": None if price is None else hours * price,
+        "microbatches": found.balance.microbatches,
+        "imbalance": found.balance.imbalance,
+    }
