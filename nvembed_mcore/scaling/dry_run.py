@@ -2,7 +2,7 @@
 
 Groups are those of the whole run, the model is the trainer's own, and what refuses a configuration is the trainer's
 own code; only nothing is allocated (torch's `FakeTensorMode`), nothing is sent (its fake process group), and no weight
-is read. This is the one module here that imports torch.
+is read. Batches are the run's own, where its data are on this machine. This is the one module here that imports torch.
 """
 
 from __future__ import annotations
@@ -30,9 +30,11 @@ from nvembed_mcore.scaling.pipeline import even_layers
 from nvembed_mcore.scaling.workload import Lengths
 from nvembed_mcore.schedule import packs_of_rank, plan_texts
 from nvembed_mcore.step import check_packs
-from nvembed_mcore.train import open_tokenizer
+from nvembed_mcore.train import batch_source, build_stores, open_tokenizer
 
 Device = Literal["cuda", "cpu"]
+STEPS = 8
+"""Of a run, so many from its first on have their packs planned."""
 FP8_HEAD = 128
 """Width of a head that attention in FP8 needs (model/fp8_attention.py)."""
 WORTH_A_WORD = 1.05
@@ -121,7 +123,7 @@ def dry_run(
 
     Args:
         hf_config: the backbone, where it is not where the configuration says.
-        lengths: of the texts of some steps; None: no packs are planned.
+        lengths: of the texts of some steps, for a machine without the run's data; None: then no packs are planned.
         ranks: which are built; None: the first of each pipeline stage, and the last of all.
         device_type: where the run is to go. For `cuda` the data type is that of CUDA, and layers are built with the
             local modules, which have the same parameters as TransformerEngine's.
@@ -134,15 +136,18 @@ def dry_run(
         process_groups.pretend(config.parallel, 0, gpus)  # refuses what does not divide, before anything is read
         hf_config = hf_config or build.read_architecture(config.model)
         _check_device(config, hf_config, device_type)
-        warnings = _check_files(config, hf_config)
+        warnings = _check_start(config, hf_config)
         here = _as_built(config, device_type)
         found = [_rank(here, hf_config, rank, gpus) for rank in _chosen(config, gpus, ranks)]
+        own, missing = _read_lengths(config, hf_config)
+        lengths = own or lengths
         packing = lengths and _pack(here, hf_config, gpus, lengths)
     finally:
         process_groups.shutdown()
     layout = {name: getattr(config.parallel, name) for name in ("tp", "pp", "cp")}
     layout["dp"] = gpus // (layout["tp"] * layout["pp"] * layout["cp"])
     stages = config.parallel.layers_of_stages(hf_config.num_hidden_layers)
+    warnings += missing
     warnings += _idle_warnings(layout["dp"], packing) if packing else []
     warnings += _stage_warnings(config, hf_config, stages, lengths)
     return DryRun(gpus, layout, stages, found, packing, warnings)
@@ -173,22 +178,39 @@ def _check_device(config: RunConfig, hf_config: MistralConfig, device_type: Devi
         )
 
 
-def _check_files(config: RunConfig, hf_config: MistralConfig) -> list[str]:
-    """Look at what is on this machine of what the run reads; words on what is not."""
-    warnings = []
-    if os.path.isdir(config.data.tokenizer):
-        open_tokenizer(config.data, hf_config)
-    else:
-        warnings.append(f"data.tokenizer {config.data.tokenizer} is not on this machine, so its size is not compared")
-    if config.model.init_from and os.path.isdir(config.model.init_from):
+def _check_start(config: RunConfig, hf_config: MistralConfig) -> list[str]:
+    """Look at what the run begins with, if it is on this machine; otherwise words that it is not."""
+    start = config.model.init_from
+    if start and os.path.isdir(start):
         build.check_start(config.model, hf_config)
-    elif config.model.init_from:
-        warnings.append(f"model.init_from {config.model.init_from} is not on this machine, so it is not compared")
-    missing = [dataset.path for dataset in config.data.datasets if not os.path.exists(dataset.path)]
+        return []
+    return [f"model.init_from {start} is not on this machine, so it is not compared"] if start else []
+
+
+def _read_lengths(config: RunConfig, hf_config: MistralConfig) -> tuple[Lengths | None, list[str]]:
+    """Texts of the first steps as the run will draw them, where tokenizer and data are on this machine.
+
+    What is not tokenised yet is tokenised, as `train` would do it.
+    """
+    data = config.data
+    places = {"data.tokenizer": data.tokenizer} | {
+        f"data.datasets.{n}": one.path for n, one in enumerate(data.datasets)
+    }
+    missing = [f"{field} {path}" for field, path in places.items() if not os.path.exists(path)]
+    tokenizer = open_tokenizer(data, hf_config) if os.path.exists(data.tokenizer) else None
     if missing:
-        more = f" and {len(missing) - 1} other data set(s)" if missing[1:] else ""
-        warnings.append(f"{missing[0]}{more} of data.datasets: not on this machine")
-    return warnings
+        more = f" (nor {len(missing) - 1} more of its files)" if missing[1:] else ""
+        return None, [f"{missing[0]} is not on this machine{more}, so batches of the run are not planned"]
+    source = batch_source(config, build_stores(data, tokenizer))
+    batches = [source.batch(step) for step in range(min(STEPS, config.steps))]
+    most = max(len(batch.lengths) for batch in batches)
+    tokens, query, positive = (np.zeros((len(batches), most), dtype) for dtype in (np.int64, np.int64, bool))
+    for step, batch in enumerate(batches):
+        texts = len(batch.lengths)
+        tokens[step, :texts] = batch.lengths
+        query[step, :texts] = [*range(batch.num_queries), *batch.passage_query]
+        positive[step, batch.num_queries : texts] = batch.is_positive
+    return Lengths(tokens, query, positive, "the run's own batches"), []
 
 
 def _as_built(config: RunConfig, device_type: Device) -> RunConfig:

@@ -14,6 +14,7 @@ import socket
 import traceback
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -54,7 +55,11 @@ TIMEOUT_SECONDS = 180
 
 @dataclass(frozen=True, kw_only=True)
 class Case:
-    """One layout of the small model. `changes`: fields of the architecture."""
+    """One layout of the small model.
+
+    `changes` are fields of the architecture, `texts` the least and the most tokens of a passage. On `cuda` layers are
+    those that a run would have there, in bfloat16.
+    """
 
     name: str
     world: int = 1
@@ -76,6 +81,12 @@ class Case:
     loss: dict = field(default_factory=dict, hash=False)
     changes: dict = field(default_factory=dict, hash=False)
     fp8: str = "off"
+    cp: int = 1
+    mask: str = "bidirectional"
+    first: int | None = None
+    last: int | None = None
+    texts: tuple[int, int] = (20, 120)
+    device: str = "cpu"
 
     @property
     def architecture(self) -> Architecture:
@@ -86,16 +97,20 @@ class Case:
         """The run that this case is a step of; its paths are not read."""
         lora = LoraConfig(rank=self.rank, dropout=0.1, targets=[*self.targets]) if self.targets else LoraConfig()
         pooling = PoolingConfig(kind=self.kind, num_latents=32, num_heads=4, head_width=32)
+        backend, dtype = ("local", "float32") if self.device == "cpu" else ("auto", "bfloat16")
         return RunConfig(
             run_dir="unused",
             steps=2,
             batch_size=self.queries,
             data=DataConfig(tokenizer="unused", datasets=[DatasetConfig(path="unused")]),
-            model=ModelConfig(config="unused", pooling=pooling, lora=lora, backend="local"),
-            precision=PrecisionConfig(dtype="float32", fp8=self.fp8),
+            model=ModelConfig(config="unused", pooling=pooling, lora=lora, backend=backend, attention_mask=self.mask),
+            precision=PrecisionConfig(dtype=dtype, fp8=self.fp8),
             parallel=ParallelConfig(
                 tp=self.tp,
                 pp=self.pp,
+                cp=self.cp,
+                layers_in_first_stage=self.first,
+                layers_in_last_stage=self.last,
                 chunks_per_stage=self.chunks,
                 sequence_parallel=self.sp,
                 overlap_grad_reduce=self.overlap,
@@ -109,7 +124,7 @@ class Case:
 
     @property
     def batch(self) -> Batch:
-        """Queries of 8 to 30 tokens with a positive and hard negatives of 20 to 120."""
+        """Queries of 8 to 30 tokens with a positive and hard negatives of `texts` tokens, from and to."""
         random = np.random.default_rng(0)
 
         def text(shortest: int, longest: int) -> Text:
@@ -118,7 +133,7 @@ class Case:
 
         samples = []
         for number in range(self.queries):
-            passages = [text(20, 120) for _ in range(1 + self.negatives)]
+            passages = [text(*self.texts) for _ in range(1 + self.negatives)]
             ids = np.arange(len(passages)) + number * len(passages)
             samples.append(Sample(text(8, 30), passages, ids, ids[:1], in_batch=True))
         return make_batch(samples)
@@ -136,7 +151,7 @@ class Case:
 
     @property
     def workload(self) -> Workload:
-        return Workload.of(self.config, self.architecture, self.lengths, device_type="cpu")
+        return Workload.of(self.config, self.architecture, self.lengths, device_type=self.device)
 
     @property
     def layout(self) -> Layout:
@@ -148,21 +163,26 @@ class Measured:
     """What a rank's second step did.
 
     Attributes:
-        pp_rank: its pipeline stage.
+        pp_rank, dp_rank: its pipeline stage and data-parallel rank.
         static: bytes of weights, gradients and moments.
         work: the most that was allocated during it besides.
         calls, traffic: numbers and bytes of collectives and sends, as `parallel.traffic.Traffic` counts them.
     """
 
     pp_rank: int
+    dp_rank: int
     static: int
     work: int
     calls: dict[tuple[str, str], int]
     traffic: dict[tuple[str, str], int]
 
 
-def run(cases: list[Case]) -> dict[str, list[Measured]]:
-    """Each case's measurements by rank, by its name; processes are started once for each number of them."""
+@lru_cache
+def run(cases: tuple[Case, ...]) -> dict[str, list[Measured]]:
+    """Each case's measurements by rank, by its name; processes are started once for each number of them.
+
+    All cases are of one device.
+    """
     found = {}
     for world in sorted({case.world for case in cases}):
         found |= _run_world(world, [case for case in cases if case.world == world])
@@ -175,7 +195,7 @@ def _run_world(world: int, cases: list[Case]) -> dict[str, list[Measured]]:
     try:
         for rank in range(world):
             here, there = context.Pipe()
-            processes.append(context.Process(target=_serve, args=(rank, world, there)))
+            processes.append(context.Process(target=_serve, args=(rank, world, cases[0].device, there)))
             processes[-1].start()
             pipes.append(here)
         found = {}
@@ -203,9 +223,11 @@ def _answer(pipe: Connection, case: Case, rank: int) -> Measured:
     return found
 
 
-def _serve(rank: int, world: int, pipe: Connection) -> None:
+def _serve(rank: int, world: int, device: str, pipe: Connection) -> None:
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world), MASTER_ADDR="127.0.0.1")
     os.environ["OMP_NUM_THREADS"] = "1"
+    if device == "cpu":
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""
     from nvembed_mcore.parallel.groups import shutdown
 
     while (job := pipe.recv()) is not None:
@@ -227,18 +249,15 @@ def _free_port() -> int:
 
 def measure(case: Case) -> Measured:
     """Build the case's step on this rank and take two; the first allocates the moments, the second is measured."""
-    import torch
-
     from nvembed_mcore.metrics import PhaseTimer
     from nvembed_mcore.parallel.groups import initialize
     from nvembed_mcore.parallel.traffic import Traffic
 
-    groups = initialize(case.config.parallel)
+    groups, others = initialize(case.config.parallel), bytes_of_all()
     with Allocations() as allocations:
         step, batch = build(case, groups), case.batch
         step(batch, 1, PhaseTimer())
-        gc.collect()
-        held = bytes_of(one for one in gc.get_objects() if issubclass(type(one), torch.Tensor))
+        held = bytes_of_all() - others
         allocations.mark()
         with Traffic(groups) as traffic:
             step(batch, 2, PhaseTimer())
@@ -246,7 +265,7 @@ def measure(case: Case) -> Measured:
     static = static_bytes(step)
     # What was held counts by what is there, not by what the allocator has not seen come back.
     work = peak - before + held - static
-    return Measured(groups.pp_rank, static, work, dict(traffic.calls), dict(traffic.bytes))
+    return Measured(groups.pp_rank, groups.dp_rank, static, work, dict(traffic.calls), dict(traffic.bytes))
 
 
 def static_bytes(step: Any) -> int:
@@ -259,6 +278,14 @@ def static_bytes(step: Any) -> int:
             tensors += [parameter for group in one.optimizer.param_groups for parameter in group["params"]]
             tensors += [value for state in one.optimizer.state.values() for value in state.values()]
     return bytes_of(tensors)
+
+
+def bytes_of_all() -> int:
+    """Bytes of all tensors that this process can reach."""
+    import torch
+
+    gc.collect()
+    return bytes_of(one for one in gc.get_objects() if issubclass(type(one), torch.Tensor))
 
 
 def bytes_of(tensors: Iterable[Any]) -> int:
@@ -286,7 +313,7 @@ def build(case: Case, groups: Any) -> Any:
 
 
 class Allocations:
-    """Bytes that torch's allocator had given out at `mark()`, and the most from there to the end of the block: `found`.
+    """Bytes that torch's allocator had given out at `mark()`, and the most from there to the block's end: `found`.
 
     On a CPU what another thread frees is missed: gloo's threads let go of a few tensors of a collective.
     """
