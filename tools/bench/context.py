@@ -33,11 +33,11 @@ half of each.
 """
 WIDTHS = dict(
     vocab_size=1024,
-    hidden_size=256,
-    intermediate_size=896,
-    num_hidden_layers=4,
-    num_attention_heads=8,
-    num_key_value_heads=2,
+    hidden_size=128,
+    intermediate_size=448,
+    num_hidden_layers=2,
+    num_attention_heads=4,
+    num_key_value_heads=1,
     head_dim=32,
     max_position_embeddings=32768,
 )
