@@ -68,7 +68,7 @@ def sample_lengths(config: RunConfig, given: str | None = None) -> Lengths:
     """
     if given is not None:
         pool, source = _given(given, config)
-        return _drawn(config, [pool] * len(config.data.datasets), source)
+        return _drawn(config, [pool] * len(config.data.datasets), [None] * len(config.data.datasets), source)
     from nvembed_mcore.data.source import BatchSource
 
     data = config.data
@@ -82,8 +82,9 @@ def sample_lengths(config: RunConfig, given: str | None = None) -> Lengths:
         pool, source = _of_store(store) if store else _of_files(data, dataset) or _given("ms_marco", config)
         pools.append(pool)
         sources.setdefault(source, []).append(dataset.path)
+    sizes = [_size_of(dataset, store) for dataset, store in zip(data.datasets, stores, strict=True)]
     names = {source: ", ".join(paths) if len(paths) < 4 else f"{len(paths)} sets" for source, paths in sources.items()}
-    return _drawn(config, pools, "; ".join(f"{paths}: {source}" for source, paths in names.items()))
+    return _drawn(config, pools, sizes, "; ".join(f"{paths}: {source}" for source, paths in names.items()))
 
 
 def _of_batches(batches: Sequence[Any], source: str) -> Lengths:
@@ -116,10 +117,10 @@ Pool = Callable[[np.random.Generator, DatasetConfig], Record]
 """Draws a record of a data set."""
 
 
-def _drawn(config: RunConfig, pools: Sequence[Pool], source: str) -> Lengths:
+def _drawn(config: RunConfig, pools: Sequence[Pool], sizes: Sequence[int | None], source: str) -> Lengths:
     """Batches drawn from pools, one a data set, by the shares of the blend; the same in every call."""
     data, random = config.data, np.random.default_rng(0)
-    shares = _shares(data)
+    shares = _shares(data, sizes)
     steps = []
     for _ in range(STEPS):
         if data.one_dataset_batches:
@@ -143,15 +144,21 @@ def _drawn(config: RunConfig, pools: Sequence[Pool], source: str) -> Lengths:
     return _laid_out(steps, source)
 
 
-def _shares(data: DataConfig) -> np.ndarray:
-    """Shares of the blend; what has neither a weight nor a number of records counts as one record."""
-    weights = [
-        dataset.weight
-        if dataset.weight is not None
-        else float(share_of_size(dataset.max_records or 1, data.blend_temperature))
-        for dataset in data.datasets
-    ]
+def _shares(data: DataConfig, sizes: Sequence[int | None]) -> np.ndarray:
+    """Shares of the blend; a data set of unknown size without a weight has `max_records`, or else one record."""
+    weights = []
+    for dataset, size in zip(data.datasets, sizes, strict=True):
+        used = min(size or math.inf, dataset.max_records or math.inf)
+        by_size = share_of_size(int(used) if used < math.inf else 1, data.blend_temperature)
+        weights.append(float(by_size if dataset.weight is None else dataset.weight))
     return np.array(weights) / sum(weights)
+
+
+def _size_of(dataset: DatasetConfig, store: TokenStore | None) -> int | None:
+    """Records of a data set, if its store or its data are here."""
+    from nvembed_mcore.data.plan import count_records
+
+    return len(store) if store else count_records(dataset.path)
 
 
 def _given(name: str, config: RunConfig) -> tuple[Pool, str]:

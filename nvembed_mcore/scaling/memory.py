@@ -136,7 +136,7 @@ def _moments(workload: Workload, layout: Layout, stage: int, step: int, gradient
             [_graph(workload, layout, stage, chunk, lengths) for chunk in range(layout.chunks)]
             for lengths in plan.lengths(rank)
         ]
-        embeddings = 4.0 * plan.texts[rank] * workload.architecture.hidden_size if is_last else 0.0
+        embeddings = 4.0 * int(plan.texts[rank]) * workload.architecture.hidden_size if is_last else 0.0
         if layout.pp > 1:
             backward, scoring = _in_flight(layout, stage, graphs), 0.0
         elif layout.way == "cached":

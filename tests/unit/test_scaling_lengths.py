@@ -111,3 +111,14 @@ def test_a_file_that_holds_something_else_is_refused(tmp_path, content, message)
         file.write_text(content, encoding="utf-8")
     with pytest.raises(ConfigError, match=message):
         sample_lengths(run_config(tmp_path), str(file))
+
+
+def test_data_sets_have_the_shares_of_the_blend(folder, tmp_path):
+    """A file of 40 records with 1.25 negatives in the mean, and one of 120 without any that is not here."""
+    here = run_config(folder).data.datasets[0]
+    away = DatasetConfig(path=str(tmp_path / "away.jsonl"), max_records=120, num_negatives=0)
+    config = run_config(folder, datasets=[here, away], cache_dir=str(tmp_path))
+    found = sample_lengths(dataclasses.replace(config, batch_size=800))
+    assert "its first 40 records" in found.source and "MS MARCO" in found.source
+    passages = (found.tokens > 0).sum() / (8 * 800) - 1
+    assert passages == pytest.approx(1 + 1.25 * 40 / 160, abs=0.03)
