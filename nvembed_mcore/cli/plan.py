@@ -56,7 +56,7 @@ def plan(arguments: list[str]) -> None:
     if options.dry_run:
         if len(configs) > 1:
             raise ConfigError(f"--dry-run builds one configuration, got {', '.join(files)}")
-        return dry_run(*configs, options, _lengths(*configs, options))
+        return dry_run(*configs, options)
     from rich.console import Console
 
     from nvembed_mcore.scaling.hardware import cluster
@@ -108,9 +108,15 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--dry-run",
         action="store_true",
-        help="instead build some ranks of the configuration's own layout on this machine, to see that it can be",
+        help="instead build some ranks of the configuration's own layout on this machine, with nothing allocated; "
+        "what cannot work ends with the error and the status of `train`",
     )
-    parser.add_argument("--ranks", type=numbers, metavar="R[,R ...]", help="with --dry-run: which ranks")
+    parser.add_argument(
+        "--ranks",
+        type=numbers,
+        metavar="R[,R ...]",
+        help="with --dry-run: which ranks (default: the first of each pipeline stage, and the last of all)",
+    )
     parser.add_argument("--json", metavar="PATH", help="write everything here as well, all layouts included")
     return parser
 

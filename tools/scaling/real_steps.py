@@ -11,10 +11,12 @@ import gc
 import multiprocessing
 import os
 import socket
+import time
 import traceback
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from functools import lru_cache
+from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -51,6 +53,8 @@ ARCHITECTURE = Architecture(
     head_dim=16,
 )
 TIMEOUT_SECONDS = 180
+STEPS = 3
+"""Measured steps of a case."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -160,13 +164,14 @@ class Case:
 
 @dataclass(frozen=True)
 class Measured:
-    """What a rank's second step did.
+    """What a rank's steps did.
 
     Attributes:
         pp_rank, dp_rank: its pipeline stage and data-parallel rank.
         static: bytes of weights, gradients and moments.
-        work: the most that was allocated during it besides.
-        calls, traffic: numbers and bytes of collectives and sends, as `parallel.traffic.Traffic` counts them.
+        work: the most that was allocated during a step besides.
+        calls, traffic: numbers and bytes of collectives and sends, as `parallel.traffic.Traffic` counts them, of
+            a step.
     """
 
     pp_rank: int
@@ -248,7 +253,7 @@ def _free_port() -> int:
 
 
 def measure(case: Case) -> Measured:
-    """Build the case's step on this rank and take two; the first allocates the moments, the second is measured."""
+    """Build the case's step on this rank and take some; the first allocates the moments, the others are measured."""
     from nvembed_mcore.metrics import PhaseTimer
     from nvembed_mcore.parallel.groups import initialize
     from nvembed_mcore.parallel.traffic import Traffic
@@ -258,13 +263,13 @@ def measure(case: Case) -> Measured:
         step, batch = build(case, groups), case.batch
         step(batch, 1, PhaseTimer())
         held = bytes_of_all() - others
-        allocations.mark()
-        with Traffic(groups) as traffic:
-            step(batch, 2, PhaseTimer())
-    before, peak = allocations.found
+        for number in range(STEPS):
+            allocations.mark()
+            with Traffic(groups) as traffic:
+                step(batch, 2 + number, PhaseTimer())
     static = static_bytes(step)
     # What was held counts by what is there, not by what the allocator has not seen come back.
-    work = peak - before + held - static
+    work = allocations.least + held - static
     return Measured(groups.pp_rank, groups.dp_rank, static, work, dict(traffic.calls), dict(traffic.bytes))
 
 
@@ -313,9 +318,13 @@ def build(case: Case, groups: Any) -> Any:
 
 
 class Allocations:
-    """Bytes that torch's allocator had given out at `mark()`, and the most from there to the block's end: `found`.
+    """The most bytes that torch's allocator gives out between two marks, beyond what it had given out at the first.
 
-    On a CPU what another thread frees is missed: gloo's threads let go of a few tensors of a collective.
+    On a CPU what another thread frees is missed (gloo's threads let go of a few tensors, by chance), so it is too much
+    rather than too little: of equal steps the least counts.
+
+    Attributes:
+        least: of all marks but the last to the next one, and of the last to the end of the block.
     """
 
     def __enter__(self) -> Allocations:
@@ -323,40 +332,48 @@ class Allocations:
 
         from nvembed_mcore import device
 
-        self._marked, self._is_cuda = 0, device.has_cuda()
+        self._marks: list[int] = []
+        self._is_cuda, self._found = device.has_cuda(), []
         if not self._is_cuda:
-            self._profile = torch.profiler.profile(
-                activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True
-            )
+            cpu = torch.profiler.ProfilerActivity.CPU
+            self._profile = torch.profiler.profile(activities=[cpu], profile_memory=True)
             self._profile.start()
         return self
 
     def mark(self) -> None:
-        """Peaks count from here."""
-        import time
-
+        """A peak counts from here."""
+        if not self._is_cuda:
+            self._marks.append(time.time_ns())
+            return
         import torch
 
-        if self._is_cuda:
-            torch.cuda.synchronize()
-            torch.cuda.reset_peak_memory_stats()
-            self._before = torch.cuda.memory_allocated()
-        self._marked = time.time_ns()
+        self._end_on_cuda()
+        torch.cuda.reset_peak_memory_stats()
+        self._marks.append(torch.cuda.memory_allocated())
+
+    def _end_on_cuda(self) -> None:
+        import torch
+
+        torch.cuda.synchronize()
+        if self._marks:
+            self._found.append(torch.cuda.max_memory_allocated() - self._marks[-1])
 
     def __exit__(self, *_: object) -> None:
-        import torch
-
         if self._is_cuda:
-            torch.cuda.synchronize()
-            self.found = self._before, torch.cuda.max_memory_allocated()
-            return
-        self._profile.stop()
-        events = self._profile.profiler.kineto_results.events()
-        held = sorted((event.start_ns(), event.nbytes()) for event in events if event.name() == "[memory]")
-        total, before, peak = 0, 0, 0
-        for moment, change in held:
+            self._end_on_cuda()
+        else:
+            self._profile.stop()
+            events = self._profile.profiler.kineto_results.events()
+            changes = sorted((event.start_ns(), event.nbytes()) for event in events if event.name() == "[memory]")
+            self._found = [peak_after(begin, end, changes) for begin, end in pairwise([*self._marks, time.time_ns()])]
+        self.least = min(self._found)
+
+
+def peak_after(begin: int, end: int, changes: list[tuple[int, int]]) -> int:
+    """The largest sum of the changes (moment, bytes) from `begin` to before `end`, in order."""
+    peak = total = 0
+    for moment, change in changes:
+        if begin <= moment < end:
             total += change
-            if moment < self._marked:
-                before = peak = total
             peak = max(peak, total)
-        self.found = before, peak
+    return peak

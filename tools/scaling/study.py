@@ -21,7 +21,6 @@ from pathlib import Path
 from typing import Any
 
 from study_local import run_all
-from study_predict import predictions_of
 from study_report import write_report
 from study_runs import prepare, runs_of
 from study_slurm import submit
@@ -47,15 +46,18 @@ def collect(study: Study) -> dict[str, Any]:
     """Write table and report; returns their figures, flat."""
     configs = prepare(study)
     runs = runs_of(study)
-    predictions, notes = predictions_of(study, configs)
-    rows = rows_of(study, runs, predictions)
+    rows = rows_of(study, runs)
+    if study.cluster is not None:
+        from study_predict import add_predictions
+
+        add_predictions(study, rows, configs)
     failed = [run for run in runs if run.was_tried() and not run.is_complete()]
     figures = {"points": len(points_of(rows)), "runs": len(runs), "runs_complete": len(rows) - len(points_of(rows))}
     figures |= {"runs_failed": len(failed)}
     if rows:
         write_table(rows, study.output)
     command = f"python tools/scaling/study.py run {shlex.quote(str(study.file))}"
-    for file in write_report(study, points_of(rows), runs, study.output, command, notes):
+    for file in write_report(study, points_of(rows), runs, study.output, command):
         tell(f"wrote {file}")
     return figures | _flat(points_of(rows))
 

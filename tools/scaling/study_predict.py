@@ -1,5 +1,94 @@
-"""placeholder"""
+"""What the cost model says of the points that were measured, for the batches that they had."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+from study_spec import Point, Study
+from study_table import Row
+
+from nvembed_mcore.config import RunConfig
+from nvembed_mcore.data.batch import Batch
+from nvembed_mcore.data.source import BatchSource
+from nvembed_mcore.data.tokenizer import load_tokenizer
+from nvembed_mcore.data.tokens import TokenStore
+from nvembed_mcore.scaling import hardware
+from nvembed_mcore.scaling.architecture import Architecture
+from nvembed_mcore.scaling.hardware import Cluster
+from nvembed_mcore.scaling.layout import Layout
+from nvembed_mcore.scaling.predict import Prediction, predict
+from nvembed_mcore.scaling.workload import Lengths, Workload
 
 
-def predictions_of(study, configs):
-    return {}, []
+def add_predictions(study: Study, rows: Sequence[Row], configs: Mapping[str, RunConfig]) -> None:
+    """Add `predicted_...` to the rows of points, for the cluster that the study names.
+
+    Args:
+        configs: by the name of a point.
+    """
+    cluster = hardware.cluster(study.cluster)
+    points = {point.name: point for point in study.points()}
+    for row in rows:
+        if row["row"] == "point":
+            config = configs[row["point"]]
+            row |= figures(prediction(config, points[row["point"]], row["way"], study, cluster))
+
+
+def prediction(config: RunConfig, point: Point, way: str, study: Study, cluster: Cluster) -> Prediction:
+    """Of the steps that a point's runs measure, in the way that they took."""
+    steps = [
+        step for step in range(study.warmup_steps + 1, study.all_steps + 1) if not study.times_communication(step)
+    ]
+    layout = dataclasses.replace(Layout.of(config, point.gpus), way=way)
+    return predict(workload(config, steps, study.cluster == "cpu"), layout, cluster)
+
+
+def workload(config: RunConfig, steps: Sequence[int], is_cpu: bool) -> Workload:
+    """A run's work with the texts of some of its steps, which are counted from 1."""
+    architecture = Architecture.read(config.model.config or config.model.init_from)
+    return Workload.of(config, architecture, lengths_of(config, steps), "cpu" if is_cpu else "cuda")
+
+
+def lengths_of(config: RunConfig, steps: Sequence[int]) -> Lengths:
+    """The texts of a run's steps, from the stores of their tokens that its run made."""
+    tokenizer = load_tokenizer(config.data.tokenizer)
+    how = dict(
+        max_query_tokens=config.data.max_query_tokens,
+        max_document_tokens=config.data.max_document_tokens,
+        cache_dir=config.data.cache_dir,
+        max_bad_records=config.data.max_bad_records,
+    )
+    stores = [TokenStore.build(dataset, tokenizer, **how) for dataset in config.data.datasets]
+    source = BatchSource(config.data, stores, batch_size=config.batch_size, seed=config.seed, stage=config.stage)
+    batches = [source.batch(step - 1) for step in steps]
+    most = max(len(batch.lengths) for batch in batches)
+
+    def filled(values: np.ndarray) -> np.ndarray:
+        return np.pad(values, (0, most - len(values)))
+
+    return Lengths(
+        tokens=np.stack([filled(batch.lengths.astype(np.int64)) for batch in batches]),
+        query=np.stack([filled(_query_of(batch)) for batch in batches]),
+        is_positive=np.stack([filled(_is_positive(batch)) for batch in batches]),
+        source="the measured batches",
+    )
+
+
+def _query_of(batch: Batch) -> np.ndarray:
+    return np.concatenate([np.arange(batch.num_queries), batch.passage_query]).astype(np.int64)
+
+
+def _is_positive(batch: Batch) -> np.ndarray:
+    return np.concatenate([np.zeros(batch.num_queries, bool), batch.is_positive])
+
+
+def figures(found: Prediction) -> Row:
+    """Columns of the table."""
+    return {
+        "predicted_seconds": found.total,
+        "predicted_seconds_low": found.low,
+        "predicted_seconds_high": found.high,
+        "predicted_memory_bytes": round(sum(found.memory.values())),
+    }

@@ -32,16 +32,13 @@ _ABOUT = {
 _STYLE = "max-width:100%;height:auto;background:#fff"
 
 
-def write_report(
-    study: Study, rows: Sequence[Row], runs: Sequence[Run], output: Path, command: str, notes: Sequence[str]
-) -> list[Path]:
+def write_report(study: Study, rows: Sequence[Row], runs: Sequence[Run], output: Path, command: str) -> list[Path]:
     """Write `report.html` and a PNG for each picture that the rows have something for.
 
     Args:
         rows: of points, not of single runs.
         runs: all of the study, complete or not.
         command: that measured them.
-        notes: of what could not be said.
 
     Returns:
         the files.
@@ -57,7 +54,7 @@ def write_report(
         title = PICTURES[name][0]
         about = _ABOUT[name].format(unit=of_a_process(rows))
         sections.append((title, [*([about] if about else []), _image(figure, title)]))
-    sections.append(("How it was measured", _method(study, command, notes)))
+    sections.append(("How it was measured", _method(study, command)))
     sections.append(("Environment", [_environment(rows)]))
     sections.append(("Columns of the table", [report.verbatim(COLUMNS.strip())]))
     report.save(files[0], report.page(f"Scaling study: {study.name}", sections))
@@ -144,7 +141,7 @@ def _percent(value: float | None) -> str | None:
     return None if value is None else f"{100 * value:.1f}%"
 
 
-def _method(study: Study, command: str, notes: Sequence[str]) -> list[str]:
+def _method(study: Study, command: str) -> list[str]:
     every = study.communication_every
     timed = f"In every {every}th step communication is timed, and the step does not count. " if every else ""
     return [
@@ -152,7 +149,6 @@ def _method(study: Study, command: str, notes: Sequence[str]) -> list[str]:
         f"measured. {timed}Nothing is saved or evaluated. {study.repeats} run(s) a point, in turns: every point once, "
         "then again. Seconds are medians over all measured steps of all repeats; `spread` is how far apart the "
         "repeats' own medians are.",
-        *notes,
         report.verbatim(command),
         report.verbatim(study.file.read_text(encoding="utf-8")),
     ]

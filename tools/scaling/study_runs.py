@@ -85,20 +85,20 @@ def runs_of(study: Study) -> list[Run]:
     ]
 
 
-def prepare(study: Study) -> list[RunConfig]:
-    """Write the configuration of every point, and the texts that some need; returns them in the points' order.
+def prepare(study: Study) -> dict[str, RunConfig]:
+    """Write the configuration of every point, and the texts that some need; returns them by the points' names.
 
     Raises:
         StudyError: a point's configuration cannot work; names the file, the point and the field.
     """
-    configs = []
+    configs = {}
     for run in runs_of(study)[: len(study.points())]:
         run.config.parent.mkdir(parents=True, exist_ok=True)
         text = yaml.safe_dump(_tree(study, run.point), sort_keys=False)
         if not run.config.exists() or run.config.read_text(encoding="utf-8") != text:
             run.config.write_text(text, encoding="utf-8")
         try:
-            configs.append(read_run_config(run.arguments))
+            configs[run.point.name] = read_run_config(run.arguments)
         except ConfigError as error:
             raise StudyError(f"{study.file}: series {run.point.series!r}, {run.point.name}: {error}") from error
     _write_texts(study)

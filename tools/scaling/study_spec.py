@@ -108,11 +108,12 @@ class Study:
 
     @property
     def all_steps(self) -> int:
-        """So many that `steps` are timed as they are, behind the warm-up and beside those that time communication."""
-        number = timed = 0
-        while timed < self.steps or (self.communication_every and not self.times_communication(number)):
+        """As few as have, behind the warm-up, `steps` to measure, and one that times communication if any does."""
+        number, measured, timed = self.warmup_steps, 0, 0
+        while measured < self.steps or (self.communication_every and not timed):
             number += 1
-            timed += number > self.warmup_steps and not self.times_communication(number)
+            timed += self.times_communication(number)
+            measured += not self.times_communication(number)
         return number
 
     def times_communication(self, step: int) -> bool:
@@ -263,7 +264,7 @@ def _series(file: Path, number: int, tree: Any) -> Series:
     for place, one in enumerate(lengths):
         if one.get("synthetic") and not all(limit in one for limit in LENGTHS.values()):
             raise StudyError(
-                f"{file}: series.{number}.lengths.{place} is synthetic and must say queries and documents"
+                f"{file}: series.{number}.lengths.{place} is synthetic and must have queries and documents"
             )
     return Series(
         name=part.text("name"),

@@ -63,27 +63,22 @@ _WAY = re.compile(r"collectives of step 1 on this rank \(way (\w+)\)")
 Row = dict[str, Any]
 
 
-def rows_of(study: Study, runs: Sequence[Run], predictions: Mapping[str, Row]) -> list[Row]:
-    """The table; runs that are not complete have no row.
-
-    Args:
-        predictions: by the name of a point.
-    """
+def rows_of(study: Study, runs: Sequence[Run]) -> list[Row]:
+    """The table without predictions; runs that are not complete have no row."""
     complete: dict[str, list[Run]] = {}
     for run in runs:
         if run.is_complete():
             complete.setdefault(run.point.name, []).append(run)
     rows = []
-    for name, repeats in complete.items():
+    for repeats in complete.values():
         each = [_row(study, [run]) | {"row": "run", "repeat": run.repeat} for run in repeats]
         medians = [row["seconds"] for row in each]
         both = _row(study, repeats) | {"spread": (max(medians) - min(medians)) / statistics.median(medians)}
         both |= {"memory_bytes": _middle(each, "memory_bytes")}
         both |= {"model_memory_bytes": _middle(each, "model_memory_bytes")}
-        rows += [both | predictions.get(name, {}) | {"row": "point"}, *each]
+        rows += [both | {"row": "point"}, *each]
     _add_efficiency(rows)
-    names = list(dict.fromkeys(name for row in rows for name in row))
-    return [{name: row.get(name) for name in names} for row in rows]
+    return rows
 
 
 def points_of(rows: Iterable[Row]) -> list[Row]:
@@ -215,6 +210,7 @@ def _add_efficiency(rows: Sequence[Row]) -> None:
 
 def write_table(rows: Sequence[Row], output: Path) -> None:
     """`table.parquet` and `table.csv`."""
-    table = pa.Table.from_pylist(list(rows))
+    names = list(dict.fromkeys(name for row in rows for name in row))
+    table = pa.Table.from_pylist([{name: row.get(name) for name in names} for row in rows])
     pa_parquet.write_table(table, output / "table.parquet")
     pa_csv.write_csv(table, output / "table.csv")
