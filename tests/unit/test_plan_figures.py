@@ -67,6 +67,8 @@ def test_a_weak_scenario_keeps_the_layout_of_the_fewest_gpus():
     first, second = answers(kind, "h200")
     assert 0 < first["seconds"] < 1.1 * second["seconds"]
     assert second["layout"] == replace(first["layout"], gpus=16)
+    assert first["fits"]
+    assert not columns(replace(prediction(8, 1.0, 9), memory={"activations": 140e9}))["fits"]
 
 
 def test_efficiency_is_that_of_the_same_kind_and_ends_at_half(tmp_path):

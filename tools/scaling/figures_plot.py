@@ -78,6 +78,9 @@ def _lines(axes: Axes, rows: list[Row], value: Callable[[Row], float], ends: Cal
                   linewidth=1.4, label=" ".join(kind))  # fmt: skip
         low, high = zip(*(ends(row) for row in some), strict=True)
         axes.fill_between(x, low, high, color=COLOURS[kind], alpha=0.13, linewidth=0)
+    if beyond := [row for row in rows if not row["fits"]]:
+        x, y = [row["gpus"] for row in beyond], [value(row) for row in beyond]
+        axes.plot(x, y, "x", color="black", markersize=10, label="does not fit the memory")
     _gpus_axis(axes, rows)
 
 
