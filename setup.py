@@ -13,7 +13,7 @@ setup(
     package_data={
         "nvembed_mcore.checkpoint": ["hf_files/*"],
         "nvembed_mcore.data.synthetic": ["templates/*"],
-        "nvembed_mcore.scaling": ["hardware/*.yaml"],
+        "nvembed_mcore.scaling": ["*.yaml", "hardware/*.yaml"],
     },
     install_requires=[
         "torch>=2.11,<2.15",

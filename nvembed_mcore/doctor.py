@@ -168,7 +168,7 @@ def _attention(backend: Backend, settings: Settings) -> Iterator[Path]:
     from nvembed_mcore.model.mistral import transformer_config
     from nvembed_mcore.model.te_attention import why_torch
 
-    config = transformer_config(settings.architecture, backend, settings.parallel)
+    config, cp = transformer_config(settings.architecture, backend, settings.parallel), settings.parallel.cp
     is_te, width, dropout = backend.layers == "transformer_engine", config.kv_channels, config.attention_dropout
     why_not = why_torch(config) if is_te else f"the layers are {_NAMES[backend.layers]}"
     padded = why_padded(device.current().type, backend.dtype, width, dropout)
@@ -177,10 +177,12 @@ def _attention(backend: Backend, settings: Settings) -> Iterator[Path]:
         raise ConfigError(f"precision.fp8_attention is 'on', but {missing}. Use 'off' or 'auto'")
     in_fp8 = "off" if missing else backend.fp8_attention
     if not why_not:
-        yield Path("attention", _TE_ATTENTION[in_fp8], f"heads of width {width}, no dropout")
+        form = _TE_ATTENTION[in_fp8] + (f", keys and values of {cp} ranks in a ring" if cp > 1 else "")
+        yield Path("attention", form, f"heads of width {width}, no dropout")
         yield Path("rotary positions", "TransformerEngine, one kernel", "by the place in each text")
     else:
         form = "torch, padded buckets of similar length" if padded else "torch's variable-length attention, packed"
+        form += f", keys and values gathered from {cp} ranks" if cp > 1 else ""
         yield Path("attention", form, "; ".join(filter(None, [why_not if is_te else "", padded])) or why_not)
         yield Path("rotary positions", "torch", "by the place in each text")
     asked = f"precision.fp8_attention is {settings.precision.fp8_attention}"
@@ -269,15 +271,15 @@ def _of_transformer_engine(installed: Installed) -> Iterator[str]:
 def _of_the_environment(parallel: ParallelConfig, environment: Mapping[str, str], has_devices: bool) -> Iterator[str]:
     connections = environment.get("CUDA_DEVICE_MAX_CONNECTIONS")
     overlaps = parallel.overlap_grad_reduce or parallel.overlap_param_gather
-    if has_devices and parallel.tp > 1 and connections != "1":
+    if has_devices and (parallel.tp > 1 or parallel.cp > 1) and connections != "1":
         yield (
-            f"CUDA_DEVICE_MAX_CONNECTIONS is {connections}, with parallel.tp = {parallel.tp}: tensor parallelism "
-            f"overlaps its communication only where it is 1"
+            f"CUDA_DEVICE_MAX_CONNECTIONS is {connections}, with parallel.tp = {parallel.tp} and parallel.cp = "
+            f"{parallel.cp}: tensor and context parallelism overlap their communication only where it is 1"
         )
-    if has_devices and parallel.tp == 1 and overlaps and connections == "1":
+    if has_devices and parallel.tp == parallel.cp == 1 and overlaps and connections == "1":
         yield (
-            "CUDA_DEVICE_MAX_CONNECTIONS is 1, with parallel.tp = 1: gradients and weights then wait in one queue "
-            "with the kernels that they should overlap with; NVIDIA's recipes have 32 there"
+            "CUDA_DEVICE_MAX_CONNECTIONS is 1, with parallel.tp = parallel.cp = 1: gradients and weights then wait in "
+            "one queue with the kernels that they should overlap with; NVIDIA's recipes have 32 there"
         )
     for name, value, effect in SLOW_SETTINGS:
         if environment.get(name) in value:

@@ -56,6 +56,8 @@ def retainable_tokens(
 ) -> int:
     """Tokens a rank whose graphs fit into its free memory; the same on every rank, which all call this.
 
+    Context-parallel ranks count as one: of what they share, each keeps a part.
+
     Args:
         forward: embeds one pack with a graph.
         num_tokens: real tokens of that pack; 0 where it holds none, whose measurement does not count.

@@ -1,8 +1,8 @@
 """Which ranks are slow at their own work, so that all others wait for them in every step.
 
 A rank's own seconds of a step are those before its first collective over the data-parallel ranks: reading the batch
-and embedding its packs. The ranks of one replica (tensor and pipeline parallel) wait for each other while they embed,
-so replicas are compared, each by its slowest rank.
+and embedding its packs. The ranks of one replica (tensor, pipeline and context parallel) wait for each other while
+they embed, so replicas are compared, each by its slowest rank.
 """
 
 from __future__ import annotations

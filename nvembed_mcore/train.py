@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import logging
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -305,21 +305,10 @@ def _write_config(config: RunConfig) -> None:
 def open_data(config: RunConfig, hf_config: MistralConfig) -> _Data:
     """Tokenise what is not yet tokenised (rank 0), then open it on every rank."""
     tokenizer = open_tokenizer(config.data, hf_config)
-    how = dict(
-        max_query_tokens=config.data.max_query_tokens,
-        max_document_tokens=config.data.max_document_tokens,
-        cache_dir=config.data.cache_dir,
-        max_bad_records=config.data.max_bad_records,
-    )
-
-    def build() -> list[str]:
-        return [str(TokenStore.build(dataset, tokenizer, **how).folder) for dataset in config.data.datasets]
-
     # First what is short: tokenising may take hours.
     evaluation = RetrievalEvaluation(config.eval, config.data, tokenizer) if config.eval.path else None
-    stores = [TokenStore.open(folder) for folder in first_rank_does(build)]
-    source = BatchSource(config.data, stores, batch_size=config.batch_size, seed=config.seed, stage=config.stage)
-    return _Data(source, evaluation, tokenizer_fingerprint(tokenizer))
+    folders = first_rank_does(lambda: [str(store.folder) for store in build_stores(config.data, tokenizer)])
+    return _Data(batch_source(config, map(TokenStore.open, folders)), evaluation, tokenizer_fingerprint(tokenizer))
 
 
 def open_tokenizer(data: DataConfig, hf_config: MistralConfig) -> PreTrainedTokenizerFast:
@@ -331,6 +320,22 @@ def open_tokenizer(data: DataConfig, hf_config: MistralConfig) -> PreTrainedToke
             f"{hf_config.vocab_size}"
         )
     return tokenizer
+
+
+def build_stores(data: DataConfig, tokenizer: PreTrainedTokenizerFast) -> list[TokenStore]:
+    """Tokenise what is not yet tokenised, on one process."""
+    how = dict(
+        max_query_tokens=data.max_query_tokens,
+        max_document_tokens=data.max_document_tokens,
+        cache_dir=data.cache_dir,
+        max_bad_records=data.max_bad_records,
+    )
+    return [TokenStore.build(dataset, tokenizer, **how) for dataset in data.datasets]
+
+
+def batch_source(config: RunConfig, stores: Iterable[TokenStore]) -> BatchSource:
+    """The run's batches, from the stores of its data sets."""
+    return BatchSource(config.data, [*stores], batch_size=config.batch_size, seed=config.seed, stage=config.stage)
 
 
 def _metrics(

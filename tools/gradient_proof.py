@@ -14,7 +14,7 @@ from importlib.metadata import version
 from pathlib import Path
 
 from tests.helpers.cases import Case
-from tests.helpers.grid import BOUND, GRID, OPTIONS, run_grid
+from tests.helpers.grid import BOUND, GRID, LONG_GRID, OPTIONS, run_grid
 from tests.helpers.world import World
 
 INTRODUCTION = """# The gradient in every layout
@@ -31,7 +31,8 @@ largest difference of a tensor over the largest value of that tensor (or over 0.
 smaller), of the worst tensor; parameters after two steps. The distributed optimizer keeps only a part of each rank's
 sums, so there the gradient shows in norm and parameters. Bound: {bound:g}.
 
-- `W` data-parallel ranks, `chunks` model chunks of a stage (interleaved where more than one).
+- `CP` ranks that share each text, `W` data-parallel ranks, `chunks` model chunks of a stage (interleaved where more
+  than one).
 - `packs` of the rank with most (microbatches).
 - `reduction`: overlapped with the backward pass or after it; of the whole gradient or, with the distributed optimizer,
   of shards.
@@ -43,11 +44,12 @@ Largest difference of all {count} lines: **{worst:.1e}**.
 
 Written by `tools/gradient_proof.py` on {date}, commit {commit};
 {processor}, Python {python}, torch {torch}, megatron-core {megatron}, transformers {transformers}.
-The suite runs the same lines.
+The suite runs the same lines, those of the last table among its long tests.
 """
 HEADER = """
-| processes | TP | SP | PP | chunks | W | way | packs | reduction | else | loss | clip norm | gradient | parameters |
-|---|---|---|---|---|---|---|---|---|---|---|---|---|---|
+| processes | TP | SP | PP | chunks | CP | W | way | packs | reduction | else | loss | clip norm | gradient \
+| parameters |
+|---|---|---|---|---|---|---|---|---|---|---|---|---|---|---|
 """
 COMPARED = ("loss", "norm", "gradient", "parameters")
 
@@ -73,7 +75,7 @@ def remarks(case: Case) -> str:
 def line(case: Case, results: list[dict[str, float]]) -> str:
     when = "overlapped" if case.overlap else "after"
     what = "shards" if case.distributed else "whole"
-    cells = [case.world, case.tp, "on" if case.sp else "", case.pp, case.chunks, case.world // (case.tp * case.pp)]
+    cells = [case.world, case.tp, "on" if case.sp else "", case.pp, case.chunks, case.cp, case.ranks]
     cells += [case.way, max(int(result["microbatches"]) for result in results), f"{when}, {what}", remarks(case)]
     found = worst_of(results)
     cells += ["" if name == "gradient" and case.distributed else f"{found[name]:.1e}" for name in COMPARED]
@@ -105,7 +107,7 @@ def document(results: dict[Case, list[dict[str, float]]]) -> str:
         megatron=version("megatron-core"),
         transformers=version("transformers"),
     )
-    for title, cases in GRID.items():
+    for title, cases in (GRID | LONG_GRID).items():
         text += f"\n## {title}\n" + HEADER + "".join(line(case, results[case]) for case in cases)
     return text
 
@@ -117,7 +119,7 @@ def main() -> int:
     output = parser.parse_args().output
     worlds: dict[int, World] = {}
     try:
-        results = run_grid(lambda size: worlds.get(size) or worlds.setdefault(size, World(size)))
+        results = run_grid(lambda size: worlds.get(size) or worlds.setdefault(size, World(size)), GRID | LONG_GRID)
     finally:
         for world in worlds.values():
             world.stop()

@@ -166,11 +166,10 @@ def pieces_of(bucket: Any, begin: int, end: int, num_ranks: int) -> list[Piece]:
     """Of the parameter that stands at `begin` to `end` of a buffer. Ranks have equal shares of a bucket, in order."""
     share = bucket.grad_data.numel() // num_ranks
     found = []
-    for rank in range(num_ranks):
+    for rank in range((begin - bucket.offset) // share, (end - 1 - bucket.offset) // share + 1):
         first = max(begin, bucket.offset + rank * share)
         last = min(end, bucket.offset + (rank + 1) * share)
-        if first < last:
-            found.append(Piece(rank, first - begin, last - begin))
+        found.append(Piece(rank, first - begin, last - begin))
     return found
 
 

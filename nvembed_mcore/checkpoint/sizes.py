@@ -5,11 +5,11 @@ What decides stands in Megatron's buffers, in `optimizer_state` and in `saver`; 
 
 from __future__ import annotations
 
+import heapq
 from collections.abc import Iterator
 
 import torch
 from megatron.core.dist_checkpointing.dict_utils import nested_values
-from megatron.core.dist_checkpointing.exchange_utils import distribute_shards_to_ranks
 from megatron.core.dist_checkpointing.mapping import ShardedTensor, apply_factories
 from megatron.core.distributed import DistributedDataParallel
 
@@ -39,25 +39,31 @@ def optimizer_bytes(chunks: list[DistributedDataParallel], groups: Groups) -> in
 def written_by_ranks(chunks: list[DistributedDataParallel], groups: Groups) -> dict[int, int]:
     """Bytes of the tensors that this rank and its data-parallel peers write to a checkpoint, by rank."""
     ranks, all_ranks = groups.members()["dp"], groups.members()["dp_cp"]
-    sharers: dict[tuple, list[int]] = {}
-    sizes: dict[tuple, int] = {}
-    for shard in _shards(chunks):
-        # Context-parallel ranks but the first have copies.
-        if not any(shard.replica_id[:2]) and groups.cp_rank == 0:
-            key = (shard.key, shard.global_offset)
-            sharers[key] = [*range(len(ranks))]
-            sizes[key] = torch.Size(shard.local_shape).numel() * shard.dtype.itemsize
+    written = dict.fromkeys(ranks, 0)
     places = places_of(weights_of_chunks(chunks))
     for parameter, pieces in _trained(chunks, groups):
         place, owner = places[id(parameter)], all_ranks[pieces[0].rank]
-        if not any(place.replica_id[:2]) and owner in ranks:
-            key = (f"optimizer.state.{place.key}", ())
-            sharers[key], sizes[key] = [ranks.index(owner)], BYTES_OF_OPTIMIZER * parameter.numel()
-    writers = distribute_shards_to_ranks(sharers, sizes, len(ranks), set())
-    written = dict.fromkeys(ranks, 0)
-    for key, writer in writers.items():
-        written[ranks[writer]] += sizes[key]
-    return written
+        if not any(place.replica_id[:2]) and owner in written:
+            written[owner] += BYTES_OF_OPTIMIZER * parameter.numel()
+    # All have the rest. As Megatron's `distribute_shards_to_ranks`, which takes the square of the number of ranks: the
+    # largest first to the rank that writes least.
+    loads = [(bytes, place) for place, bytes in enumerate(written.values())]
+    heapq.heapify(loads)
+    for _, _, _, size in sorted(_shared(chunks)) if groups.cp_rank == 0 else ():
+        least, place = loads[0]
+        heapq.heapreplace(loads, (least + size, place))
+    return {ranks[place]: bytes for bytes, place in loads}
+
+
+def _shared(chunks: list[DistributedDataParallel]) -> Iterator[tuple[int, str, tuple, int]]:
+    """What tells the order of the tensors that all data-parallel ranks have, and their bytes.
+
+    Tensor ranks but the first have copies of what is not split, and context-parallel ranks of everything.
+    """
+    for shard in _shards(chunks):
+        if not any(shard.replica_id[:2]):
+            size = torch.Size(shard.local_shape).numel() * shard.dtype.itemsize
+            yield -size, shard.key, shard.global_offset, size
 
 
 def _shards(chunks: list[DistributedDataParallel]) -> Iterator[ShardedTensor]:

@@ -9,6 +9,7 @@ from itertools import takewhile
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from nvembed_mcore.cli.plan_dry_run import dry_run, numbers
 from nvembed_mcore.cli.run_config import read_run_config
 from nvembed_mcore.config import ConfigError, RunConfig
 from nvembed_mcore.scaling.architecture import Architecture
@@ -17,6 +18,7 @@ if TYPE_CHECKING:
     from rich.console import Console
 
     from nvembed_mcore.scaling.hardware import Cluster
+    from nvembed_mcore.scaling.lengths import Lengths
     from nvembed_mcore.scaling.plan_report import Stage
     from nvembed_mcore.scaling.workload import Workload
 
@@ -52,14 +54,12 @@ def plan(arguments: list[str]) -> None:
         raise ConfigError(f"give a configuration before its fields: {_USAGE}")
     configs = [read_run_config([file, *rest[len(files) :]]) for file in files]
     if options.dry_run:
-        from nvembed_mcore.cli.plan_dry_run import dry_run
-
-        return dry_run(configs, options)
+        if len(configs) > 1:
+            raise ConfigError(f"--dry-run builds one configuration, got {', '.join(files)}")
+        return dry_run(*configs, options)
     from rich.console import Console
 
     from nvembed_mcore.scaling.hardware import cluster
-    from nvembed_mcore.scaling.layout import Layout
-    from nvembed_mcore.scaling.plan import auto_way
     from nvembed_mcore.scaling.plan import plan as plan_stage
     from nvembed_mcore.scaling.plan_report import Stage, as_json, sums
 
@@ -67,10 +67,7 @@ def plan(arguments: list[str]) -> None:
     stages = []
     for file, config in zip(files, configs, strict=True):
         workload = _workload(config, options)
-        asked = [Layout.of(config, gpus) for gpus in options.gpus]
-        if config.step.way == "auto":
-            asked = [auto_way(workload, layout, machine) for layout in asked]
-        plans = [plan_stage(workload, layout, machine, options.top) for layout in asked]
+        plans = [plan_stage(workload, config, gpus, machine, options.top) for gpus in options.gpus]
         stages.append(Stage(file, workload, plans))
     for stage in stages:
         _print_stage(console, stage, machine, options)
@@ -96,7 +93,12 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--price", type=float, metavar="DOLLARS", help="of one GPU for an hour")
     parser.add_argument("--top", type=int, default=5, metavar="N", help="layouts listed of each kind (default 5)")
     parser.add_argument("--explain", action="store_true", help="show where each second of the fastest layout goes")
-    parser.add_argument("--lengths", metavar="FILE", help="token lengths of the data, where it is not tokenised here")
+    parser.add_argument(
+        "--lengths",
+        metavar="FILE",
+        help='instead of the run\'s own data: a JSON file {"query": {tokens: texts, ...}, "document": {...}}, or a '
+        "name in scaling/lengths.yaml (default: token stores, else data files, else lengths of MS MARCO)",
+    )
     parser.add_argument(
         "--architecture",
         metavar="FILE",
@@ -104,7 +106,16 @@ def _parser() -> argparse.ArgumentParser:
         "examples/recipes/mistral_7b_v0_1.json)",
     )
     parser.add_argument(
-        "--dry-run", action="store_true", help="build some ranks of the configuration's own layout instead"
+        "--dry-run",
+        action="store_true",
+        help="instead build some ranks of the configuration's own layout on this machine, with nothing allocated; "
+        "what cannot work ends with the error and the status of `train`",
+    )
+    parser.add_argument(
+        "--ranks",
+        type=numbers,
+        metavar="R[,R ...]",
+        help="with --dry-run: which ranks (default: the first of each pipeline stage, and the last of all)",
     )
     parser.add_argument("--json", metavar="PATH", help="write everything here as well, all layouts included")
     return parser
@@ -118,14 +129,18 @@ def _numbers(text: str) -> list[int]:
 
 
 def _workload(config: RunConfig, options: argparse.Namespace) -> Workload:
-    from nvembed_mcore.scaling.workload import Workload, sample_lengths
+    from nvembed_mcore.scaling.plan import few_steps
+    from nvembed_mcore.scaling.workload import Workload
 
-    return Workload.of(
-        config,
-        read_architecture(config, options.architecture),
-        sample_lengths(config, options.lengths),
-        "cpu" if options.device == "cpu" else "cuda",
-    )
+    architecture = read_architecture(config, options.architecture)
+    device_type = "cpu" if options.device == "cpu" else "cuda"
+    return few_steps(Workload.of(config, architecture, _lengths(config, options), device_type))
+
+
+def _lengths(config: RunConfig, options: argparse.Namespace) -> Lengths:
+    from nvembed_mcore.scaling.lengths import sample_lengths
+
+    return sample_lengths(config, options.lengths)
 
 
 def read_architecture(config: RunConfig, given: str | None) -> Architecture:
@@ -152,7 +167,8 @@ def _print_stage(console: Console, stage: Stage, machine: Cluster, options: argp
     from nvembed_mcore.scaling.predict import model_flops
 
     workload = stage.workload
-    print(f"{stage.file}: {workload.tokens_per_step:,.0f} tokens a step ({workload.source}), {workload.steps:,} steps")
+    print(f"{stage.file}: {workload.tokens_per_step:,.0f} tokens a step, {workload.steps:,} steps")
+    print(f"  lengths of texts: {workload.source}")
     for plan in stage.plans:
         console.print(plan_report.layouts(plan, workload, options.price, options.top))
         for line in plan_report.refusals(plan, options.top):
@@ -162,7 +178,9 @@ def _print_stage(console: Console, stage: Stage, machine: Cluster, options: argp
             if options.explain:
                 console.print(plan_report.terms(plan.fitting[0]))
                 console.print(plan_report.memory(plan.fitting[0]))
+                if plan.gpus > 1:
+                    console.print(plan_report.traffic(plan.fitting[0], workload, machine))
     if options.explain:
         print(FLOPS)
-        print(f"Here {model_flops(workload) / 1e15:.3f} PFLOP a step. With")
+        print(f"Here {model_flops(workload) / 1e12:,.4g} TFLOP a step. With")
         print("\n".join(f"  {line}" for line in figures_used(workload, machine)))

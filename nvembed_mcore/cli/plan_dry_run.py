@@ -16,26 +16,21 @@ if TYPE_CHECKING:
     from rich.table import Table
 
     from nvembed_mcore.scaling.dry_run import DryRun, Packing, Rank
-    from nvembed_mcore.scaling.workload import Lengths
 
 
 def numbers(text: str) -> list[int]:
     """`0,8,1023` as numbers, for `--ranks`."""
-    found = [int(word) for word in text.split(",")]
-    if any(number < 0 for number in found):
-        raise argparse.ArgumentTypeError(f"ranks must not be negative, got {text}")
-    return found
+    return [int(word) for word in text.split(",")]
 
 
-def dry_run(config: RunConfig, options: argparse.Namespace, lengths: Lengths | None = None) -> None:
-    """Print what ranks of a configuration would have, and write it where `--json` says.
+def dry_run(config: RunConfig, options: argparse.Namespace) -> None:
+    """Print what ranks of a run would have, and write it where `--json` says.
 
     Args:
-        options: `gpus` (one number), `ranks`, `architecture`, `device` and `json` of `nvembed plan`.
-        lengths: of the texts of some steps, for the plan of packs.
+        options: those of `nvembed plan`.
 
     Raises:
-        ConfigError, WeightsError: what `train` raises of such a run.
+        ConfigError, DataError, WeightsError: what `train` raises of such a run.
     """
     from rich.console import Console
 
@@ -48,15 +43,14 @@ def dry_run(config: RunConfig, options: argparse.Namespace, lengths: Lengths | N
         config,
         *options.gpus,
         hf_config=read_mistral_config(options.architecture) if options.architecture else None,
-        lengths=lengths,
+        lengths=options.lengths,
         ranks=options.ranks,
         device_type="cpu" if options.device == "cpu" else "cuda",
     )
     console = Console(width=None if sys.stdout.isatty() else 150)
     console.print(_headline(found), highlight=False)
     console.print(_rank_table(found.ranks))
-    if found.packing:
-        console.print(_packing_table(found.packing))
+    console.print(_packing_table(found.packing))
     for warning in found.warnings:
         console.print(f"warning: {warning}", style="yellow", markup=False)
     if options.json:
@@ -103,7 +97,7 @@ def _rank_table(ranks: Sequence[Rank]) -> Table:
 
 
 def _packing_table(found: Packing) -> Table:
-    table = _table(f"Packs of {found.steps} steps ({found.source})", "of a step or rank", "")
+    table = _table(f"Packs of {found.steps} steps", "", "", caption=f"Lengths: {found.source}")
     rows = {
         "texts, tokens of a step": f"{found.texts:,.0f}, {found.tokens:,.0f}",
         "tokens of the fullest, emptiest rank": f"{found.fullest:,}, {found.emptiest:,}",

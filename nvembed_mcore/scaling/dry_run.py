@@ -2,7 +2,7 @@
 
 Groups are those of the whole run, the model is the trainer's own, and what refuses a configuration is the trainer's
 own code; only nothing is allocated (torch's `FakeTensorMode`), nothing is sent (its fake process group), and no weight
-is read. This is the one module here that imports torch.
+is read. Batches are the run's own, where its data are on this machine. This is the one module here that imports torch.
 """
 
 from __future__ import annotations
@@ -19,20 +19,22 @@ from transformers import MistralConfig
 
 from nvembed_mcore import build
 from nvembed_mcore.checkpoint import sizes
-from nvembed_mcore.config import ConfigError, RunConfig
+from nvembed_mcore.config import ConfigError, RunConfig, StepConfig
 from nvembed_mcore.data.packing import Plan, Text
 from nvembed_mcore.model.backend import Backend, choose
 from nvembed_mcore.model.mistral import check_fp8, head_dim
 from nvembed_mcore.parallel import groups as process_groups
 from nvembed_mcore.parallel.groups import Groups
 from nvembed_mcore.scaling.flops import pack_flops
+from nvembed_mcore.scaling.lengths import sample_lengths
 from nvembed_mcore.scaling.pipeline import even_layers
-from nvembed_mcore.scaling.workload import Lengths
 from nvembed_mcore.schedule import packs_of_rank, plan_texts
 from nvembed_mcore.step import check_packs
-from nvembed_mcore.train import open_tokenizer
+from nvembed_mcore.train import batch_source, build_stores, open_tokenizer
 
 Device = Literal["cuda", "cpu"]
+STEPS = 8
+"""Of a run, so many from its first on have their packs planned."""
 FP8_HEAD = 128
 """Width of a head that attention in FP8 needs (model/fp8_attention.py)."""
 WORTH_A_WORD = 1.05
@@ -104,7 +106,7 @@ class DryRun:
     layout: dict[str, int]
     stages: list[int]
     ranks: list[Rank]
-    packing: Packing | None
+    packing: Packing
     warnings: list[str]
 
 
@@ -113,7 +115,7 @@ def dry_run(
     gpus: int,
     *,
     hf_config: MistralConfig | None = None,
-    lengths: Lengths | None = None,
+    lengths: str | None = None,
     ranks: Sequence[int] | None = None,
     device_type: Device = "cuda",
 ) -> DryRun:
@@ -121,7 +123,8 @@ def dry_run(
 
     Args:
         hf_config: the backbone, where it is not where the configuration says.
-        lengths: of the texts of some steps; None: no packs are planned.
+        lengths: of texts, as `scaling.lengths.sample_lengths` takes them; None: those of the run's own batches, or
+            what comes nearest to them on this machine.
         ranks: which are built; None: the first of each pipeline stage, and the last of all.
         device_type: where the run is to go. For `cuda` the data type is that of CUDA, and layers are built with the
             local modules, which have the same parameters as TransformerEngine's.
@@ -134,17 +137,27 @@ def dry_run(
         process_groups.pretend(config.parallel, 0, gpus)  # refuses what does not divide, before anything is read
         hf_config = hf_config or build.read_architecture(config.model)
         _check_device(config, hf_config, device_type)
-        warnings = _check_files(config, hf_config)
+        warnings = _check_start(config, hf_config)
         here = _as_built(config, device_type)
-        found = [_rank(here, hf_config, rank, gpus) for rank in _chosen(config, gpus, ranks)]
-        packing = lengths and _pack(here, hf_config, gpus, lengths)
+        found = []
+        for rank in _chosen(config, gpus, ranks):
+            groups = process_groups.pretend(config.parallel, rank, gpus)
+            with FakeTensorMode():
+                chunks = build.build_empty_model(here, hf_config, groups)
+                found.append(_rank(chunks, groups))
+        texts, missing = _own_texts(config, hf_config)
+        if texts is None or lengths is not None:
+            sampled = sample_lengths(config, lengths)
+            texts = _Texts([step[step > 0] for step in sampled.tokens], sampled.source)
+        packing = _pack(config.step, chunks, groups, texts)
     finally:
         process_groups.shutdown()
     layout = {name: getattr(config.parallel, name) for name in ("tp", "pp", "cp")}
     layout["dp"] = gpus // (layout["tp"] * layout["pp"] * layout["cp"])
     stages = config.parallel.layers_of_stages(hf_config.num_hidden_layers)
-    warnings += _idle_warnings(layout["dp"], packing) if packing else []
-    warnings += _stage_warnings(config, hf_config, stages, lengths)
+    warnings += missing
+    warnings += _idle_warnings(layout["dp"], packing)
+    warnings += _stage_warnings(config, hf_config, stages, texts)
     return DryRun(gpus, layout, stages, found, packing, warnings)
 
 
@@ -173,22 +186,39 @@ def _check_device(config: RunConfig, hf_config: MistralConfig, device_type: Devi
         )
 
 
-def _check_files(config: RunConfig, hf_config: MistralConfig) -> list[str]:
-    """Look at what is on this machine of what the run reads; words on what is not."""
-    warnings = []
-    if os.path.isdir(config.data.tokenizer):
-        open_tokenizer(config.data, hf_config)
-    else:
-        warnings.append(f"data.tokenizer {config.data.tokenizer} is not on this machine, so its size is not compared")
-    if config.model.init_from and os.path.isdir(config.model.init_from):
+def _check_start(config: RunConfig, hf_config: MistralConfig) -> list[str]:
+    """Look at what the run begins with, if it is on this machine; otherwise words that it is not."""
+    start = config.model.init_from
+    if start and os.path.isdir(start):
         build.check_start(config.model, hf_config)
-    elif config.model.init_from:
-        warnings.append(f"model.init_from {config.model.init_from} is not on this machine, so it is not compared")
-    missing = [dataset.path for dataset in config.data.datasets if not os.path.exists(dataset.path)]
+        return []
+    return [f"model.init_from {start} is not on this machine, so it is not compared"] if start else []
+
+
+@dataclass(frozen=True)
+class _Texts:
+    """Token lengths of the texts of each of some steps, int64 [N] each, and where they come from."""
+
+    steps: list[np.ndarray]
+    source: str
+
+
+def _own_texts(config: RunConfig, hf_config: MistralConfig) -> tuple[_Texts | None, list[str]]:
+    """Texts of the first steps as the run will draw them, where tokenizer and data are on this machine.
+
+    What is not tokenised yet is tokenised, as `train` would do it.
+    """
+    data = config.data
+    places = {f"data.datasets.{number}": one.path for number, one in enumerate(data.datasets)}
+    places = {"data.tokenizer": data.tokenizer, **places}
+    missing = [f"{field} {path}" for field, path in places.items() if not os.path.exists(path)]
+    tokenizer = open_tokenizer(data, hf_config) if os.path.exists(data.tokenizer) else None
     if missing:
-        more = f" and {len(missing) - 1} other data set(s)" if missing[1:] else ""
-        warnings.append(f"{missing[0]}{more} of data.datasets: not on this machine")
-    return warnings
+        more = f" (nor {len(missing) - 1} more of its files)" if missing[1:] else ""
+        return None, [f"{missing[0]} is not on this machine{more}, so the run's own batches are not planned"]
+    source = batch_source(config, build_stores(data, tokenizer))
+    steps = [source.batch(step).lengths for step in range(min(STEPS, config.steps))]
+    return _Texts(steps, "the run's own batches"), []
 
 
 def _as_built(config: RunConfig, device_type: Device) -> RunConfig:
@@ -200,25 +230,22 @@ def _as_built(config: RunConfig, device_type: Device) -> RunConfig:
     return replace(config, precision=precision, model=replace(config.model, backend="local"))
 
 
-def _rank(config: RunConfig, hf_config: MistralConfig, rank: int, gpus: int) -> Rank:
-    groups = process_groups.pretend(config.parallel, rank, gpus)
-    with FakeTensorMode():
-        chunks = build.build_empty_model(config, hf_config, groups)
-        written = sizes.written_by_ranks(chunks, groups)
-        parameters = [one for chunk in chunks for one in chunk.module.parameters()]
-        return Rank(
-            rank=rank,
-            place={name: getattr(groups, f"{name}_rank") for name in ("tp", "pp", "cp", "dp")},
-            groups=groups.members(),
-            layers=[[layer.layer_number - 1 for layer in chunk.module.decoder.layers] for chunk in chunks],
-            trained=sum(one.numel() for one in parameters if one.requires_grad),
-            frozen=sum(one.numel() for one in parameters if not one.requires_grad),
-            weights=_weights(chunks),
-            gradients=sum(buffer.grad_data.nbytes for chunk in chunks for buffer in chunk.buffers),
-            optimizer=sizes.optimizer_bytes(chunks, groups),
-            checkpoint=written[rank],
-            largest_checkpoint=max(written.values()),
-        )
+def _rank(chunks: list[DistributedDataParallel], groups: Groups) -> Rank:
+    written = sizes.written_by_ranks(chunks, groups)
+    parameters = [one for chunk in chunks for one in chunk.module.parameters()]
+    return Rank(
+        rank=groups.rank,
+        place={name: getattr(groups, f"{name}_rank") for name in ("tp", "pp", "cp", "dp")},
+        groups=groups.members(),
+        layers=[[layer.layer_number - 1 for layer in chunk.module.decoder.layers] for chunk in chunks],
+        trained=sum(one.numel() for one in parameters if one.requires_grad),
+        frozen=sum(one.numel() for one in parameters if not one.requires_grad),
+        weights=_weights(chunks),
+        gradients=sum(buffer.grad_data.nbytes for chunk in chunks for buffer in chunk.buffers),
+        optimizer=sizes.optimizer_bytes(chunks, groups),
+        checkpoint=written[groups.rank],
+        largest_checkpoint=max(written.values()),
+    )
 
 
 def _weights(chunks: list[DistributedDataParallel]) -> int:
@@ -229,26 +256,21 @@ def _weights(chunks: list[DistributedDataParallel]) -> int:
     return sum(buffer.param_data.nbytes for buffer in buffers) + sum(one.nbytes for one in outside)
 
 
-def _pack(config: RunConfig, hf_config: MistralConfig, gpus: int, lengths: Lengths) -> Packing:
+def _pack(step: StepConfig, chunks: list[DistributedDataParallel], groups: Groups, texts: _Texts) -> Packing:
     """Plan the packs of each step as every rank of the run would."""
-    groups = process_groups.pretend(config.parallel, 0, gpus)
-    with FakeTensorMode():
-        chunks = build.build_empty_model(config, hf_config, groups)
-    per_rank, packs, padded, texts = [], [], 0, []
-    for step, tokens in enumerate(lengths.tokens, 1):
-        tokens = tokens[tokens > 0]
-        plan = plan_texts(tokens, chunks, groups, config.step.tokens_per_microbatch)
-        check_packs(config.step, plan, step)
+    per_rank, packs, padded = [], [], 0
+    for number, tokens in enumerate(texts.steps, 1):
+        plan = plan_texts(tokens, chunks, groups, step.tokens_per_microbatch)
+        check_packs(step, plan, number)
         per_rank.append(plan.tokens_per_rank(tokens))
         packs.append([len(one) for one in plan.packs])
         padded += _padded(tokens, plan, chunks, groups)
-        texts.append(len(tokens))
     loads = np.stack(per_rank)
     idle = (loads == 0).sum(axis=1)
     return Packing(
-        source=lengths.source,
+        source=texts.source,
         steps=len(loads),
-        texts=float(np.mean(texts)),
+        texts=float(np.mean([len(tokens) for tokens in texts.steps])),
         tokens=float(loads.sum(axis=1).mean()),
         fullest=int(loads.max()),
         emptiest=int(loads.min()),
@@ -278,14 +300,12 @@ def _idle_warnings(dp: int, packing: Packing) -> list[str]:
     ]
 
 
-def _stage_warnings(
-    config: RunConfig, hf_config: MistralConfig, stages: list[int], lengths: Lengths | None
-) -> list[str]:
+def _stage_warnings(config: RunConfig, hf_config: MistralConfig, stages: list[int], texts: _Texts) -> list[str]:
     """Whether other numbers of layers would make the slowest pipeline stage shorter, by FLOPs of layers and head."""
     parallel = config.parallel
     if parallel.pp == 1:
         return []
-    head = _head_in_layers(config, hf_config, lengths)
+    head = _head_in_layers(config, hf_config, texts)
     first, last = even_layers(hf_config.num_hidden_layers, parallel.pp, parallel.chunks_per_stage, 0.0, head)
     if first is None:
         better = replace(parallel, layers_in_first_stage=None, layers_in_last_stage=None)
@@ -302,11 +322,10 @@ def _stage_warnings(
     ]
 
 
-def _head_in_layers(config: RunConfig, hf_config: MistralConfig, lengths: Lengths | None) -> float:
+def _head_in_layers(config: RunConfig, hf_config: MistralConfig, texts: _Texts) -> float:
     """FLOPs of the pooling head on a tensor rank over those of a layer, for a full pack."""
-    longest, budget = config.data.max_document_tokens, config.step.tokens_per_microbatch
-    length = longest if lengths is None else int(lengths.tokens[lengths.tokens > 0].mean())
-    pack = [length] * max(1, budget // length)
+    length = int(np.concatenate(texts.steps).mean())
+    pack = [length] * max(1, config.step.tokens_per_microbatch // length)
     how = {"causal": config.model.attention_mask == "causal", "lora": config.model.adapters}
     plain = replace(config.model.pooling, kind="mean")
     layers, both = (pack_flops(hf_config, pooling, pack, **how) for pooling in (plain, config.model.pooling))

@@ -63,8 +63,8 @@ def figures_used(workload: Workload, cluster: Cluster) -> list[str]:
     """The device's rates and the fitted constants, one a line."""
     device = cluster.device
     types = {workload.dtype} | ({"fp8"} if workload.fp8 != "off" else set())
-    lines = [f"matmul_flops {dtype} {device.matmul_flops[dtype] / 1e12:.1f} TFLOP/s" for dtype in sorted(types)]
-    lines.append(f"memory_bandwidth {device.memory_bandwidth / 1e12:.2f} TB/s")
+    lines = [f"matmul_flops {dtype} {device.matmul_flops[dtype] / 1e12:.4g} TFLOP/s" for dtype in sorted(types)]
+    lines.append(f"memory_bandwidth {device.memory_bandwidth / 1e9:,.0f} GB/s")
     for link in (cluster.intra_node, cluster.inter_node):
         lines.append(f"{link.name} {link.bandwidth / 1e9:.1f} GB/s, {1e6 * link.latency:.1f} us a hop")
     for name, one in vars(cluster.constants).items():

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Literal
 
@@ -60,21 +60,28 @@ class Layout:
             ConfigError: `gpus` is no multiple of a model's share.
         """
         parallel = config.parallel
-        return cls(
-            gpus=gpus,
+        return replace(
+            cls.switches(config, gpus),
             tp=parallel.tp,
             pp=parallel.pp,
             cp=parallel.cp,
             chunks=parallel.chunks_per_stage,
             layers_in_first_stage=parallel.layers_in_first_stage,
             layers_in_last_stage=parallel.layers_in_last_stage,
-            sequence_parallel=parallel.sequence_parallel,
             way="cached" if config.step.way == "auto" else config.step.way,
+        )
+
+    @classmethod
+    def switches(cls, config: RunConfig, gpus: int) -> Layout:
+        """What a configuration says besides sizes, on `gpus` data-parallel ranks."""
+        return cls(
+            gpus=gpus,
+            sequence_parallel=config.parallel.sequence_parallel,
             tokens_per_microbatch=config.step.tokens_per_microbatch,
             distributed_optimizer=config.optim.distributed,
-            overlap_grad_reduce=parallel.overlap_grad_reduce,
-            overlap_param_gather=parallel.overlap_param_gather,
-            bucket_size=parallel.bucket_size,
+            overlap_grad_reduce=config.parallel.overlap_grad_reduce,
+            overlap_param_gather=config.parallel.overlap_param_gather,
+            bucket_size=config.parallel.bucket_size,
         )
 
     @property

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -10,11 +11,11 @@ import numpy as np
 from nvembed_mcore.scaling import activations
 from nvembed_mcore.scaling.balance import Planned, plan_of
 from nvembed_mcore.scaling.exchange import recomputes
+from nvembed_mcore.scaling.layout import Layout
 from nvembed_mcore.scaling.parameters import buffers_of, chunk_parameters, linears
 
 if TYPE_CHECKING:
     from nvembed_mcore.scaling.hardware import Cluster
-    from nvembed_mcore.scaling.layout import Layout
     from nvembed_mcore.scaling.workload import Workload
 
 FRAGMENTATION = 0.05
@@ -34,19 +35,16 @@ def memory_of(workload: Workload, layout: Layout, cluster: Cluster) -> dict[str,
     their gradients at that moment), `fragmentation` (on a GPU: what the allocator wastes, and NCCL's buffers).
     """
     is_gpu = cluster.device.name != "cpu"
-    ranks = [_rank(workload, layout, stage) for stage in range(layout.pp)]
+    # A stage between the second and the last has as many layers as the second one, and keeps fewer packs.
+    ranks = [rank_memory(workload, layout, stage) for stage in sorted({0, min(1, layout.pp - 1), layout.pp - 1})]
     fullest = max(ranks, key=lambda kinds: sum(kinds.values()))
     waste = FRAGMENTATION * sum(fullest.values()) + (NCCL_BYTES if layout.gpus > 1 else 0.0)
     return fullest | {"fragmentation": waste if is_gpu else 0.0}
 
 
 def rank_memory(workload: Workload, layout: Layout, stage: int) -> dict[str, float]:
-    """Bytes by kind of the fullest rank of a stage, without `fragmentation`: what torch allocates."""
-    return _rank(workload, layout, stage)
-
-
-def _rank(workload: Workload, layout: Layout, stage: int) -> dict[str, float]:
-    """At the fullest moment of all sampled steps."""
+    """Bytes by kind of a stage's fullest rank, at the fullest moment of all sampled steps, without `fragmentation`:
+    what torch's allocator gives out."""
     held = static(workload, layout, stage)
     moments = [
         moment
@@ -95,11 +93,12 @@ class _Graph:
 
 
 def _graph(workload: Workload, layout: Layout, stage: int, chunk: int, lengths: np.ndarray) -> _Graph:
-    shape = activations.shape_of(workload, layout, lengths)
+    split = _split(layout)
+    shape = _shape(workload, split, lengths.tobytes())
     is_first, is_last = stage == 0 and chunk == 0, stage == layout.pp - 1 and chunk == layout.chunks - 1
     layers = layout.stages(workload.architecture.num_hidden_layers)[stage][chunk]
-    kept = (layers - is_first) * activations.layer(workload, layout, shape)
-    kept += is_first * activations.layer(workload, layout, shape, is_first=True)
+    kept = (layers - is_first) * _layer(workload, split, shape, False)
+    kept += is_first * _layer(workload, split, shape, True)
     kept += activations.outside_layers(workload, layout, shape, is_first=is_first, is_last=is_last)
     if layout.pp > 1 and not is_last:
         # What goes to the next stage stays until its gradient comes back; what came is the first norm's input.
@@ -113,6 +112,22 @@ def _graph(workload: Workload, layout: Layout, stage: int, chunk: int, lengths: 
     return _Graph(kept, fullest - kept)
 
 
+@lru_cache(maxsize=4096)
+def _split(layout: Layout) -> Layout:
+    """A layout that splits a layer in the same way: all that what a layer keeps of a pack depends on."""
+    return Layout(gpus=layout.tp * layout.cp, tp=layout.tp, cp=layout.cp, sequence_parallel=layout.sequence_parallel)
+
+
+@lru_cache(maxsize=8192)
+def _shape(workload: Workload, split: Layout, lengths: bytes) -> activations.Shape:
+    return activations.shape_of(workload, split, np.frombuffer(lengths, dtype=np.int64))
+
+
+@lru_cache(maxsize=8192)
+def _layer(workload: Workload, split: Layout, shape: activations.Shape, is_first: bool) -> float:
+    return activations.layer(workload, split, shape, is_first=is_first)
+
+
 def _moments(workload: Workload, layout: Layout, stage: int, step: int, gradients: float) -> list[tuple[float, float]]:
     """Activations and scores at the moments of a sampled step that may be the fullest, over data-parallel ranks."""
     plan, found, is_last = plan_of(workload, layout, step), [], stage == layout.pp - 1
@@ -121,7 +136,7 @@ def _moments(workload: Workload, layout: Layout, stage: int, step: int, gradient
             [_graph(workload, layout, stage, chunk, lengths) for chunk in range(layout.chunks)]
             for lengths in plan.lengths(rank)
         ]
-        embeddings = 4.0 * plan.texts[rank] * workload.architecture.hidden_size if is_last else 0.0
+        embeddings = 4.0 * int(plan.texts[rank]) * workload.architecture.hidden_size if is_last else 0.0
         if layout.pp > 1:
             backward, scoring = _in_flight(layout, stage, graphs), 0.0
         elif layout.way == "cached":

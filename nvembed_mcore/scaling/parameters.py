@@ -145,7 +145,7 @@ def _adapter(workload: Workload, linear: Linear, prefix: str, is_split: bool) ->
     return [
         Parameter(f"{name}.{part}.{target}", "adapters", sizes[part](target), True, is_split and part == whole)
         for part in ("a", "b")
-        for target in targets
+        for target in sorted(targets)  # as torch keeps a dictionary of parameters
     ]
 
 

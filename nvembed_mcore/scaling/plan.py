@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
+from nvembed_mcore.config import RunConfig
 from nvembed_mcore.config_data import ConfigError
 from nvembed_mcore.scaling.balance import balance_of
 from nvembed_mcore.scaling.hardware import Cluster
@@ -17,6 +18,8 @@ from nvembed_mcore.scaling.predict import Prediction, no_rate, predict
 from nvembed_mcore.scaling.workload import Workload
 
 PIPELINES, BUDGETS = (1, 2, 4, 8), (4096, 8192, 16384, 32768)
+TEXTS = 5000
+"""Texts that are packed for a layout, at least one step's."""
 LONG_TEXT = 4096
 """Tokens of a text from which on ranks may share it (context parallelism)."""
 
@@ -36,24 +39,31 @@ class Plan:
     Attributes:
         fitting: predictions, the fastest first.
         rejected: the others.
-        asked: what the configuration itself would do; None where it cannot be.
+        own: what the configuration itself would do, or why it cannot be.
     """
 
     gpus: int
     fitting: list[Prediction]
     rejected: list[Rejected]
-    asked: Prediction | None
+    own: Prediction | str
 
 
-def plan(workload: Workload, asked: Layout, cluster: Cluster, top: int = 10) -> Plan:
-    """All layouts of `asked.gpus` devices for a step, ranked.
+def few_steps(workload: Workload) -> Workload:
+    """The same with so many of the sampled steps as hold some thousand texts: each layout packs all of them."""
+    steps = max(1, TEXTS // max(1, workload.lengths.shape[1]))
+    kept = {name: getattr(workload, name)[:steps] for name in ("lengths", "query", "is_positive")}
+    return replace(workload, **kept)
+
+
+def plan(workload: Workload, config: RunConfig, gpus: int, cluster: Cluster, top: int = 10) -> Plan:
+    """All layouts of `gpus` devices for a step, ranked.
 
     Args:
-        asked: the configuration's own layout; its switches hold for all others.
+        config: its switches hold for all layouts.
         top: so many of the fastest get a range of uncertainty.
     """
     fitting, rejected = [], []
-    for layout in candidates(workload, asked, cluster):
+    for layout in candidates(workload, Layout.switches(config, gpus), cluster):
         try:
             if reason := why_not(workload, layout, cluster):
                 raise ConfigError(reason)
@@ -67,11 +77,20 @@ def plan(workload: Workload, asked: Layout, cluster: Cluster, top: int = 10) -> 
             rejected.append(Rejected(layout, _too_large(found)))
     fitting.sort(key=lambda one: one.total)
     fitting[:top] = [predict(workload, one.layout, cluster) for one in fitting[:top]]
+    return Plan(gpus, fitting, rejected, _own(workload, config, gpus, cluster))
+
+
+def _own(workload: Workload, config: RunConfig, gpus: int, cluster: Cluster) -> Prediction | str:
+    """The configuration's own layout, or why it cannot be."""
     try:
-        own = None if why_not(workload, asked, cluster) else predict(workload, asked, cluster)
-    except ConfigError:
-        own = None
-    return Plan(asked.gpus, fitting, rejected, own)
+        layout = Layout.of(config, gpus)
+        if reason := why_not(workload, layout, cluster):
+            return reason
+        if config.step.way == "auto":
+            layout = auto_way(workload, layout, cluster)
+        return predict(workload, layout, cluster)
+    except ConfigError as error:
+        return str(error)
 
 
 def auto_way(workload: Workload, layout: Layout, cluster: Cluster) -> Layout:
@@ -85,33 +104,35 @@ def auto_way(workload: Workload, layout: Layout, cluster: Cluster) -> Layout:
     return kept if needed <= cluster.device.memory_bytes else replace(layout, way="cached")
 
 
-def candidates(workload: Workload, asked: Layout, cluster: Cluster) -> Iterator[Layout]:
+def candidates(workload: Workload, switches: Layout, cluster: Cluster) -> Iterator[Layout]:
     """Layouts worth a prediction: powers of two of each size, ways of stepping, even and balanced stages.
 
     Reducing and gathering beside computing costs nothing where there is more than one data-parallel rank, so all have
-    it; a larger budget than what a rank gets changes nothing, so none has that.
+    it.
     """
     contexts = [1] if workload.max_length < LONG_TEXT else [1, 2, 4, 8]
-    sizes = [
-        (tp, cp, pp) for tp in (1, 2, 4, 8) for cp in contexts for pp in PIPELINES if asked.gpus % (tp * cp * pp) == 0
-    ]
+    sizes = [(tp, cp, pp) for tp in (1, 2, 4, 8) for cp in contexts for pp in PIPELINES]
+    overlaps = dict(overlap_grad_reduce=True, overlap_param_gather=switches.distributed_optimizer)
     for tp, cp, pp in sizes:
-        base = replace(
-            asked,
-            **dict(tp=tp, cp=cp, pp=pp, chunks=1, way="cached", layers_in_first_stage=None, layers_in_last_stage=None),
-            overlap_grad_reduce=True,
-            overlap_param_gather=asked.distributed_optimizer,
-        )
-        for budget in _budgets(workload, base, asked):
-            packed = replace(base, tokens_per_microbatch=budget)
+        if switches.gpus % (tp * cp * pp):
+            continue
+        base = replace(switches, tp=tp, cp=cp, pp=pp, **overlaps)
+        if why_not(workload, base, cluster):
+            yield base  # to be rejected once, and not for each budget
+            continue
+        for packed in _budgets(workload, base):
             yield from _ways(workload, packed) if pp == 1 else _pipelines(workload, packed, cluster)
 
 
-def _budgets(workload: Workload, base: Layout, asked: Layout) -> list[int]:
-    """Token budgets, up to the first that holds what a rank gets."""
-    share = workload.tokens_per_step / base.dp / base.cp
-    known = sorted({*BUDGETS, asked.tokens_per_microbatch})
-    return [budget for place, budget in enumerate(known) if place == 0 or known[place - 1] < share]
+def _budgets(workload: Workload, base: Layout) -> Iterator[Layout]:
+    """The layout with token budgets that give other numbers of packs."""
+    known = set()
+    for budget in sorted({*BUDGETS, base.tokens_per_microbatch}):
+        packed = replace(base, tokens_per_microbatch=budget)
+        packs = balance_of(workload, packed).microbatches
+        if packs not in known:
+            known.add(packs)
+            yield packed
 
 
 def _ways(workload: Workload, base: Layout) -> Iterator[Layout]:

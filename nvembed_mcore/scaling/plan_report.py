@@ -7,9 +7,11 @@ from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
 from nvembed_mcore.scaling.explain import explain
+from nvembed_mcore.scaling.hardware import Cluster
 from nvembed_mcore.scaling.layout import Layout
 from nvembed_mcore.scaling.plan import Plan
 from nvembed_mcore.scaling.predict import Prediction
+from nvembed_mcore.scaling.traffic import traffic_of
 from nvembed_mcore.scaling.workload import Workload
 
 if TYPE_CHECKING:
@@ -36,8 +38,8 @@ def layouts(plan: Plan, workload: Workload, price: float | None, top: int) -> Ta
         title_justify="left",
     )
     rows = [(found, "") for found in plan.fitting[:top]]
-    if plan.asked is not None:
-        rows.append((plan.asked, "as configured" if plan.asked.fits else "as configured: does not fit"))
+    if not isinstance(plan.own, str):
+        rows.append((plan.own, "as configured" if plan.own.fits else "as configured: does not fit"))
     for found, remark in rows:
         table.add_row(*_cells(found, workload, price), remark)
     return table
@@ -72,7 +74,9 @@ def _stages(layout: Layout, layers: int) -> str:
 
 
 def refusals(plan: Plan, top: int) -> Iterator[str]:
-    """A line for each layout that was rejected, the first `top` of each reason's kind left to JSON."""
+    """Lines for the first `top` layouts that were rejected, and for the configuration's own where it cannot be."""
+    if isinstance(plan.own, str):
+        yield f"  as configured: {plan.own}"
     for one in plan.rejected[:top]:
         yield f"  rejected: {name_of(one.layout)}: {one.reason}"
     if len(plan.rejected) > top:
@@ -133,6 +137,21 @@ def memory(found: Prediction) -> Table:
     return table
 
 
+def traffic(found: Prediction, workload: Workload, cluster: Cluster) -> Table:
+    """What a rank of the last stage hands to collectives and sends in a step, and over which link that goes."""
+    from rich.table import Table
+
+    layout = found.layout
+    inner = {"tensor": layout.tp, "context": layout.tp * layout.cp, "tensor and context": layout.tp * layout.cp}
+    in_stage = layout.gpus // layout.pp
+    table = Table("collective", "ranks", "MB a step", "link")
+    for (kind, group), size in sorted(traffic_of(workload, layout).items(), key=lambda item: -item[1]):
+        reach = inner.get(group, in_stage if group.startswith("data") else layout.gpus)
+        link = cluster.intra_node if reach <= cluster.device.gpus_per_node else cluster.inter_node
+        table.add_row(kind, group, f"{size / 1e6:,.2f}", link.name)
+    return table
+
+
 def sums(stages: list[Stage], price: float | None) -> Table:
     """All stages of a recipe, each in its fastest layout."""
     from rich.table import Table
@@ -180,7 +199,7 @@ def _plan(plan: Plan, steps: int, price: float | None) -> dict[str, Any]:
     return {
         "gpus": plan.gpus,
         "layouts": [_prediction(found, steps, price) for found in plan.fitting],
-        "as_configured": None if plan.asked is None else _prediction(plan.asked, steps, price),
+        "as_configured": plan.own if isinstance(plan.own, str) else _prediction(plan.own, steps, price),
         "rejected": [{"layout": asdict(one.layout), "reason": one.reason} for one in plan.rejected],
     }
 

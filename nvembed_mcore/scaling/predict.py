@@ -58,7 +58,7 @@ class Prediction:
     @property
     def fits(self) -> bool:
         """Whether the fullest rank has room."""
-        return sum(self.memory.values()) <= self.memory_limit
+        return bool(sum(self.memory.values()) <= self.memory_limit)
 
     @property
     def tokens_per_second(self) -> float:

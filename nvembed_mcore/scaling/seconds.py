@@ -22,8 +22,8 @@ def matmul(cluster: Cluster, dtype: str, rows: float, inputs: float, outputs: fl
 
     `2 m k n / (R e)` with the rate `R` = `matmul_flops` x `matmul_share` and the efficiency
     `e = m / (m + h) x k / (k + h) x n / (n + h)`: edges of tiles and waves cost as much as `h` more rows or columns.
-    `h` is `matmul_half x matmul_flops / reference_flops`: in the time of an edge a fast type does more. Not faster than
-    its operands cross the memory.
+    `h` is `matmul_half x matmul_flops / reference_flops`: in the time of an edge a fast type does more. Not faster
+    than its operands cross the memory.
     """
     device, constants = cluster.device, cluster.constants
     fastest = device.matmul_flops[dtype]

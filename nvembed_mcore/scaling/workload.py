@@ -11,26 +11,11 @@ from typing import TYPE_CHECKING, Literal
 import numpy as np
 
 from nvembed_mcore.config import LoraConfig, LossConfig, PoolingConfig, RunConfig
+from nvembed_mcore.scaling.lengths import Lengths as Lengths
+from nvembed_mcore.scaling.lengths import sample_lengths as sample_lengths
 
 if TYPE_CHECKING:
     from nvembed_mcore.scaling.architecture import Architecture
-
-
-@dataclass(frozen=True, eq=False)
-class Lengths:
-    """The texts of sampled batches, queries first, in the order of `data.batch.Batch`.
-
-    Attributes:
-        tokens: int64 [S, N], tokens of each text; 0 where a batch has fewer texts.
-        query: int64 [S, N], number of the query that each text belongs to; of a query its own.
-        is_positive: bool [S, N], whether a text is a positive.
-        source: where the numbers come from, for the reader of a plan.
-    """
-
-    tokens: np.ndarray
-    query: np.ndarray
-    is_positive: np.ndarray
-    source: str
 
 
 @dataclass(frozen=True, eq=False)

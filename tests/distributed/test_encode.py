@@ -53,9 +53,9 @@ def texts(tmp_path_factory):
     return file
 
 
-def encode(model, texts, folder, *, tp=1, pp=1, chunks=1, are_queries=False, fail_after=None):
+def encode(model, texts, folder, *, tp=1, pp=1, cp=1, chunks=1, are_queries=False, fail_after=None):
     """On every rank; returns what each says of itself."""
-    parallel = ParallelConfig(tp=tp, pp=pp, chunks_per_stage=chunks, timeout_minutes=1)
+    parallel = ParallelConfig(tp=tp, pp=pp, cp=cp, chunks_per_stage=chunks, timeout_minutes=1)
     embedder = open_embedder(str(model), parallel=parallel, token_budget=BUDGET)
     if fail_after is not None and embedder.replica == embedder.num_replicas - 1:
         _fail_after(embedder, fail_after)
@@ -123,6 +123,7 @@ def test_any_number_of_replicas_makes_the_same_files(world, run_dir, texts, alon
         (2, {"tp": 2}, [(0, True), (0, False)]),
         (2, {"pp": 2}, [(0, False), (0, True)]),
         (2, {"pp": 2, "chunks": 2}, [(0, False), (0, True)]),
+        (2, {"cp": 2}, [(0, True), (0, False)]),
         (4, {"tp": 2}, [(0, True), (0, False), (1, True), (1, False)]),
     ],
 )
@@ -154,7 +155,7 @@ def test_numbers_of_training_and_of_the_export(world, inputs, run_dir, texts, tm
             assert (found * expected).sum(1).min() > 1 - 1e-5
 
 
-@pytest.mark.parametrize(("size", "layout"), [(2, {}), (2, {"pp": 2})])
+@pytest.mark.parametrize(("size", "layout"), [(2, {}), (2, {"pp": 2}), (2, {"cp": 2})])
 def test_an_error_reaches_every_rank_and_the_rest_is_made_later(world, run_dir, texts, alone, tmp_path, size, layout):
     failed = world(size).run(message_of_failure, run_dir, texts, tmp_path / "out", layout)
     assert failed == ["No space left on device"] * size

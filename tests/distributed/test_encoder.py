@@ -2,7 +2,7 @@
 
 import pytest
 
-from tests.helpers import cases
+from tests.helpers import cases, states
 from tests.helpers.cases import Case
 
 LAYOUTS = {
@@ -17,13 +17,13 @@ STATES, GRADIENT = 2e-6, 1e-5
 @pytest.mark.parametrize(("size", "layout"), [(size, one) for size, many in LAYOUTS.items() for one in many])
 def test_states_and_gradients_equal_hugging_face(world, size, layout):
     tp, pp, sp, chunks = layout
-    for result in world(size).run(cases.encoder_states, tp, pp, sp, chunks_per_stage=chunks):
+    for result in world(size).run(states.encoder_states, tp, pp, sp, chunks_per_stage=chunks):
         assert result.get("states", 0.0) <= STATES
         assert result["gradient"] <= GRADIENT
 
 
 def test_causal_mask_equals_hugging_face(world):
-    (result,) = world(1).run(cases.encoder_states, 1, 1, False, mask="causal")
+    (result,) = world(1).run(states.encoder_states, 1, 1, False, mask="causal")
     assert result["states"] <= STATES
     assert result["gradient"] <= GRADIENT
 

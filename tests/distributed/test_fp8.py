@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 
 from tests.helpers import fp8
@@ -70,6 +72,8 @@ def test_delayed_scales_are_those_of_all_ranks_in_a_run(world):
     first, second = world(2).run(fp8.two_steps, case, evaluates=True)
     assert first == second == world(2).run(fp8.two_steps, case)[0]
     assert all(scale != 1.0 for scales in first["scales"] for scale in scales)
+    shared = world(2).run(fp8.two_steps, dataclasses.replace(case, cp=2))
+    assert shared[0] == shared[1] and shared[0]["scales"] != first["scales"], "the packs are others"
     stages = world(2).run(fp8.two_steps, Case(world=2, pp=2, fp8="delayed", budget=60))
     assert stages[0]["scales"] != stages[1]["scales"] and len(stages[0]["scales"]) == len(first["scales"]) / 2
 

@@ -17,7 +17,7 @@ from nvembed_mcore.config import ConfigError
 from nvembed_mcore.model import fp8_attention
 from nvembed_mcore.model.te_attention import TransformerEngineCoreAttention
 from nvembed_mcore.resume import decided
-from tests.helpers import cases
+from tests.helpers import cases, states
 from tests.helpers import te_attention as stand_in
 from tests.unit.test_te_attention import config_of
 
@@ -40,14 +40,14 @@ class OneLayer(torch.nn.Module):
 
 
 def encoder_states(tp: int, sp: bool, mask: str) -> tuple[dict[str, float], int]:
-    """As `cases.encoder_states`, with the stand-in for core attention; and how often that was called."""
+    """As `states.encoder_states`, with the stand-in for core attention; and how often that was called."""
     from nvembed_mcore.model import mistral, te_attention
 
     with pytest.MonkeyPatch.context() as patch:
         stand_in.install(patch)
         patch.setattr(mistral, "PackedCoreAttention", TransformerEngineCoreAttention)
         patch.setattr(te_attention, "why_torch", lambda config: "")  # of float32, which the stand-in computes
-        return cases.encoder_states(tp, 1, sp, mask), len(stand_in.DotProductAttention.calls)
+        return states.encoder_states(tp, 1, sp, mask), len(stand_in.DotProductAttention.calls)
 
 
 @pytest.mark.parametrize(

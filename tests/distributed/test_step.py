@@ -5,7 +5,7 @@ import pytest
 from nvembed_mcore.config import ConfigError
 from tests.helpers import cases
 from tests.helpers.cases import Case
-from tests.helpers.grid import ALL_TARGETS, BOUND, GRID, OPTIONS, budget_for, run_grid
+from tests.helpers.grid import ALL_TARGETS, BOUND, GRID, LONG_GRID, OPTIONS, budget_for, run_grid
 from tests.helpers.plain import TEMPERATURE, run_plainly
 
 CASES = [case for many in GRID.values() for case in many]
@@ -17,13 +17,20 @@ def worst(results: list[dict[str, float]]) -> dict[str, float]:
 
 @pytest.fixture(scope="module")
 def grid(world):
-    return run_grid(world)
+    return run_grid(world, GRID)
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_equals_one_process(grid, case):
     found = worst(grid[case])
     assert max(found.values()) <= BOUND, found
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", LONG_GRID)
+def test_equals_one_process_in_more_layouts(world, name):
+    for case, results in run_grid(world, {name: LONG_GRID[name]}).items():
+        assert max(worst(results).values()) <= BOUND, (str(case), worst(results))
 
 
 def test_the_grid_has_what_it_promises():
@@ -33,10 +40,8 @@ def test_the_grid_has_what_it_promises():
 
     counts, empty = set(), False
     for case in CASES:
-        ranks = case.world // (case.tp * case.pp)
-        plan = make_plan(
-            training_batch(case.queries, 1).lengths, ranks, case.budget, multiple=case.pp if case.chunks > 1 else 1
-        )
+        lengths, multiple = training_batch(case.queries, 1).lengths, case.pp if case.chunks > 1 else 1
+        plan = make_plan(lengths, case.ranks, case.budget, multiple=multiple, cp=case.cp)
         counts.add(tuple(sorted({len(packs) for packs in plan.packs})))
         empty |= any(len(numbers) == 0 for numbers in plan.owned())
     assert {(1,), (3,), (2, 3), (1, 2)} <= counts and empty
@@ -107,6 +112,7 @@ DROPPING_ADAPTERS = dict(targets=ALL_TARGETS, lora_dropout=0.2)
         dict(world=1),
         dict(world=2),
         dict(world=2, pp=2, chunks=2),
+        dict(world=2, cp=2),
         pytest.param(dict(world=2, tp=2, sp=True), marks=pytest.mark.slow),
         pytest.param(dict(world=1, **DROPPING_ADAPTERS), marks=pytest.mark.slow),
         pytest.param(dict(world=2, tp=2, **DROPPING_ADAPTERS), marks=pytest.mark.slow),

@@ -29,8 +29,8 @@ def evaluations(run_dir) -> list[dict]:
     return [line for line in read_metrics(run_dir / "metrics.jsonl") if "loss" not in line]
 
 
-def layout(tp: int = 1, pp: int = 1, chunks: int = 1) -> ParallelConfig:
-    return ParallelConfig(tp=tp, pp=pp, chunks_per_stage=chunks, timeout_minutes=2)
+def layout(tp: int = 1, pp: int = 1, chunks: int = 1, cp: int = 1) -> ParallelConfig:
+    return ParallelConfig(tp=tp, pp=pp, cp=cp, chunks_per_stage=chunks, timeout_minutes=2)
 
 
 @pytest.fixture(scope="module")
@@ -54,9 +54,11 @@ def test_learns_logs_and_evaluates(straight):
     assert (straight / "logs" / "0001" / "rank-1.log").is_file()
 
 
-@pytest.mark.parametrize(("tp", "pp", "chunks"), [(2, 1, 1), pytest.param(1, 2, 1, marks=pytest.mark.slow), (1, 2, 2)])
-def test_other_layouts_have_the_same_curve(world, inputs, straight, tmp_path, tp, pp, chunks):
-    config = runs.run_config(inputs, tmp_path, parallel=layout(tp, pp, chunks))
+@pytest.mark.parametrize(
+    "size", [dict(tp=2), pytest.param(dict(pp=2), marks=pytest.mark.slow), dict(pp=2, chunks=2), dict(cp=2)], ids=str
+)
+def test_other_layouts_have_the_same_curve(world, inputs, straight, tmp_path, size):
+    config = runs.run_config(inputs, tmp_path, parallel=layout(**size))
     world(2).run(train, dataclasses.replace(config, stop_at=5))
     np.testing.assert_allclose(losses(tmp_path), losses(straight)[:5], rtol=1e-4)
     # In the layout that wrote it a checkpoint goes on by bits, in another one within rounding.

@@ -100,53 +100,6 @@ def build(
     return wrap_data_parallel(encoders, parallel, distributed_optimizer=distributed), table, parameters
 
 
-def encoder_states(
-    tp: int, pp: int, sp: bool, mask: str = "bidirectional", lengths=(7, 16, 3, 12, 2, 24), chunks_per_stage: int = 1
-):
-    """Largest difference of hidden states from HF over the largest state, and that of the gradients."""
-    from nvembed_mcore.schedule import pack_multiple, run_schedule
-
-    parallel, groups = layout(tp, pp, sp, chunks_per_stage=chunks_per_stage)
-    hf_config = models.tiny_config()
-    reference = models.hf_reference(hf_config, is_causal=mask == "causal")
-    texts = models.random_texts(list(lengths), hf_config.vocab_size)
-    chunks, table, parameters = build(hf_config, reference, {}, "mean", parallel, groups, mask)
-    multiple = pack_multiple(chunks)
-    packs = [make_pack(texts[:4], multiple), make_pack(texts[4:], multiple)]
-    total = sum(lengths)
-    upstream = torch.randn(total, hf_config.hidden_size, generator=torch.Generator().manual_seed(5))
-    bounds = np.concatenate([[0], np.cumsum(lengths)])
-    states_found = {}
-
-    # The head is taken off, so that what comes out of the last stage is every token's state.
-    def states_of(states, pack, packing):
-        if chunks[0].config.sequence_parallel:
-            from megatron.core import tensor_parallel
-
-            states = tensor_parallel.gather_from_sequence_parallel_region(states, tensor_parallel_output_grad=False)
-        return states[: pack.real_tokens]
-
-    chunks[-1].module._pool = states_of
-
-    def surrogate(index, states):
-        states_found[index] = states.detach()
-        begin, end = (0, bounds[4]) if index == 0 else (bounds[4], total)
-        return (states * upstream[begin:end]).sum() * len(packs)
-
-    for chunk in chunks:
-        chunk.zero_grad_buffer()
-    run_schedule(chunks, packs, surrogate, forward_only=False)
-    expected = torch.cat([models.reference_states(reference, text) for text in texts])
-    (expected * upstream).sum().backward()
-    grads = {f"embedding_model.{name}": p.grad for name, p in reference.named_parameters()}
-    found = {name: parameter.main_grad for name, parameter in parameters.items()}
-    result = {"gradient": worst_difference(found, grads, table, groups)}
-    if groups.is_last_stage:
-        difference = torch.cat([states_found[0], states_found[1]]) - expected
-        result["states"] = (difference.abs().max() / expected.abs().max()).item()
-    return result
-
-
 def worst_difference(found, expected, table, groups, least: float = 1e-4) -> float:
     """Largest |difference| of a tensor over the largest |value| that is expected of it, or over `least`.
 

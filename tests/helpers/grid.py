@@ -31,11 +31,11 @@ LAYOUTS = [
 LEARNED = {"learn_temperature": True}
 
 
-def budget_for(packs: int, ranks: int, queries: int, multiple: int = 1, uneven: bool = False) -> int:
+def budget_for(packs: int, ranks: int, queries: int, multiple: int = 1, uneven: bool = False, cp: int = 1) -> int:
     """A token budget that gives the fullest rank `packs` packs of the first batch; with `uneven` another fewer."""
     lengths = training_batch(queries, 1).lengths
-    for budget in range(20, 2000):
-        counts = [len(one) for one in make_plan(lengths, ranks, budget, multiple=multiple).packs]
+    for budget in range(20 // cp, 2000):
+        counts = [len(one) for one in make_plan(lengths, ranks, budget, multiple=multiple, cp=cp).packs]
         if max(counts) == packs and (not uneven or min(counts) < packs):
             return budget
     raise AssertionError(f"no budget gives {packs} packs on {ranks} ranks")
@@ -153,6 +153,45 @@ def uneven_stages() -> Iterator[Case]:
     yield Case(**layout, last=1, targets=ALL_TARGETS)
 
 
+def context() -> Iterator[Case]:
+    """Texts that ranks share: every way of stepping, every head, and each other dimension beside it."""
+    three = budget_for(3, 1, 7, cp=2)
+    pair = dict(world=2, cp=2)
+    yield Case(**pair, way="single", distributed=False, loss=LEARNED)
+    yield Case(**pair, way="retain", budget=three, distributed=True, overlap=True, kind="last")
+    yield Case(**pair, way="cached", budget=three, distributed=False, overlap=True, loss=LEARNED)
+    yield Case(**pair, way="cached", budget=three, distributed=False, kind="self_attention")
+    yield Case(**pair, way="retain", budget=three, distributed=False, kind="multi_layer", loss=LEARNED)
+    yield Case(**pair, targets=ALL_TARGETS, kind="mean", distributed=False)
+    uneven = budget_for(2, 2, 7, uneven=True, cp=2)
+    yield Case(world=4, cp=2, way="cached", budget=uneven, distributed=False, loss=LEARNED)
+    yield Case(world=4, cp=2, tp=2, sp=True, way="cached", budget=three, distributed=False, loss=LEARNED)
+    yield Case(world=4, cp=2, pp=2, way="cached", budget=three, distributed=False, loss=LEARNED)
+    yield Case(world=4, cp=4, way="retain", budget=budget_for(3, 1, 7, cp=4), distributed=False, loss=LEARNED)
+
+
+def more_context() -> Iterator[Case]:
+    """The rest of the product, which the suite leaves to its long tests."""
+    for layout in (dict(cp=4), dict(cp=2), dict(cp=2, tp=2, sp=True), dict(cp=2, tp=2)):
+        ranks = 4 // (layout["cp"] * layout.get("tp", 1))
+        three = budget_for(3, ranks, 7, cp=layout["cp"])
+        for number, (way, budget) in enumerate((("single", 100_000), ("retain", three), ("cached", three))):
+            for kind in ("latent", "self_attention", "multi_layer"):
+                overlap = bool(number % 2)
+                yield Case(world=4, **layout, way=way, budget=budget, kind=kind, distributed=False, overlap=overlap)
+            yield Case(world=4, **layout, way=way, budget=budget, loss=LEARNED, overlap=not number % 2)
+        yield Case(world=4, **layout, way="cached", budget=three, targets=ALL_TARGETS, distributed=False, loss=LEARNED)
+        yield Case(world=4, **layout, queries=1, distributed=False)
+    for chunks in (1, 2):
+        budget = budget_for(2 * chunks, 1, 7, multiple=chunks, cp=2)
+        for kind in ("latent", "last", "multi_layer"):
+            layout = dict(world=4, cp=2, pp=2, chunks=chunks, way="cached", budget=budget, kind=kind)
+            yield Case(**layout, distributed=False, targets=ALL_TARGETS if kind == "last" else ())
+            yield Case(**layout, distributed=True, overlap=True)
+    everything = OPTIONS["everything"]
+    yield Case(world=4, cp=2, way="cached", budget=budget_for(3, 2, 7, cp=2), loss=everything, distributed=False)
+
+
 GRID = {
     "Layouts and ways": list(layouts_and_ways()),
     "Uneven stages": list(uneven_stages()),
@@ -160,15 +199,18 @@ GRID = {
     "Options of the loss": list(loss_options()),
     "Pooling heads": list(heads()),
     "Low-rank adapters": list(adapters()),
+    "Context parallelism": list(context()),
 }
+LONG_GRID = {"Context parallelism, the rest": list(more_context())}
+"""Too long for every run of the suite."""
 
 
-def run_grid(world) -> dict[Case, list[dict[str, float]]]:
+def run_grid(world, grid: dict[str, list[Case]]) -> dict[Case, list[dict[str, float]]]:
     """Results by rank of every case; one job for each layout, in which its groups are made once.
 
     Args: world: gives the processes of a size, `world(4)`.
     """
-    cases = [case for many in GRID.values() for case in many]
+    cases = [case for many in grid.values() for case in many]
     results = {}
     for layout in sorted({case.layout for case in cases}):
         alike = [case for case in cases if case.layout == layout]

@@ -191,13 +191,20 @@ class DotProductAttention(torch.nn.Module):
         return torch.cat(out)
 
 
-def install(patch: pytest.MonkeyPatch, *, cudnn=CUDNN, capability=CAPABILITY, attention=DotProductAttention) -> None:
+def install(
+    patch: pytest.MonkeyPatch,
+    *,
+    cudnn=CUDNN,
+    capability=CAPABILITY,
+    attention=DotProductAttention,
+    rope=apply_rotary_pos_emb,
+) -> None:
     """Let imports of TransformerEngine find this, until the patch is undone. Import Megatron-Core before."""
     contents = {
         "": {},
         ".pytorch": {"DotProductAttention": attention, "autocast": autocast},
         ".common.recipe": {"DelayedScaling": DelayedScaling, "Format": SimpleNamespace(HYBRID="HYBRID")},
-        ".pytorch.attention.rope": {"apply_rotary_pos_emb": apply_rotary_pos_emb},
+        ".pytorch.attention.rope": {"apply_rotary_pos_emb": rope},
         ".pytorch.quantization": {"FP8GlobalStateManager": FP8GlobalStateManager},
         ".pytorch.utils": {
             "get_cudnn_version": lambda: cudnn,

@@ -30,6 +30,7 @@ LAYOUTS = {
     "pp2 x 2": Case(world=2, pp=2, chunks=2),
     "pp2: 1 + 3": Case(world=2, pp=2, first=1),
     "tp2 sp pp2": Case(world=4, tp=2, sp=True, pp=2),
+    "cp2": Case(world=2, cp=2, overlap=True),
     # The others are among the long tests only.
     "dp3": Case(world=3),
     "dp2 whole": Case(world=2, distributed=False),
@@ -46,10 +47,13 @@ LAYOUTS = {
     "tp2 sp dp2": Case(world=4, tp=2, sp=True),
     "tp2 pp2 whole": Case(world=4, tp=2, pp=2, distributed=False),
     "pp2 x 2 dp2": Case(world=4, pp=2, chunks=2),
+    "cp2 dp2": Case(world=4, cp=2),
+    "cp2 tp2 sp whole": Case(world=4, cp=2, tp=2, sp=True, distributed=False),
+    "cp2 pp2": Case(world=4, cp=2, pp=2),
 }
-"""`dp` data-parallel, `tp` tensor-parallel, `sp` with sequence parallelism, `pp` pipeline stages, `x` chunks of each,
-`whole`: the optimizer is not sharded. With `overlap`, gradients are in many buckets."""
-SHORT = ["1", "dp2", "pp2 x 2", "pp2: 1 + 3", "tp2 sp pp2"]
+"""`dp` data-parallel, `cp` context-parallel, `tp` tensor-parallel, `sp` with sequence parallelism, `pp` pipeline
+stages, `x` chunks of each, `whole`: the optimizer is not sharded. With `overlap`, gradients are in many buckets."""
+SHORT = ["1", "dp2", "pp2 x 2", "pp2: 1 + 3", "tp2 sp pp2", "cp2"]
 
 
 @pytest.fixture(scope="module")

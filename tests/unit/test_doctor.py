@@ -116,12 +116,22 @@ def test_what_cannot_run_here(capsys, config, options, words):
 @of_a_cpu
 def test_a_configuration_whose_files_are_elsewhere(config):
     """As the recipes of a fresh checkout: what is missing is told, and who would compute."""
-    options = ["--model.config", "nowhere", "--data.tokenizer", "nowhere", "--model.lora.rank", "4"]
+    options = [
+        "--model.config",
+        "nowhere",
+        "--data.tokenizer",
+        "nowhere",
+        "--model.lora.rank",
+        "4",
+        "--parallel.cp",
+        "2",
+    ]
     found = examine(lambda: read_run_config([config, *options]))
     assert found.refusal == "data.tokenizer: there is no nowhere\nmodel.config: there is no nowhere"
     parts = {one.part: one for one in found.paths}
     assert parts["architecture"].why == "Mistral-7B's, for there is no nowhere"
     assert parts["trained"].why == "model.lora.rank is 4"
+    assert parts["attention"].choice.endswith("keys and values gathered from 2 ranks")
 
 
 def test_sizes_that_fp8_does_not_take(monkeypatch):
@@ -211,10 +221,11 @@ def test_a_well_kept_machine_has_no_warning():
             dict(packages={"transformer-engine": "2", "transformer-engine-torch": "3", "psutil": "7"}),
             "different versions",
         ),
-        (dict(parallel=ParallelConfig(tp=2)), "CUDA_DEVICE_MAX_CONNECTIONS is None, with parallel.tp = 2"),
+        (dict(parallel=ParallelConfig(tp=2)), "CUDA_DEVICE_MAX_CONNECTIONS is None, with parallel.tp = 2 and"),
+        (dict(parallel=ParallelConfig(cp=4)), "with parallel.tp = 1 and parallel.cp = 4"),
         (
             dict(parallel=ParallelConfig(overlap_grad_reduce=True), environment={"CUDA_DEVICE_MAX_CONNECTIONS": "1"}),
-            "CUDA_DEVICE_MAX_CONNECTIONS is 1, with parallel.tp = 1",
+            "CUDA_DEVICE_MAX_CONNECTIONS is 1, with parallel.tp = parallel.cp = 1",
         ),
         (dict(environment={"NCCL_P2P_DISABLE": "1"}), "NCCL_P2P_DISABLE is 1: GPUs of a node exchange through"),
         (dict(environment={"NCCL_DEBUG": "INFO"}), "NCCL_DEBUG is INFO"),

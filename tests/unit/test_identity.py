@@ -84,6 +84,7 @@ RESUMABLE: dict[str, tuple[Any, str]] = {
     "optim.distributed": (False, "optim.distributed: True -> False"),
     "parallel.tp": (2, "parallel.tp: 1 -> 2"),
     "parallel.pp": (2, "parallel.pp: 1 -> 2"),
+    "parallel.cp": (2, "parallel.cp: 1 -> 2"),
     "parallel.chunks_per_stage": (2, "parallel.chunks_per_stage: 1 -> 2"),
     "parallel.layers_in_first_stage": (3, "parallel.layers_in_first_stage: None -> 3"),
     "parallel.layers_in_last_stage": (1, "parallel.layers_in_last_stage: None -> 1"),

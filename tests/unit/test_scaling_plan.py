@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from nvembed_mcore.config import DataConfig, DatasetConfig, LoraConfig, ModelConfig, RunConfig
+from nvembed_mcore.config import DataConfig, DatasetConfig, LoraConfig, ModelConfig, ParallelConfig, RunConfig
 from nvembed_mcore.scaling.architecture import Architecture
 from nvembed_mcore.scaling.explain import FORMULAS, explain
 from nvembed_mcore.scaling.hardware import cluster
@@ -21,20 +21,24 @@ from nvembed_mcore.scaling.workload import Lengths, Workload
 MISTRAL = Path(__file__).parents[2] / "examples/recipes/mistral_7b_v0_1.json"
 
 
+def configuration(rank: int = 16, queries: int = 128, **parallel) -> RunConfig:
+    return RunConfig(
+        run_dir="runs/x",
+        steps=100,
+        batch_size=queries,
+        data=DataConfig(tokenizer="t", datasets=[DatasetConfig(path="d")]),
+        model=ModelConfig(config="c", lora=LoraConfig(rank=rank)),
+        parallel=ParallelConfig(**parallel),
+    )
+
+
 def workload(rank: int = 16, queries: int = 128, tokens: int = 100, **changes) -> Workload:
     """NV-Embed's step on Mistral-7B, each query with a positive and seven negatives; all texts equally long."""
     shape = (2, 9 * queries)
     lengths = Lengths(
         np.full(shape, tokens), np.zeros(shape, np.int64), np.zeros(shape, bool), f"texts of {tokens} tokens"
     )
-    config = RunConfig(
-        run_dir="runs/x",
-        steps=100,
-        batch_size=queries,
-        data=DataConfig(tokenizer="t", datasets=[DatasetConfig(path="d")]),
-        model=ModelConfig(config="c", lora=LoraConfig(rank=rank)),
-    )
-    return replace(Workload.of(config, Architecture.read(MISTRAL), lengths), **changes)
+    return replace(Workload.of(configuration(rank, queries), Architecture.read(MISTRAL), lengths), **changes)
 
 
 H200 = cluster("h200")
@@ -90,14 +94,19 @@ def test_every_term_has_a_formula():
 
 
 def test_a_plan_ranks_what_fits_and_says_why_others_do_not():
-    found = plan(workload(rank=0), Layout(gpus=16), cluster("h100"), top=3)
+    found = plan(workload(rank=0), configuration(rank=0), 16, cluster("h100"), top=3)
     seconds = [one.total for one in found.fitting]
     assert seconds == sorted(seconds) and all(one.fits for one in found.fitting)
     assert [one.low < one.total for one in found.fitting[:4]] == [True, True, True, False]
     assert any("GB a GPU" in one.reason for one in found.rejected)
     stages = {(one.layout.layers_in_first_stage, one.layout.layers_in_last_stage) for one in found.fitting}
     assert (None, None) in stages and len(stages) > 1
-    assert found.asked is not None and found.asked.layout == Layout(gpus=16)
+    assert found.own.layout == Layout(gpus=16, way="single")
+
+
+def test_a_configuration_that_cannot_be_is_told_from_layouts_that_can():
+    found = plan(workload(), configuration(tp=8), 4, H200)
+    assert found.fitting and found.own == "4 GPUs are no multiple of tp 8 x pp 1 x cp 1"
 
 
 @pytest.mark.parametrize(

@@ -11,9 +11,12 @@ import gc
 import multiprocessing
 import os
 import socket
+import time
 import traceback
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from functools import lru_cache
+from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -50,11 +53,17 @@ ARCHITECTURE = Architecture(
     head_dim=16,
 )
 TIMEOUT_SECONDS = 180
+STEPS = 3
+"""Measured steps of a case."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Case:
-    """One layout of the small model. `changes`: fields of the architecture."""
+    """One layout of the small model.
+
+    `changes` are fields of the architecture, `texts` the least and the most tokens of a passage. On `cuda` layers are
+    those that a run would have there, in bfloat16.
+    """
 
     name: str
     world: int = 1
@@ -76,6 +85,12 @@ class Case:
     loss: dict = field(default_factory=dict, hash=False)
     changes: dict = field(default_factory=dict, hash=False)
     fp8: str = "off"
+    cp: int = 1
+    mask: str = "bidirectional"
+    first: int | None = None
+    last: int | None = None
+    texts: tuple[int, int] = (20, 120)
+    device: str = "cpu"
 
     @property
     def architecture(self) -> Architecture:
@@ -86,16 +101,20 @@ class Case:
         """The run that this case is a step of; its paths are not read."""
         lora = LoraConfig(rank=self.rank, dropout=0.1, targets=[*self.targets]) if self.targets else LoraConfig()
         pooling = PoolingConfig(kind=self.kind, num_latents=32, num_heads=4, head_width=32)
+        backend, dtype = ("local", "float32") if self.device == "cpu" else ("auto", "bfloat16")
         return RunConfig(
             run_dir="unused",
             steps=2,
             batch_size=self.queries,
             data=DataConfig(tokenizer="unused", datasets=[DatasetConfig(path="unused")]),
-            model=ModelConfig(config="unused", pooling=pooling, lora=lora, backend="local"),
-            precision=PrecisionConfig(dtype="float32", fp8=self.fp8),
+            model=ModelConfig(config="unused", pooling=pooling, lora=lora, backend=backend, attention_mask=self.mask),
+            precision=PrecisionConfig(dtype=dtype, fp8=self.fp8),
             parallel=ParallelConfig(
                 tp=self.tp,
                 pp=self.pp,
+                cp=self.cp,
+                layers_in_first_stage=self.first,
+                layers_in_last_stage=self.last,
                 chunks_per_stage=self.chunks,
                 sequence_parallel=self.sp,
                 overlap_grad_reduce=self.overlap,
@@ -109,7 +128,7 @@ class Case:
 
     @property
     def batch(self) -> Batch:
-        """Queries of 8 to 30 tokens with a positive and hard negatives of 20 to 120."""
+        """Queries of 8 to 30 tokens with a positive and hard negatives of `texts` tokens, from and to."""
         random = np.random.default_rng(0)
 
         def text(shortest: int, longest: int) -> Text:
@@ -118,7 +137,7 @@ class Case:
 
         samples = []
         for number in range(self.queries):
-            passages = [text(20, 120) for _ in range(1 + self.negatives)]
+            passages = [text(*self.texts) for _ in range(1 + self.negatives)]
             ids = np.arange(len(passages)) + number * len(passages)
             samples.append(Sample(text(8, 30), passages, ids, ids[:1], in_batch=True))
         return make_batch(samples)
@@ -136,7 +155,7 @@ class Case:
 
     @property
     def workload(self) -> Workload:
-        return Workload.of(self.config, self.architecture, self.lengths, device_type="cpu")
+        return Workload.of(self.config, self.architecture, self.lengths, device_type=self.device)
 
     @property
     def layout(self) -> Layout:
@@ -145,24 +164,30 @@ class Case:
 
 @dataclass(frozen=True)
 class Measured:
-    """What a rank's second step did.
+    """What a rank's steps did.
 
     Attributes:
-        pp_rank: its pipeline stage.
+        pp_rank, dp_rank: its pipeline stage and data-parallel rank.
         static: bytes of weights, gradients and moments.
-        work: the most that was allocated during it besides.
-        calls, traffic: numbers and bytes of collectives and sends, as `parallel.traffic.Traffic` counts them.
+        work: the most that was allocated during a step besides.
+        calls, traffic: numbers and bytes of collectives and sends, as `parallel.traffic.Traffic` counts them, of
+            a step.
     """
 
     pp_rank: int
+    dp_rank: int
     static: int
     work: int
     calls: dict[tuple[str, str], int]
     traffic: dict[tuple[str, str], int]
 
 
-def run(cases: list[Case]) -> dict[str, list[Measured]]:
-    """Each case's measurements by rank, by its name; processes are started once for each number of them."""
+@lru_cache
+def run(cases: tuple[Case, ...]) -> dict[str, list[Measured]]:
+    """Each case's measurements by rank, by its name; processes are started once for each number of them.
+
+    All cases are of one device.
+    """
     found = {}
     for world in sorted({case.world for case in cases}):
         found |= _run_world(world, [case for case in cases if case.world == world])
@@ -175,7 +200,7 @@ def _run_world(world: int, cases: list[Case]) -> dict[str, list[Measured]]:
     try:
         for rank in range(world):
             here, there = context.Pipe()
-            processes.append(context.Process(target=_serve, args=(rank, world, there)))
+            processes.append(context.Process(target=_serve, args=(rank, world, cases[0].device, there)))
             processes[-1].start()
             pipes.append(here)
         found = {}
@@ -203,9 +228,11 @@ def _answer(pipe: Connection, case: Case, rank: int) -> Measured:
     return found
 
 
-def _serve(rank: int, world: int, pipe: Connection) -> None:
+def _serve(rank: int, world: int, device: str, pipe: Connection) -> None:
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world), MASTER_ADDR="127.0.0.1")
     os.environ["OMP_NUM_THREADS"] = "1"
+    if device == "cpu":
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""
     from nvembed_mcore.parallel.groups import shutdown
 
     while (job := pipe.recv()) is not None:
@@ -226,27 +253,24 @@ def _free_port() -> int:
 
 
 def measure(case: Case) -> Measured:
-    """Build the case's step on this rank and take two; the first allocates the moments, the second is measured."""
-    import torch
-
+    """Build the case's step on this rank and take some; the first allocates the moments, the others are measured."""
     from nvembed_mcore.metrics import PhaseTimer
     from nvembed_mcore.parallel.groups import initialize
     from nvembed_mcore.parallel.traffic import Traffic
 
-    groups = initialize(case.config.parallel)
+    groups, others = initialize(case.config.parallel), bytes_of_all()
     with Allocations() as allocations:
         step, batch = build(case, groups), case.batch
         step(batch, 1, PhaseTimer())
-        gc.collect()
-        held = bytes_of(one for one in gc.get_objects() if issubclass(type(one), torch.Tensor))
-        allocations.mark()
-        with Traffic(groups) as traffic:
-            step(batch, 2, PhaseTimer())
-    before, peak = allocations.found
+        held = bytes_of_all() - others
+        for number in range(STEPS):
+            allocations.mark()
+            with Traffic(groups) as traffic:
+                step(batch, 2 + number, PhaseTimer())
     static = static_bytes(step)
     # What was held counts by what is there, not by what the allocator has not seen come back.
-    work = peak - before + held - static
-    return Measured(groups.pp_rank, static, work, dict(traffic.calls), dict(traffic.bytes))
+    work = allocations.least + held - static
+    return Measured(groups.pp_rank, groups.dp_rank, static, work, dict(traffic.calls), dict(traffic.bytes))
 
 
 def static_bytes(step: Any) -> int:
@@ -259,6 +283,14 @@ def static_bytes(step: Any) -> int:
             tensors += [parameter for group in one.optimizer.param_groups for parameter in group["params"]]
             tensors += [value for state in one.optimizer.state.values() for value in state.values()]
     return bytes_of(tensors)
+
+
+def bytes_of_all() -> int:
+    """Bytes of all tensors that this process can reach."""
+    import torch
+
+    gc.collect()
+    return bytes_of(one for one in gc.get_objects() if issubclass(type(one), torch.Tensor))
 
 
 def bytes_of(tensors: Iterable[Any]) -> int:
@@ -286,9 +318,13 @@ def build(case: Case, groups: Any) -> Any:
 
 
 class Allocations:
-    """Bytes that torch's allocator had given out at `mark()`, and the most from there to the end of the block: `found`.
+    """The most bytes that torch's allocator gives out between two marks, beyond what it had given out at the first.
 
-    On a CPU what another thread frees is missed: gloo's threads let go of a few tensors of a collective.
+    On a CPU what another thread frees is missed (gloo's threads let go of a few tensors, by chance), so it is too much
+    rather than too little: of equal steps the least counts.
+
+    Attributes:
+        least: of all marks but the last to the next one, and of the last to the end of the block.
     """
 
     def __enter__(self) -> Allocations:
@@ -296,40 +332,48 @@ class Allocations:
 
         from nvembed_mcore import device
 
-        self._marked, self._is_cuda = 0, device.has_cuda()
+        self._marks: list[int] = []
+        self._is_cuda, self._found = device.has_cuda(), []
         if not self._is_cuda:
-            self._profile = torch.profiler.profile(
-                activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True
-            )
+            cpu = torch.profiler.ProfilerActivity.CPU
+            self._profile = torch.profiler.profile(activities=[cpu], profile_memory=True)
             self._profile.start()
         return self
 
     def mark(self) -> None:
-        """Peaks count from here."""
-        import time
-
+        """A peak counts from here."""
+        if not self._is_cuda:
+            self._marks.append(time.time_ns())
+            return
         import torch
 
-        if self._is_cuda:
-            torch.cuda.synchronize()
-            torch.cuda.reset_peak_memory_stats()
-            self._before = torch.cuda.memory_allocated()
-        self._marked = time.time_ns()
+        self._end_on_cuda()
+        torch.cuda.reset_peak_memory_stats()
+        self._marks.append(torch.cuda.memory_allocated())
+
+    def _end_on_cuda(self) -> None:
+        import torch
+
+        torch.cuda.synchronize()
+        if self._marks:
+            self._found.append(torch.cuda.max_memory_allocated() - self._marks[-1])
 
     def __exit__(self, *_: object) -> None:
-        import torch
-
         if self._is_cuda:
-            torch.cuda.synchronize()
-            self.found = self._before, torch.cuda.max_memory_allocated()
-            return
-        self._profile.stop()
-        events = self._profile.profiler.kineto_results.events()
-        held = sorted((event.start_ns(), event.nbytes()) for event in events if event.name() == "[memory]")
-        total, before, peak = 0, 0, 0
-        for moment, change in held:
+            self._end_on_cuda()
+        else:
+            self._profile.stop()
+            events = self._profile.profiler.kineto_results.events()
+            changes = sorted((event.start_ns(), event.nbytes()) for event in events if event.name() == "[memory]")
+            self._found = [peak_after(begin, end, changes) for begin, end in pairwise([*self._marks, time.time_ns()])]
+        self.least = min(self._found)
+
+
+def peak_after(begin: int, end: int, changes: list[tuple[int, int]]) -> int:
+    """The largest sum of the changes (moment, bytes) from `begin` to before `end`, in order."""
+    peak = total = 0
+    for moment, change in changes:
+        if begin <= moment < end:
             total += change
-            if moment < self._marked:
-                before = peak = total
             peak = max(peak, total)
-        self.found = before, peak
+    return peak

@@ -21,6 +21,15 @@ figures:
   median_error_fitted      the same over the family of the fit
   rows_published, rows_fitted
                            how many step times each is over
+  median_error_fitted_on_FAMILY
+                           with --each-family: the first figure, with constants fitted on that family instead
+  max_error_memory         largest |model / allocated - 1| over layouts of a small model on 1, 2 and 4 processes on
+                           CPUs in float32: all that torch's allocator had given out at the fullest moment of a step,
+                           on the fullest rank of each pipeline stage; bar 0.10. rows_memory: so many
+  max_error_memory_gpu     the same on a GPU in bfloat16 and FP8, where there is one
+  max_error_bytes          largest error of the bytes that a rank hands to collectives and sends, over the same
+                           layouts, all ranks, and each kind and group with a thousandth of them; bar 0.01.
+                           rows_bytes: ranks
 """
 
 
@@ -30,7 +39,19 @@ def _published() -> dict[str, float]:
     return report()
 
 
-PARTS: dict[str, Callable[[], dict[str, float]]] = {"published": _published}
+def _memory() -> dict[str, float]:
+    from validate_memory import report
+
+    return report()
+
+
+def _bytes() -> dict[str, float]:
+    from validate_bytes import report
+
+    return report()
+
+
+PARTS: dict[str, Callable[[], dict[str, float]]] = {"published": _published, "memory": _memory, "bytes": _bytes}
 """Each prints its rows and returns its figures."""
 
 
@@ -40,6 +61,7 @@ def main() -> None:
     )
     parser.add_argument("--only", nargs="+", choices=PARTS, default=list(PARTS), help="these parts; default: all")
     parser.add_argument("--fit", action="store_true", help="fit the constants to the published rows and store them")
+    parser.add_argument("--each-family", action="store_true", help="fit on each family in turn too; stores nothing")
     parser.add_argument("--json", metavar="PATH", help="write the figures here as well")
     options = parser.parse_args()
     if options.fit:
@@ -50,6 +72,11 @@ def main() -> None:
     figures: dict[str, float] = {}
     for part in options.only:
         figures |= PARTS[part]()
+    if options.each_family:
+        from validate_fit import each_family
+        from validate_published import read_rows
+
+        figures |= each_family(read_rows())
     for name, value in figures.items():
         print(f"{name} {value:.4g}")
     if options.json:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import statistics
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -88,17 +89,31 @@ def write(found: Fit, chosen: dict[str, tuple[float, float, float]], source: str
     hardware.cluster.cache_clear()
 
 
+def fit_rows(rows: list[Row]) -> Fit:
+    """Fit published rows; those of one run count as one."""
+    counts = Counter(_run(row) for row in rows)
+    weights = np.array([1 / counts[_run(row)] for row in rows])
+    return fit(lambda constants: np.log1p(errors(rows, constants)), weights, PRIORS)
+
+
 def fit_published(rows: list[Row]) -> None:
     """Fit the published rows of one family, and store the constants of the GPUs."""
     fitted = [row for row in rows if row.is_fitted]
-    counts = Counter(_run(row) for row in fitted)
-    weights = np.array([1 / counts[_run(row)] for row in fitted])
-    found = fit(lambda constants: np.log1p(errors(fitted, constants)), weights, PRIORS)
     source = (
         f"{len(fitted)} published step times of the family {FITTED_FAMILY} on {FITTED_DEVICE.upper()}s "
         f"(tools/scaling/published.yaml); {' and '.join(CHOSEN)} are chosen (tools/scaling/validate_fit.py)"
     )
-    write(found, CHOSEN, source, hardware.FOLDER / "fitted.yaml")
+    write(fit_rows(fitted), CHOSEN, source, hardware.FOLDER / "fitted.yaml")
+
+
+def each_family(rows: list[Row]) -> dict[str, float]:
+    """Median absolute error of all other families, with constants fitted on each family's rows on one device."""
+    figures = {}
+    for family in sorted({row.family for row in rows}):
+        found = fit_rows([row for row in rows if row.family == family and row.device == FITTED_DEVICE])
+        others = errors([row for row in rows if row.family != family], found.values)
+        figures[f"median_error_fitted_on_{family}"] = statistics.median(map(abs, others))
+    return figures
 
 
 def _run(row: Row) -> tuple:
