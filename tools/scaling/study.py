@@ -16,6 +16,7 @@ from __future__ import annotations
 import argparse
 import json
 import shlex
+import signal
 import sys
 from pathlib import Path
 from typing import Any
@@ -93,6 +94,8 @@ def main() -> int:
     if arguments.what == "submit":
         submit(study, runs, options, print)
         return 0
+    # Not the default, which would leave the processes of a run behind.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     failed = run_all(runs, study.minutes, tell) if arguments.what == "run" else []
     figures = collect(study)
     if arguments.json:
