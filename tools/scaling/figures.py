@@ -3,7 +3,7 @@
 Run from the root of the repository: PYTHONPATH=. python tools/scaling/figures.py --to docs/scaling
 
 Asks for the fastest layout of every scenario and number of GPUs, as `nvembed plan` does, writes them as plan.csv and
-draws plan-strong.png, plan-efficiency.png, plan-weak.png, plan-terms.png and plan-memory.png. No GPU is needed or used.
+draws plan-strong.png, plan-efficiency.png, plan-weak.png, plan-terms.png and plan-memory.png. No GPU is needed.
 """
 
 from __future__ import annotations
