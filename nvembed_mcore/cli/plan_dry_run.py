@@ -97,7 +97,7 @@ def _rank_table(ranks: Sequence[Rank]) -> Table:
 
 
 def _packing_table(found: Packing) -> Table:
-    table = _table(f"Packs of {found.steps} steps ({found.source})", "of a step or rank", "")
+    table = _table(f"Packs of {found.steps} steps", "", "", caption=f"Lengths: {found.source}")
     rows = {
         "texts, tokens of a step": f"{found.texts:,.0f}, {found.tokens:,.0f}",
         "tokens of the fullest, emptiest rank": f"{found.fullest:,}, {found.emptiest:,}",
