@@ -59,7 +59,7 @@ predicted_seconds, predicted_seconds_low, predicted_seconds_high, predicted_memo
 device, cores, host, date, commit, VERSION of each package
 """
 PHASES = ("data", "embed", "score", "backward", "optimizer")
-_TRAFFIC = re.compile(r"^ {2}(\w+) over (\w+) ranks: \d+ x, ([\d.]+) MB$", re.MULTILINE)
+_TRAFFIC = re.compile(r"^ {2}(\w+) over ([\w ]+) ranks: \d+ x, ([\d.]+) MB$", re.MULTILINE)
 _WAY = re.compile(r"collectives of step 1 on this rank \(way (\w+)\)")
 
 Row = dict[str, Any]
@@ -180,7 +180,8 @@ def _facts(run: Run) -> Row:
     found = _WAY.findall(log)
     sizes: dict[str, float] = {}
     for _, group, megabytes in _TRAFFIC.findall(log):
-        sizes[f"bytes_{group}"] = sizes.get(f"bytes_{group}", 0.0) + float(megabytes) * 1e6
+        name = f"bytes_{group.replace(' ', '_')}"
+        sizes[name] = sizes.get(name, 0.0) + float(megabytes) * 1e6
     memory = attempt["peak_memory"]
     load = json.loads(run.load.read_text(encoding="utf-8")) if run.load.exists() else {"others_cpu": None}
     return {
