@@ -1,4 +1,4 @@
-"""Every YAML file under examples/ but the studies is a valid run, and the NV-Embed recipes have the paper's values (tables 11, 12)."""
+"""Every run of examples/ is valid, and the NV-Embed recipes have the paper's values (tables 11, 12)."""
 
 from __future__ import annotations
 
