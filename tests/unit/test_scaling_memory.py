@@ -55,6 +55,15 @@ def workload(queries: int = 128, tokens: int = 512, **changes) -> Workload:
     return Workload(**settings | changes)
 
 
+def test_gradients_are_reduced_in_buckets_of_the_given_size():
+    beside = Layout(gpus=8, overlap_grad_reduce=True)
+    many, one = (
+        len(parameters.buffers_of(workload(), layout, 0)[0].buckets)
+        for layout in (beside, dataclasses.replace(beside, bucket_size=10**10))
+    )
+    assert many > 32 and one == 1
+
+
 def count(work: Workload, layout: Layout, stage: int = 0) -> parameters.Count:
     found = parameters.parameters_of(work, layout, stage).values()
     return parameters.Count(sum(one.total for one in found), sum(one.trained for one in found))
