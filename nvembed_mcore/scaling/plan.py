@@ -13,8 +13,9 @@ from nvembed_mcore.scaling.layers import Pack, embedding, head, layer
 from nvembed_mcore.scaling.layout import Layout
 from nvembed_mcore.scaling.memory import memory_of
 from nvembed_mcore.scaling.parameters import VOCABULARY_MULTIPLE
-from nvembed_mcore.scaling.pipeline import even_layers
+from nvembed_mcore.scaling.pipeline import even_layers, with_host
 from nvembed_mcore.scaling.predict import Prediction, no_rate, predict
+from nvembed_mcore.scaling.seconds import host
 from nvembed_mcore.scaling.workload import Workload
 
 PIPELINES, BUDGETS = (1, 2, 4, 8), (4096, 8192, 16384, 32768)
@@ -144,11 +145,15 @@ def _ways(workload: Workload, base: Layout) -> Iterator[Layout]:
 
 
 def _pipelines(workload: Workload, base: Layout, cluster: Cluster) -> Iterator[Layout]:
-    """Even stages, plain and interleaved by two, and stages cut so that embedding and head count as layers."""
+    """Even stages, plain and interleaved by two, and stages cut so that embedding and head count as layers.
+
+    In layers as long as the host needs for them, where that is longer.
+    """
     share = workload.tokens_per_step / base.dp / base.cp
     pack = Pack(min(base.tokens_per_microbatch, share), workload.tokens_per_step / len(workload.texts(0)))
     one = layer(workload, base, cluster, pack)
-    seconds = one.forward.total() + one.backward.total()
+    passes = with_host(one.forward, host(cluster, 1, False)), with_host(one.backward, host(cluster, 1, True))
+    seconds = sum(terms.total() for terms in passes)
     at_ends = embedding(workload, base, cluster, pack.tokens), head(workload.pooling, workload, base, cluster, pack)
     first, last = ((end.forward.total() + end.backward.total()) / seconds for end in at_ends)
     layers = workload.architecture.num_hidden_layers
