@@ -197,7 +197,8 @@ class CheckpointConfig:
     """Resume checkpoints, in the run folder's `checkpoints/`."""
 
     every_steps: int = 500
-    """Steps between checkpoints; the last step is always saved. 0: none is ever written, for measurements."""
+    """Steps between checkpoints; the last step is always saved. 0: none is ever written, for measurements: a run that
+    is stopped takes its steps again."""
     keep: int = 2
     """Complete checkpoints kept; older ones are removed after a new one is complete."""
     resume: Literal["auto", "must", "never"] = "auto"

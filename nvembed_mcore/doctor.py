@@ -171,7 +171,8 @@ def _attention(backend: Backend, settings: Settings) -> Iterator[Path]:
     config, cp = transformer_config(settings.architecture, backend, settings.parallel), settings.parallel.cp
     is_te, width, dropout = backend.layers == "transformer_engine", config.kv_channels, config.attention_dropout
     why_not = why_torch(config) if is_te else f"the layers are {_NAMES[backend.layers]}"
-    padded = why_padded(device.current().type, backend.dtype, width, dropout)
+    causal_parts = cp > 1 and settings.model.attention_mask == "causal"
+    padded = why_padded(device.current().type, backend.dtype, width, dropout, causal_parts=causal_parts)
     missing = fp8_attention.missing(config) if is_te else why_not
     if backend.fp8_attention == "on" and missing:
         raise ConfigError(f"precision.fp8_attention is 'on', but {missing}. Use 'off' or 'auto'")

@@ -29,14 +29,16 @@ class Preempted(Exception):
     """The run stopped where it was asked to, with a checkpoint; the same command goes on.
 
     Attributes:
-        step: optimizer steps done and saved.
+        step: optimizer steps done.
         reason: who asked.
     """
 
     exit_status = Exit.PREEMPTED
 
-    def __init__(self, step: int, reason: str) -> None:
-        super().__init__(f"stopped after step {step}: {reason}; the same command goes on")
+    def __init__(self, step: int, reason: str, *, is_saved: bool = True) -> None:
+        """`is_saved`: whether these steps are; not where `checkpoint.every_steps` is 0."""
+        then = "goes on" if is_saved else "takes these steps again, for checkpoint.every_steps is 0: nothing was saved"
+        super().__init__(f"stopped after step {step}: {reason}; the same command {then}")
         self.step, self.reason = step, reason
 
 

@@ -153,5 +153,6 @@ class StepMetrics:
             line["mfu"] = self.mfu
         if self.communication:
             line["communication_seconds"] = sum(self.communication.values())
-        line |= {f"communication_seconds_{group}": value for group, value in self.communication.items()}
+        for group, value in self.communication.items():
+            line[f"communication_seconds_{group.replace(' ', '_')}"] = value
         return line

@@ -61,7 +61,7 @@ def train(config: RunConfig, stops: StopRequests | None = None) -> None:
             before any step is taken (but `step.way: single` at the first batch that needs more than one pack).
         NonFiniteLossError: the loss of a step or its gradient is not a number; its samples are written to `run_dir`.
         StorageError: a checkpoint cannot be written, or has no room; raised on every rank.
-        Preempted: somebody asked the run to stop, and it is saved.
+        Preempted: somebody asked the run to stop, and what is to be saved is.
         LostRankError: another rank is gone. A hang ends the process (watchdog.py).
     """
     with stops or StopRequests() as stops, Attempt(config, stops.started) as attempt:
@@ -136,7 +136,7 @@ def _stop_if_asked(run: _Run, stops: StopRequests, attempt: Attempt, last: int) 
         if run.done < last and reason.startswith(BAD_DATA):
             raise trouble or StorageError(reason)
         if run.done < last:
-            raise Preempted(run.done, reason)
+            raise Preempted(run.done, reason, is_saved=run.saved == run.done)
 
 
 def _step(run: _Run, attempt: Attempt) -> dict[str, float]:

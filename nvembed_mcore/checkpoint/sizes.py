@@ -37,28 +37,27 @@ def optimizer_bytes(chunks: list[DistributedDataParallel], groups: Groups) -> in
 
 
 def written_by_ranks(chunks: list[DistributedDataParallel], groups: Groups) -> dict[int, int]:
-    """Bytes of the tensors that this rank and its data-parallel peers write to a checkpoint, by rank."""
-    ranks, all_ranks = groups.members()["dp"], groups.members()["dp_cp"]
+    """Bytes of the tensors that this rank and those with the same parameters write to a checkpoint, by rank."""
+    ranks = groups.members()["dp_cp"]
     written = dict.fromkeys(ranks, 0)
     places = places_of(weights_of_chunks(chunks))
     for parameter, pieces in _trained(chunks, groups):
-        place, owner = places[id(parameter)], all_ranks[pieces[0].rank]
-        if not any(place.replica_id[:2]) and owner in written:
-            written[owner] += BYTES_OF_OPTIMIZER * parameter.numel()
+        if not any(places[id(parameter)].replica_id[:2]):
+            written[ranks[pieces[0].rank]] += BYTES_OF_OPTIMIZER * parameter.numel()
     # All have the rest. As Megatron's `distribute_shards_to_ranks`, which takes the square of the number of ranks: the
     # largest first to the rank that writes least.
     loads = [(bytes, place) for place, bytes in enumerate(written.values())]
     heapq.heapify(loads)
-    for _, _, _, size in sorted(_shared(chunks)) if groups.cp_rank == 0 else ():
+    for _, _, _, size in sorted(_shared(chunks)):
         least, place = loads[0]
         heapq.heapreplace(loads, (least + size, place))
     return {ranks[place]: bytes for bytes, place in loads}
 
 
 def _shared(chunks: list[DistributedDataParallel]) -> Iterator[tuple[int, str, tuple, int]]:
-    """What tells the order of the tensors that all data-parallel ranks have, and their bytes.
+    """What tells the order of the tensors that all ranks of `dp_cp` have, and their bytes.
 
-    Tensor ranks but the first have copies of what is not split, and context-parallel ranks of everything.
+    Tensor ranks but the first have copies of what is not split.
     """
     for shard in _shards(chunks):
         if not any(shard.replica_id[:2]):

@@ -80,7 +80,7 @@ def _rank_table(ranks: Sequence[Rank]) -> Table:
         *("rank", "tp pp cp dp", "layers", "trained", "frozen"),
         *("weights GB", "gradients GB", "optimizer GB", "checkpoint GB", "largest"),
         caption="Layers are numbered from 0. A checkpoint's GB are those that the rank writes; largest: that one of "
-        "its data-parallel peers writes. Activations are not in these: `nvembed plan` estimates them.",
+        "all with the same parameters writes. Activations are not in these: `nvembed plan` estimates them.",
     )
     for one in ranks:
         sizes = (one.weights, one.gradients, one.optimizer, one.checkpoint, one.largest_checkpoint)

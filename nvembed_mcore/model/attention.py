@@ -227,14 +227,21 @@ def unpad(parts: list[torch.Tensor], padding: Padding) -> torch.Tensor:
     return _Gathered.apply(torch.cat([part.flatten(0, 1) for part in parts]), padding)
 
 
-def why_padded(device_type: str, dtype: torch.dtype, width: int, dropout: float) -> str:
-    """Why heads of this width are attended in padded buckets; empty where torch attends to the pack as it is."""
+def why_padded(device_type: str, dtype: torch.dtype, width: int, dropout: float, *, causal_parts: bool = False) -> str:
+    """Why heads of this width are attended in padded buckets; empty where torch attends to the pack as it is.
+
+    Args:
+        causal_parts: whether a causal mask is asked for over texts that ranks share.
+    """
     if device_type != "cuda":
         return "attention to a pack as it is needs a CUDA device"
     if dtype not in (torch.bfloat16, torch.float16):
         return f"attention to a pack as it is takes half precision, and not {dtype}"
     if width not in VARLEN_WIDTHS:
         return f"FlashAttention computes heads of width 8 to 256 in steps of 8, and not {width}"
+    if causal_parts:
+        # It hides what comes behind as many keys as there are queries, and here two chunks of queries are apart.
+        return "FlashAttention has no causal mask for two chunks of a text"
     return "FlashAttention here drops no attention weights" if dropout else ""
 
 
@@ -258,15 +265,17 @@ def packed_attention(
     Returns:
         [t, A, d], same dtype as `query`; of tokens that only fill a sequence some finite numbers.
     """
-    has_kernel = not why_padded(query.device.type, query.dtype, query.size(-1), dropout)
     if packing.context:
         key, value = packing.context.gather(key, value)
-        # It hides what comes behind as many keys as there are queries, and here two chunks of queries are apart.
-        has_kernel &= not causal
-    if has_kernel:  # FlashAttention needs no pads
+    if _has_kernel(query, packing, causal, dropout):  # FlashAttention needs no pads
         return attend_packed(query, key, value, packing, causal=causal)
     # One call a sequence, the packed form elsewhere, takes three times as long as a call for each bucket.
     return attend_padded(query, key, value, packing, causal=causal, dropout=dropout)
+
+
+def _has_kernel(query: torch.Tensor, packing: Packing, causal: bool, dropout: float = 0.0) -> bool:
+    causal_parts = causal and packing.context is not None
+    return not why_padded(query.device.type, query.dtype, query.size(-1), dropout, causal_parts=causal_parts)
 
 
 def attend_packed(
@@ -277,8 +286,7 @@ def attend_packed(
     Arguments and result as in `packed_attention`, but that keys and values are those of the whole pack.
     """
     own, lengths = packing.context, packing.lengths
-    if not why_padded(query.device.type, query.dtype, query.size(-1), dropout=0.0):
-        assert not (own and causal), "FlashAttention has no causal mask for two chunks of a text"
+    if _has_kernel(query, packing, causal):
         queries = (own.own_bounds, int(own.own_lengths.max())) if own else (packing.cu_seqlens_q, packing.max_seqlen_q)
         keys = (packing.cu_seqlens_kv, int(lengths.max()))
         return varlen_attention(query, key, value, queries, keys, causal=causal)

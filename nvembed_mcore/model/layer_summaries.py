@@ -3,8 +3,8 @@
 Letters: `t` tokens of this rank, `B` sequences of a pack, `l` layers done so far, `H` hidden size.
 
 The sums are taken as the layers come. Between pipeline stages those of the layers so far travel as rows behind the
-hidden states, and their gradients come back the same way. Under sequence parallelism they are sums over this rank's
-tokens all the way; the encoder adds those of the ranks once, before the head.
+hidden states, and their gradients come back the same way. Under sequence and context parallelism they are sums over
+this rank's tokens all the way; the encoder adds those of the ranks once, before the head.
 """
 
 from __future__ import annotations

@@ -52,7 +52,7 @@ class Rank:
         trained, frozen: parameters.
         weights, gradients, optimizer: bytes; gradients are Megatron's buffers with their padding.
         checkpoint: bytes of the tensors that it writes.
-        largest_checkpoint: those of the one of its data-parallel peers that writes most.
+        largest_checkpoint: those of the rank that writes most, of all with the same parameters.
     """
 
     rank: int

@@ -16,6 +16,8 @@ RUNS = {
     "bfloat16": (FULL, Case(world=2, dtype="bfloat16")),
     "whole optimizer": (ADAPTERS, Case(world=2, distributed=False)),
     "tensor ranks": (ADAPTERS, Case(world=2, tp=2, sp=True)),
+    "context ranks": (FULL, Case(world=2, cp=2, overlap=True)),
+    "context ranks, whole optimizer": (ADAPTERS, Case(world=2, cp=2, distributed=False)),
     "uneven stages": (FULL, Case(world=2, pp=2, first=1)),
 }
 
@@ -37,7 +39,7 @@ def test_ranks_are_as_real_ones(both, name):
     for real, said in both[name]:
         assert {key: said[key] for key in real} == real
         assert said["largest_checkpoint"] == max(
-            one["checkpoint"] for one, _ in both[name] if one["rank"] in real["groups"]["dp"]
+            one["checkpoint"] for one, _ in both[name] if one["rank"] in real["groups"]["dp_cp"]
         )
 
 

@@ -120,6 +120,7 @@ def test_norms_take_the_kernel_of_apex(modules):
         (why_padded("cuda", torch.float32, 64, 0.0), "not torch.float32"),
         (why_padded("cuda", torch.bfloat16, 12, 0.0), "not 12"),
         (why_padded("cuda", torch.float16, 64, 0.1), "drops"),
+        (why_padded("cuda", torch.bfloat16, 64, 0.0, causal_parts=True), "two chunks"),
     ],
 )
 def test_why_a_slower_way_is_taken(reason, words):

@@ -63,12 +63,8 @@ def _attention_difference(lengths: list[int], causal: bool, groups) -> float:
 
 def groups_of_ranks(tp: int, cp: int) -> dict[str, list[int]]:
     """The ranks of this rank's groups."""
-    import torch.distributed as dist
-
     _, groups = layout(tp, 1, False, cp=cp)
-    named = {"tp": groups.tp, "cp": groups.cp, "dp": groups.dp, "dp_cp": groups.dp_cp}
-    found = {name: dist.get_process_group_ranks(group) for name, group in named.items()}
-    return found | {"place": [groups.tp_rank, groups.cp_rank, groups.dp_rank]}
+    return groups.members() | {"place": [groups.tp_rank, groups.cp_rank, groups.dp_rank]}
 
 
 def step_without_the_factor(case: Case) -> dict[str, float]:

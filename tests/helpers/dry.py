@@ -112,6 +112,7 @@ def as_config(model: Model, case: Case) -> RunConfig:
         parallel=ParallelConfig(
             tp=case.tp,
             pp=case.pp,
+            cp=case.cp,
             sequence_parallel=case.sp,
             chunks_per_stage=case.chunks,
             layers_in_first_stage=case.first,

@@ -6,9 +6,11 @@ test_slurm_scripts.py has the cases that need no SLURM.
 
 from __future__ import annotations
 
+import csv
 import dataclasses
 import json
 import re
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -161,6 +163,31 @@ def test_a_run_that_makes_no_progress_is_not_tried_for_ever(slurm, inputs, jobs)
     assert (facts["JobState"], facts["ExitCode"], facts["Restarts"]) == ("FAILED", "137:0", "1"), output
     assert "requeue: failed with 137, but made progress (0 to 27 samples)" in output
     assert "end: failed with 137 and made no progress (27 samples seen)" in output
+
+
+def test_a_scaling_study_is_an_array_with_its_report_behind(slurm, inputs, jobs):
+    """Two points in one array, one of which cannot work; the report waits for both, and names it."""
+    output = jobs.run("study")
+    base = write_config(config_of(inputs, jobs.run("study-base")))
+    good = {"name": "good", "batch": 4, "gpus": 1}
+    tree = {"base": str(base), "output": str(output), "gpus_per_node": 1, "warmup_steps": 1, "steps": 2, "repeats": 1}
+    tree["series"] = [good, good | {"name": "bad", "set": {"data.tokenizer": "nowhere"}}]
+    file = jobs.folder / "study.yaml"
+    file.write_text(yaml.safe_dump(tree), encoding="utf-8")
+    command = [sys.executable, "tools/scaling/study.py", "submit", str(file), "--gpus-per-node=0", "--cpus-per-task=1"]
+    array, report = [line.split()[0] for line in slurm.command(*command, PREFLIGHT="0").splitlines()]
+    ended = [slurm.ended(f"{array}_{task}") for task in (1, 2)]
+    assert [facts["ExitCode"] for facts in ended] == ["0:0", "78:0"]
+    facts = slurm.ended(report)
+    assert facts["JobState"] == "COMPLETED" and facts["StartTime"] >= ended[0]["EndTime"]
+    with open(output / "table.csv", newline="", encoding="utf-8") as table:
+        rows = list(csv.DictReader(table))
+    assert [(row["row"], row["series"], row["steps"]) for row in rows] == [
+        ("point", "good", "2"),
+        ("run", "good", "2"),
+    ]
+    page = (output / "report.html").read_text(encoding="utf-8")
+    assert "Runs that failed" in page and "bad-gpus1-tp1pp1-q4-" in page and "nowhere" in page
 
 
 def test_tasks_of_an_array_that_are_left_end_at_once(slurm, jobs):

@@ -81,6 +81,30 @@ def test_layers_of_stages(layout, layers):
     assert ParallelConfig(**layout).layers_of_stages(12) == layers
 
 
+@pytest.mark.parametrize("chunks", [1, 2])
+def test_megatron_shares_the_layers_out_alike(chunks):
+    """Chunk after chunk over the stages, wherever a number is given."""
+    from megatron.core.transformer.transformer_block import get_num_layers_to_build
+    from megatron.core.transformer.transformer_layer import get_transformer_layer_offset
+
+    from nvembed_mcore.model.backend import choose
+    from nvembed_mcore.model.mistral import transformer_config
+    from tests.helpers.models import tiny_config
+
+    hf_config, backend = tiny_config(num_hidden_layers=16), choose(ModelConfig(config="x"), PrecisionConfig())
+    for pp, first, last in ((2, 6, None), (2, None, 6), (2, 6, 10), (4, 2, 2), (4, None, 4), (3, 4, 8)):
+        parallel = ParallelConfig(
+            pp=pp, chunks_per_stage=chunks, layers_in_first_stage=first, layers_in_last_stage=last
+        )
+        config, stages, done = transformer_config(hf_config, backend, parallel), parallel.layers_of_stages(16), 0
+        for chunk in range(chunks):
+            for rank in range(pp):
+                where = dict(vp_stage=chunk if chunks > 1 else None, pp_rank=rank)
+                number = get_num_layers_to_build(config, **where)
+                assert (number, get_transformer_layer_offset(config, **where)) == (stages[rank] // chunks, done)
+                done += number
+
+
 @pytest.mark.parametrize(
     ("layout", "words"),
     [

@@ -85,6 +85,11 @@ def test_what_an_error_means(tmp_path, error, at_start, in_the_loop):
     assert exit_of(error) == in_the_loop == read_status(tmp_path).exit_status
 
 
+def test_a_run_that_saves_nothing_does_not_say_that_it_goes_on():
+    assert str(Preempted(3, "a")) == "stopped after step 3: a; the same command goes on"
+    assert "takes these steps again" in str(Preempted(3, "a", is_saved=False))
+
+
 STATES = {
     DataError("a"): "data_error",
     ConfigError("a"): "config_error",

@@ -58,8 +58,9 @@ def test_what_is_not_known_is_left_out():
     line = step_metrics(flops=4e12).as_dict()
     assert line["flops"] == 4e12 and "mfu" not in line
     assert not [name for name in line if name.startswith("communication")]
-    line = step_metrics(communication={"data": 0.25, "tensor": 0.5}).as_dict()
-    assert line["communication_seconds"] == 0.75 and line["communication_seconds_tensor"] == 0.5
+    line = step_metrics(communication={"data": 0.25, "data and context": 0.5}).as_dict()
+    assert line["communication_seconds"] == 0.75 and line["communication_seconds_data"] == 0.25
+    assert line["communication_seconds_data_and_context"] == 0.5
 
 
 def test_phases_add_up_and_wait_for_the_device(monkeypatch):

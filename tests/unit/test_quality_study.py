@@ -117,7 +117,7 @@ def test_known_curves_are_found(form, parameters):
     x = np.array([64.0, 128, 256, 512, 1024, 4096])
     y = FORMS[form].curve(x, parameters)
     random = np.random.default_rng(1)
-    found = fit([(at, [*(value + random.normal(0, 1e-3, 3))]) for at, value in zip(x, y, strict=True)])
+    found = fit([(at, [*(value + random.normal(0, 1e-3, 3))]) for at, value in zip(x, y, strict=True)], "negatives")
     assert found.form == form
     assert found.parameters == pytest.approx(parameters, rel=0.15)
     assert all(found.low[name] <= value <= found.high[name] for name, value in found.parameters.items())
@@ -127,11 +127,23 @@ def test_known_curves_are_found(form, parameters):
 
 
 def test_points_that_cannot_be_fitted():
-    assert fit([(1.0, [0.1]), (2.0, [0.2])]) is None
-    alone = fit([(1.0, [0.1]), (2.0, [0.2]), (4.0, [0.3])])
+    assert fit([(1.0, [0.1]), (2.0, [0.2])], "width") is None
+    alone = fit([(1.0, [0.1]), (2.0, [0.2]), (4.0, [0.3])], "width")
     assert alone.form == "log" and alone.low == {} and alone.band(np.ones(1)) is None
     with pytest.raises(ValueError, match="x above 0"):
-        fit([(0.0, [0.1]), (2.0, [0.2]), (3.0, [0.3])])
+        fit([(0.0, [0.1]), (2.0, [0.2]), (3.0, [0.3])], "width")
+
+
+def test_a_curve_that_the_points_do_not_bear_says_so():
+    """And where more is better no form with a best value is tried, though it would be nearer."""
+    x = [64.0, 128.0, 256.0, 512.0, 1024.0]
+    peaked = [
+        (at, [0.3 - 0.02 * abs(place - 2) ** 2 + 0.001 * seed for seed in range(3)]) for place, at in enumerate(x)
+    ]
+    assert fit(peaked, "negatives").form == "parabola" and fit(peaked, "negatives").is_borne
+    assert fit(peaked, "tokens").form != "parabola" and not fit(peaked, "tokens").is_borne
+    valley = [(at, [-y for y in values]) for at, values in peaked]
+    assert fit(valley, "negatives").form != "parabola"
 
 
 def test_table_figures_and_plots(tmp_path):

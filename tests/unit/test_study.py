@@ -17,6 +17,7 @@ sys.path.append(str(ROOT / "tools" / "scaling"))  # its programs import one anot
 import study_plots  # noqa: E402
 import study_runs  # noqa: E402
 import study_slurm  # noqa: E402
+import study_table  # noqa: E402
 from study_spec import StudyError, read_study  # noqa: E402
 
 SERIES = {"name": "a", "weak": 8, "gpus": [1, 2]}
@@ -109,6 +110,13 @@ def test_enough_steps_are_measured(tmp_path, every):
     assert any(timed) == (every > 0)
     # No more than the one that times communication asks for.
     assert timed.count(False) == 5 or (timed[-1] and not any(timed[:-1]))
+
+
+def test_every_group_of_the_log_is_read():
+    """As `Traffic.table` writes them; gradients go over the last one where texts are shared."""
+    groups = ["tensor", "all", "data and context"]
+    lines = [f"  reduce_scatter over {group} ranks: 3 x, 1.500 MB" for group in groups]
+    assert [group for _, group, _ in study_table._TRAFFIC.findall("\n".join(lines))] == groups
 
 
 def test_texts_that_are_made_fill_their_limits(tmp_path):

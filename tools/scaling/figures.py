@@ -2,8 +2,8 @@
 
 Run from the root of the repository: PYTHONPATH=. python tools/scaling/figures.py --to docs/scaling
 
-Asks for the fastest layout of every scenario and number of GPUs, as `nvembed plan` does, writes them as plan.csv and
-draws plan-strong.png, plan-efficiency.png, plan-weak.png, plan-terms.png and plan-memory.png. No GPU is needed or used.
+Asks for the fastest layout of every scenario and number of GPUs, as `nvembed plan` does; writes them as plan.csv and
+draws plan-strong.png, plan-efficiency.png, plan-weak.png, plan-terms.png and plan-memory.png. Needs no GPU.
 """
 
 from __future__ import annotations
@@ -11,30 +11,31 @@ from __future__ import annotations
 import argparse
 import csv
 import json
+import os
 from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, replace
+from itertools import repeat
 from pathlib import Path
 from typing import Any
 
 from nvembed_mcore.cli.run_config import read_run_config
+from nvembed_mcore.config import RunConfig
 from nvembed_mcore.scaling.architecture import Architecture
 from nvembed_mcore.scaling.hardware import cluster
-from nvembed_mcore.scaling.layout import Layout
 from nvembed_mcore.scaling.lengths import sample_lengths
-from nvembed_mcore.scaling.plan import Plan, plan
+from nvembed_mcore.scaling.plan import Plan, few_steps, plan
 from nvembed_mcore.scaling.predict import Prediction, predict
 from nvembed_mcore.scaling.workload import Workload
 
 ROOT = Path(__file__).parent.parent.parent
 RECIPE = ROOT / "examples" / "recipes" / "nv_embed_v2"
 MISTRAL = ROOT / "examples" / "recipes" / "mistral_7b_v0_1.json"
-GPUS = (8, 16, 32, 64, 128, 256, 512, 1152, 2304, 4608)
+GPUS = (8, 32, 128, 256, 512, 1152, 2304, 4608)
 BATCH, LARGER_BATCH = 128, 8192
-FEWEST_OF_LARGER = 64
+FEWEST_OF_LARGER = 128
 QUERIES_PER_GPU = 16
 """Of the weak scaling: those of a batch of 128 on 8 GPUs."""
-TEXTS_SAMPLED = 10_000
-"""Sampled batches of so many texts in all, or one batch, say how even the packs are."""
 WEIGHTS = {"LoRA": (), "full": ("--model.lora.rank", "0")}
 PRECISIONS = {"BF16": (), "FP8": ("--precision.fp8", "tensorwise")}
 FIGURES = """
@@ -70,15 +71,12 @@ class Scenario:
     queries: int
     gpus: tuple[int, ...]
 
-    def workload(self) -> tuple[Workload, Layout]:
-        """The step's work, and the layout of the recipe's file on the fewest GPUs."""
+    def work(self) -> tuple[RunConfig, Workload]:
+        """The recipe's configuration for this scenario, and the work of its step."""
         words = [str(RECIPE / f"stage{self.stage}.yaml"), "--batch_size", str(self.queries)]
         config = read_run_config([*words, *WEIGHTS[self.weights], *PRECISIONS[self.precision]])
         lengths = sample_lengths(config, "longest" if self.study == "longest" else "ms_marco")
-        steps = max(1, TEXTS_SAMPLED // lengths.tokens.shape[1])
-        some = {name: getattr(lengths, name)[:steps] for name in ("tokens", "query", "is_positive")}
-        workload = Workload.of(config, Architecture.read(MISTRAL), replace(lengths, **some))
-        return workload, Layout.of(config, self.gpus[0])
+        return config, few_steps(Workload.of(config, Architecture.read(MISTRAL), lengths))
 
 
 def scenarios(gpus: tuple[int, ...] = GPUS) -> Iterator[Scenario]:
@@ -102,11 +100,14 @@ def main() -> None:
     parser.add_argument("--to", default="docs/scaling", metavar="FOLDER", help="default docs/scaling")
     parser.add_argument("--device", default="h200", help="as for nvembed plan (default h200)")
     parser.add_argument("--gpus", nargs="+", type=int, default=GPUS, help=f"default {GPUS}")
+    parser.add_argument("--processes", type=int, default=os.cpu_count(), help="at work side by side (default: cores)")
     parser.add_argument("--json", metavar="PATH", help="write the figures there")
     options = parser.parse_args()
-    rows: list[Row] = []
+    by_kind: dict[tuple, list[Scenario]] = {}
     for one in scenarios(tuple(sorted(options.gpus))):
-        rows += ask(one, options.device, rows)
+        by_kind.setdefault((one.study, one.stage, one.weights, one.precision), []).append(one)
+    with ProcessPoolExecutor(options.processes) as pool:
+        rows = [row for some in pool.map(answers, by_kind.values(), repeat(options.device)) for row in some]
     add_efficiency(rows)
     to = Path(options.to)
     to.mkdir(parents=True, exist_ok=True)
@@ -123,18 +124,26 @@ def main() -> None:
         Path(options.json).write_text(json.dumps(found | {"rows": rows}, indent=1) + "\n", encoding="utf-8")
 
 
+def answers(of_a_kind: list[Scenario], device: str) -> list[Row]:
+    """The rows of a study's scenarios of one kind."""
+    rows: list[Row] = []
+    for one in of_a_kind:
+        rows += ask(one, device, rows)
+    return rows
+
+
 def ask(scenario: Scenario, device: str, before: list[Row]) -> Iterator[Row]:
-    """A row for each number of GPUs of a scenario. The weak one keeps the layout that `before` has of its kind."""
+    """A row for each number of GPUs of a scenario. The weak one keeps the layout that it has `before`."""
     machine = cluster(device)
-    workload, configured = scenario.workload()
+    config, workload = scenario.work()
     kind = {name: getattr(scenario, name) for name in ("study", "stage", "weights", "precision", "queries")}
-    kept = next((row["layout"] for row in before if kind_of(row) == kind_of(kind) and "layout" in row), None)
+    kept = next((row["layout"] for row in before if "layout" in row), None)
     for gpus in scenario.gpus:
         row = kind | {"gpus": gpus}
         if scenario.study == "weak" and kept is not None:
             yield row | columns(predict(workload, replace(kept, gpus=gpus), machine))
             continue
-        found = plan(workload, replace(configured, gpus=gpus, tp=1), machine, top=1)
+        found = plan(workload, config, gpus, machine, top=1)
         yield row | (columns(found.fitting[0]) if found.fitting else {"why": why(found)})
 
 

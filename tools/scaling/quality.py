@@ -58,8 +58,10 @@ Figures of --json and columns of the table, one row for each axis and run:
   loss            training loss, mean over the last 5 steps; not comparable between numbers of negatives
   seconds         of the training steps
 
-  --json: FIT_of_AXIS for each fitted curve and parameter, with _low and _high (95 %, bootstrap over seeds),
-  residual_of_AXIS (root mean square, of the means), seed_deviation_of_AXIS, and points, the rows of the table.
+  --json: ndcg_of_AXIS_X, mean over seeds; form_of_AXIS, the formula of the fitted curve; PARAMETER_of_AXIS, with _low
+  and _high (95 %, bootstrap over seeds); residual_of_AXIS, of the means (root mean square); left_out_of_AXIS, the same
+  of each point about the curve through the others; seed_deviation_of_AXIS; is_borne_of_AXIS, whether the residual is
+  within two of these; points, the rows of the table.
 """
 
 

@@ -17,6 +17,8 @@ X_OF = {
     "width": "width",
     "temperature": "temperature",
 }
+MORE_IS_BETTER = ("tokens", "width")
+"""Axes on which no form with a best value is tried: their largest value is not past one."""
 RESAMPLES = 1000
 _EXPONENTS = np.geomspace(0.02, 4, 200)
 
@@ -83,11 +85,13 @@ class Fit:
     """A curve through the points of an axis.
 
     Attributes:
-        form: name of its form: the one that tells each point best from the others (leave one out).
+        form: name of its form: of those that the points bear, the one that tells each point best from the others
+            (leave one out); where they bear none, the nearest.
         parameters: of all points.
         low, high: of each parameter, 95 % of the resamples; empty where no value has two seeds.
         residual: root mean square of the means about the curve.
         left_out: root mean square of the means about the curves of the others.
+        deviation: of the seeds about the means (`seed_deviation`).
         band: (low, high) of the curve at x.
     """
 
@@ -97,10 +101,16 @@ class Fit:
     high: Params
     residual: float
     left_out: float
+    deviation: float | None
     band: Callable[[np.ndarray], tuple[np.ndarray, np.ndarray] | None]
 
     def curve(self, x: np.ndarray) -> np.ndarray:
         return FORMS[self.form].curve(x, self.parameters)
+
+    @property
+    def is_borne(self) -> bool:
+        """Whether the means are no farther from the curve than two deviations between seeds, as far as one knows."""
+        return _bears(self.residual, self.deviation)
 
 
 Levels = list[tuple[float, list[float]]]
@@ -125,8 +135,8 @@ def seed_deviation(levels: Levels) -> float | None:
     return float(np.sqrt(sum(((np.array(v) - np.mean(v)) ** 2).sum() for _, v in levels) / freedom))
 
 
-def fit(levels: Levels) -> Fit | None:
-    """The form that predicts left-out points best, with intervals by resampling residuals of the seeds.
+def fit(levels: Levels, axis: str) -> Fit | None:
+    """A curve of one of the forms of an axis, with intervals by resampling residuals of the seeds.
 
     Residuals about the means are pooled over the points (a point has two or three) and stretched by
     sqrt(n / (n - 1)); a resample draws new means from them. None with fewer than 3 points.
@@ -137,12 +147,20 @@ def fit(levels: Levels) -> Fit | None:
     x, y = np.array([at for at, _ in levels]), np.array([np.mean(values) for _, values in levels])
     if (x <= 0).any() or not np.isfinite(y).all():
         raise ValueError(f"points must have x above 0 and finite values, got {levels}")
-    errors = {name: _left_out(form, x, y) for name, form in FORMS.items() if len(x) >= form.fewest}
+    errors = {
+        name: _left_out(form, x, y)
+        for name, form in FORMS.items()
+        if len(x) >= form.fewest and not (name == "parabola" and axis in MORE_IS_BETTER)
+    }
     if not errors:
         return None
-    name = min(errors, key=errors.__getitem__)
-    form = FORMS[name]
-    parameters = form.fit(x, y)
+    deviation = seed_deviation(levels)
+    fitted = {name: FORMS[name].fit(x, y) for name in errors}
+    fitted = {name: one for name, one in fitted.items() if _has_its_best_inside(one, x)}
+    residuals = {name: _rms(FORMS[name].curve(x, one) - y) for name, one in fitted.items()}
+    borne = [name for name in fitted if _bears(residuals[name], deviation)]
+    name = min(borne, key=errors.__getitem__) if borne else min(residuals, key=residuals.__getitem__)
+    form, parameters = FORMS[name], fitted[name]
     resampled = [form.fit(x, one) for one in _resamples(levels, y)]
     low, high = (
         {key: float(np.percentile([one[key] for one in resampled], q)) for key in parameters} if resampled else {}
@@ -153,8 +171,20 @@ def fit(levels: Levels) -> Fit | None:
         curves = [form.curve(at, one) for one in resampled]
         return tuple(np.percentile(curves, [2.5, 97.5], axis=0)) if curves else None
 
-    residual = float(np.sqrt(((form.curve(x, parameters) - y) ** 2).mean()))
-    return Fit(name, parameters, low, high, residual, errors[name], band)
+    return Fit(name, parameters, low, high, residuals[name], errors[name], deviation, band)
+
+
+def _has_its_best_inside(parameters: Params, x: np.ndarray) -> bool:
+    """Of a parabola; points on one side of it say nothing of where it turns."""
+    return "best" not in parameters or (parameters["curvature"] > 0 and x[0] <= parameters["best"] <= x[-1])
+
+
+def _bears(residual: float, deviation: float | None) -> bool:
+    return deviation is None or residual <= 2 * deviation
+
+
+def _rms(gaps: np.ndarray) -> float:
+    return float(np.sqrt(np.mean(np.square(gaps))))
 
 
 def _left_out(form: Form, x: np.ndarray, y: np.ndarray) -> float:
@@ -162,7 +192,7 @@ def _left_out(form: Form, x: np.ndarray, y: np.ndarray) -> float:
     for one in range(len(x)):
         others = np.arange(len(x)) != one
         gaps.append(float(form.curve(x[one : one + 1], form.fit(x[others], y[others]))[0] - y[one]))
-    return float(np.sqrt(np.mean(np.square(gaps))))
+    return _rms(np.array(gaps))
 
 
 def _resamples(levels: Levels, means: np.ndarray) -> list[np.ndarray]:
@@ -181,7 +211,7 @@ def summary(rows: list[dict[str, Any]]) -> dict[str, Any]:
         levels = levels_of(rows, axis)
         for x, values in levels:
             figures[f"ndcg_of_{axis}_{x:g}"] = round(float(np.mean(values)), 4)
-        found = fit(levels) if levels else None
+        found = fit(levels, axis) if levels else None
         if found is None:
             continue
         figures[f"form_of_{axis}"] = FORMS[found.form].text
@@ -192,5 +222,6 @@ def summary(rows: list[dict[str, Any]]) -> dict[str, Any]:
                 figures[f"{name}_of_{axis}_high"] = found.high[name]
         figures[f"residual_of_{axis}"] = found.residual
         figures[f"left_out_of_{axis}"] = found.left_out
-        figures[f"seed_deviation_of_{axis}"] = seed_deviation(levels)
+        figures[f"seed_deviation_of_{axis}"] = found.deviation
+        figures[f"is_borne_of_{axis}"] = found.is_borne
     return figures

@@ -61,7 +61,7 @@ def _panel(axes: Axes, rows: list[dict[str, Any]], series: dict[str, str], unit:
         if axis == "tokens_on_the_way":
             _on_the_way(axes, rows, label, colour, unit)
         elif levels := levels_of(rows, axis):
-            _points_and_curve(axes, levels, label, colour, unit)
+            _points_and_curve(axes, levels, axis, label, colour, unit)
     ticks = sorted({x * unit for axis in series if axis in X_LABELS or axis.startswith("negatives")
                     for x, _ in levels_of(rows, axis)})  # fmt: skip
     if len(ticks) > 6:
@@ -71,26 +71,28 @@ def _panel(axes: Axes, rows: list[dict[str, Any]], series: dict[str, str], unit:
     axes.minorticks_off()
     axes.set_ylabel("held-out nDCG@10")
     axes.grid(alpha=0.3)
-    axes.set_ylim(bottom=0)
+    axes.set_ylim(0, 1.15 * max(row["ndcg_at_10"] for row in rows if row["axis"] in series))
     axes.legend(fontsize=8.5, loc="lower right")
 
 
-def _points_and_curve(axes: Axes, levels: list, label: str, colour: str, unit: float) -> None:
+def _points_and_curve(axes: Axes, levels: list, axis: str, label: str, colour: str, unit: float) -> None:
     x, means = np.array([at for at, _ in levels]), np.array([np.mean(values) for _, values in levels])
     for at, values in levels:
         axes.plot([at * unit] * len(values), values, "o", color=colour, markersize=3, alpha=0.55)
     spread = [np.std(values, ddof=1) if len(values) > 1 else 0.0 for _, values in levels]
     seeds = sorted({len(values) for _, values in levels})
     counted = f"{seeds[0]}" if len(seeds) == 1 else f"{seeds[0]} to {seeds[-1]}"
-    axes.errorbar(
-        x * unit, means, yerr=spread, fmt="D", color=colour, markersize=5, capsize=3,
-        label=f"{label}; mean and deviation of {counted} seed{'s' * (seeds != [1])}",
-    )  # fmt: skip
-    found = fit(levels)
+    what = f"{counted} seed{'s' * (seeds[-1] > 1)}"
+    # Two series may share a run: one mark is inside the other.
+    mark = {"fmt": "D", "markersize": 5} if colour == "C0" else {"fmt": "s", "markersize": 8, "mfc": "none"}
+    label = f"{label}; {'mean, deviation, ' * (seeds[-1] > 1)}{what}"
+    axes.errorbar(x * unit, means, yerr=spread, color=colour, capsize=3, label=label, **mark)
+    found = fit(levels, axis)
     if found is None:
         return
     fine = np.geomspace(x[0], x[-1], 200)
-    axes.plot(fine * unit, found.curve(fine), color=colour, linewidth=1.4, label=f"fit: {FORMS[found.form].text}")
+    text = f"fit: {FORMS[found.form].text}" + ("" if found.is_borne else " (points do not bear it)")
+    axes.plot(fine * unit, found.curve(fine), "-" if found.is_borne else ":", color=colour, linewidth=1.4, label=text)
     if (band := found.band(fine)) is not None:
         axes.fill_between(fine * unit, *band, color=colour, alpha=0.15, linewidth=0)
 

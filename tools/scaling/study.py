@@ -6,8 +6,8 @@
                                                         to SLURM (examples/slurm), with the report behind the runs
     python tools/scaling/study.py collect STUDY.yaml    table and report of what is complete
 
-from the root of the repository, with the package installed. docs/scaling.md says what a study's file may hold;
-examples/scaling has some. Run or submit it again, and only what is missing or failed is run; a point that the file
+from the root of the repository, with the package installed. examples/scaling/README.md says what a study's file may
+hold, and has some beside it. Run or submit it again, and only what is missing or failed is run; a point that the file
 describes differently is another point. A run that fails is named with the end of its log and does not stop the others.
 """
 
@@ -16,6 +16,7 @@ from __future__ import annotations
 import argparse
 import json
 import shlex
+import signal
 import sys
 from pathlib import Path
 from typing import Any
@@ -93,6 +94,8 @@ def main() -> int:
     if arguments.what == "submit":
         submit(study, runs, options, print)
         return 0
+    # Not the default, which would leave the processes of a run behind.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     failed = run_all(runs, study.minutes, tell) if arguments.what == "run" else []
     figures = collect(study)
     if arguments.json:

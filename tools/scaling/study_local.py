@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import os
+import resource
 import signal
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
 
+import psutil
 from study_runs import Run, end_of_log, environment
+
+from nvembed_mcore.status import write_json
 
 Tell = Callable[[str], None]
 
@@ -50,16 +54,33 @@ def command_of(run: Run) -> list[str]:
 def _run(run: Run, limit: float) -> str:
     """Start its processes and wait; how they ended. None remains, whatever happens here."""
     run.folder.parent.mkdir(parents=True, exist_ok=True)
+    begin, busy, own = time.monotonic(), _busy_seconds(), _own_seconds()
     with open(run.log, "w", encoding="utf-8") as log:
         process = subprocess.Popen(  # noqa: S603
             command_of(run), stdout=log, stderr=subprocess.STDOUT, env=environment(), start_new_session=True
         )
         try:
-            return f"status {process.wait(limit)}"
+            status = process.wait(limit)
+            others = (_busy_seconds() - busy) - (_own_seconds() - own)
+            share = max(0.0, others / (time.monotonic() - begin) / psutil.cpu_count())
+            write_json(run.load, {"others_cpu": round(share, 4)})
+            return f"status {status}"
         except subprocess.TimeoutExpired:
             return f"ended at its limit of {limit / 60:g} minutes"
         finally:
             _end(process)
+
+
+def _busy_seconds() -> float:
+    """Of all cores of this machine, since it started, but for processes of low priority, which take what is left."""
+    times = psutil.cpu_times()
+    return times.user + times.system
+
+
+def _own_seconds() -> float:
+    """Of the processes that this one started and waited for, and of theirs."""
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return used.ru_utime + used.ru_stime
 
 
 def _end(process: subprocess.Popen) -> None:

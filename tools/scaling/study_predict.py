@@ -38,21 +38,31 @@ def add_predictions(study: Study, rows: Sequence[Row], configs: Mapping[str, Run
 
 def prediction(config: RunConfig, point: Point, way: str, study: Study, cluster: Cluster) -> Prediction:
     """Of the steps that a point's runs measure, in the way that they took."""
-    steps = [
-        step for step in range(study.warmup_steps + 1, study.all_steps + 1) if not study.times_communication(step)
-    ]
     layout = dataclasses.replace(Layout.of(config, point.gpus), way=way)
-    return predict(workload(config, steps, study.cluster == "cpu"), layout, cluster)
+    return predict(workload(config, point, study), layout, cluster)
 
 
-def workload(config: RunConfig, steps: Sequence[int], is_cpu: bool) -> Workload:
-    """A run's work with the texts of some of its steps, which are counted from 1."""
+def workload(config: RunConfig, point: Point, study: Study) -> Workload:
+    """A point's work, with the texts of the steps that its runs measure."""
     architecture = Architecture.read(config.model.config or config.model.init_from)
-    return Workload.of(config, architecture, lengths_of(config, steps), "cpu" if is_cpu else "cuda")
+    numbers = range(study.warmup_steps + 1, study.all_steps + 1)
+    steps = [step for step in numbers if not study.times_communication(step)]
+    lengths = made_lengths(config) if point.synthetic else lengths_of(config, steps)
+    return Workload.of(config, architecture, lengths, "cpu" if study.cluster == "cpu" else "cuda")
+
+
+def made_lengths(config: RunConfig) -> Lengths:
+    """The texts of every step where they are made: each is as long as its limit."""
+    queries, (dataset,) = config.batch_size, config.data.datasets
+    passages = 1 + dataset.num_negatives
+    tokens = [config.data.max_query_tokens] * queries + [config.data.max_document_tokens] * (queries * passages)
+    query = np.concatenate([np.arange(queries), np.repeat(np.arange(queries), passages)])
+    is_positive = np.concatenate([np.zeros(queries, bool), np.tile(np.arange(passages) == 0, queries)])
+    return Lengths(np.array([tokens]), query[None], is_positive[None], "texts that are made")
 
 
 def lengths_of(config: RunConfig, steps: Sequence[int]) -> Lengths:
-    """The texts of a run's steps, from the stores of their tokens that its run made."""
+    """The texts of a run's steps, counted from 1, from the stores of their tokens that its run made."""
     tokenizer = load_tokenizer(config.data.tokenizer)
     how = dict(
         max_query_tokens=config.data.max_query_tokens,

@@ -3,6 +3,7 @@
 OUTPUT/points/POINT/config.yaml     of all its repeats
                    repeat-1/        the run folder of one
                    repeat-1.log     what it printed, where this machine ran it
+                   repeat-1.json    and what else the machine did meanwhile
 OUTPUT/texts/                       texts of given lengths
 """
 
@@ -55,6 +56,10 @@ class Run:
     @property
     def log(self) -> Path:
         return self.folder.with_suffix(".log")
+
+    @property
+    def load(self) -> Path:
+        return self.folder.with_suffix(".json")
 
     @property
     def arguments(self) -> list[str]:

@@ -52,12 +52,14 @@ communication_seconds_GROUP, bytes_GROUP
                           by group of ranks; bytes: those that the first rank hands in, a step, as its log has them
 memory_bytes              most that a rank held at any time: of tensors on a GPU; without one, what is resident
 model_memory_bytes        less what the same process held before it built the model
+others_cpu                share of this machine's cores that went to other processes meanwhile, those of low priority
+                          (nice) left out; empty under SLURM
 predicted_seconds, predicted_seconds_low, predicted_seconds_high, predicted_memory_bytes
                           by nvembed_mcore/scaling for the study's cluster
 device, cores, host, date, commit, VERSION of each package
 """
 PHASES = ("data", "embed", "score", "backward", "optimizer")
-_TRAFFIC = re.compile(r"^ {2}(\w+) over (\w+) ranks: \d+ x, ([\d.]+) MB$", re.MULTILINE)
+_TRAFFIC = re.compile(r"^ {2}(\w+) over ([\w ]+) ranks: \d+ x, ([\d.]+) MB$", re.MULTILINE)
 _WAY = re.compile(r"collectives of step 1 on this rank \(way (\w+)\)")
 
 Row = dict[str, Any]
@@ -76,6 +78,8 @@ def rows_of(study: Study, runs: Sequence[Run]) -> list[Row]:
         both = _row(study, repeats) | {"spread": (max(medians) - min(medians)) / statistics.median(medians)}
         both |= {"memory_bytes": _middle(each, "memory_bytes")}
         both |= {"model_memory_bytes": _middle(each, "model_memory_bytes")}
+        loads = [row["others_cpu"] for row in each if row["others_cpu"] is not None]
+        both |= {"others_cpu": statistics.median(loads) if loads else None}
         rows += [both | {"row": "point"}, *each]
     _add_efficiency(rows)
     return rows
@@ -176,13 +180,16 @@ def _facts(run: Run) -> Row:
     found = _WAY.findall(log)
     sizes: dict[str, float] = {}
     for _, group, megabytes in _TRAFFIC.findall(log):
-        sizes[f"bytes_{group}"] = sizes.get(f"bytes_{group}", 0.0) + float(megabytes) * 1e6
+        name = f"bytes_{group.replace(' ', '_')}"
+        sizes[name] = sizes.get(name, 0.0) + float(megabytes) * 1e6
     memory = attempt["peak_memory"]
+    load = json.loads(run.load.read_text(encoding="utf-8")) if run.load.exists() else {"others_cpu": None}
     return {
         "way": found[-1] if found else None,
         **sizes,
         "memory_bytes": memory["bytes"],
         "model_memory_bytes": memory["bytes"] - memory["bytes_before_model"],
+        **load,
         "device": attempt["hardware"]["device"],
         "cores": attempt["hardware"]["cores"],
         "host": attempt["host"],
