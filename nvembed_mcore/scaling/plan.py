@@ -68,6 +68,7 @@ def plan(workload: Workload, config: RunConfig, gpus: int, cluster: Cluster, top
         try:
             if reason := why_not(workload, layout, cluster):
                 raise ConfigError(reason)
+            check_run(config, layout)
             found = predict(workload, layout, cluster, has_range=False)
         except ConfigError as error:
             rejected.append(Rejected(layout, str(error)))
@@ -189,6 +190,24 @@ def why_not(workload: Workload, layout: Layout, cluster: Cluster) -> str | None:
     if layout.way == "single" and (packs := balance_of(workload, layout).microbatches) > 1:
         return f"step.way 'single' needs one pack a rank, the batch needs {packs}"
     return None
+
+
+def check_run(config: RunConfig, layout: Layout) -> None:
+    """Whether a configuration may have this layout, by its own rules.
+
+    Raises:
+        ConfigError: what `train` would say of it.
+    """
+    parallel = replace(
+        config.parallel,
+        **{
+            name: getattr(layout, name) for name in ("tp", "pp", "cp", "layers_in_first_stage", "layers_in_last_stage")
+        },
+        **{name: getattr(layout, name) for name in ("overlap_grad_reduce", "overlap_param_gather", "bucket_size")},
+        chunks_per_stage=layout.chunks,
+    )
+    step = replace(config.step, way=layout.way, tokens_per_microbatch=layout.tokens_per_microbatch)
+    replace(config, parallel=parallel, step=step)
 
 
 def _fp8_sizes(workload: Workload, tp: int) -> dict[str, int]:
