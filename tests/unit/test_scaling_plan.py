@@ -13,6 +13,7 @@ from nvembed_mcore.config import (
     DataConfig,
     DatasetConfig,
     LoraConfig,
+    LossConfig,
     ModelConfig,
     ParallelConfig,
     PrecisionConfig,
@@ -86,6 +87,18 @@ def test_time_moves_as_it_must():
     assert seconds(workload(), pp=2, chunks=2, tokens_per_microbatch=1024) < seconds(
         workload(), pp=2, tokens_per_microbatch=1024
     )
+
+
+def test_embeddings_are_gathered_in_float32_and_scored_in_each_width():
+    layout, work = Layout(gpus=8), workload(queries=8192)
+    found = predict(replace(work, exchange="reduce_scatter"), layout, H200, has_range=False).seconds
+    ring = 4 * 9 * 8192 * 4096 * 7 / 8 / 376e9 + 7 * 3.4e-6
+    assert found["gather"] == pytest.approx(2 * ring)
+    assert (
+        predict(replace(work, exchange="recompute"), layout, H200, has_range=False).seconds["gather"] < found["gather"]
+    )
+    narrow = replace(work, exchange="reduce_scatter", loss=LossConfig(matryoshka_dims=[2048]))
+    assert 1.4 < predict(narrow, layout, H200, has_range=False).seconds["loss"] / found["loss"] < 1.6
 
 
 def test_full_tuning_is_bound_by_its_gradients_on_many_gpus():
