@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import sys
 from itertools import takewhile
 from pathlib import Path
@@ -13,6 +14,7 @@ from nvembed_mcore.cli.plan_dry_run import dry_run, numbers
 from nvembed_mcore.cli.run_config import read_run_config
 from nvembed_mcore.config import ConfigError, RunConfig
 from nvembed_mcore.scaling.architecture import Architecture
+from nvembed_mcore.scaling.hardware import cluster
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -31,7 +33,7 @@ For each number of GPUs the layouts that fit are listed, the fastest first:
   TP PP CP DP     tensor-, pipeline-, context- and data-parallel size
   stages          layers of the first, a middle and the last stage, x chunks where stages are interleaved
   way, budget     step.way and step.tokens_per_microbatch
-  s/step          seconds of an optimizer step, and a range for nine in ten, by the spread of the fitted constants
+  s/step, low-high  seconds of an optimizer step, and a range for nine in ten, by the spread of the fitted constants
   tok/s/GPU       real tokens, without padding, a second and GPU
   MFU             model FLOPs (nothing that is computed twice) over the data sheet's bfloat16 peak
   GB              memory of the fullest rank
@@ -40,6 +42,8 @@ The line `as configured` is the layout that the configuration itself describes."
 _EPILOG = """\
 Constants of the time model are fitted to published step times (tools/scaling/validate.py), not to runs of this
 trainer: measure before you buy. Fields of a configuration may be given as in `nvembed train`: --batch_size 1024."""
+LEAST_WIDTH = 100
+"""Columns of the tables, even on a narrower screen: a broken line still has every figure, a cut one has not."""
 
 
 def plan(arguments: list[str]) -> None:
@@ -53,17 +57,20 @@ def plan(arguments: list[str]) -> None:
     if not files:
         raise ConfigError(f"give a configuration before its fields: {_USAGE}")
     configs = [read_run_config([file, *rest[len(files) :]]) for file in files]
+    machine = cluster(options.device)
+    if options.ranks and not options.dry_run:
+        raise ConfigError("--ranks chooses what --dry-run builds, and that is not given")
     if options.dry_run:
         if len(configs) > 1:
             raise ConfigError(f"--dry-run builds one configuration, got {', '.join(files)}")
         return dry_run(*configs, options)
     from rich.console import Console
 
-    from nvembed_mcore.scaling.hardware import cluster
     from nvembed_mcore.scaling.plan import plan as plan_stage
     from nvembed_mcore.scaling.plan_report import Stage, as_json, sums
 
-    machine, console = cluster(options.device), Console(width=None if sys.stdout.isatty() else 150)
+    console = Console(width=None if sys.stdout.isatty() else 150)
+    console.width = max(console.width, LEAST_WIDTH)
     stages = []
     for file, config in zip(files, configs, strict=True):
         workload = _workload(config, options)
@@ -89,9 +96,13 @@ def _parser() -> argparse.ArgumentParser:
         allow_abbrev=False,
     )
     parser.add_argument("--gpus", type=_numbers, required=True, metavar="N[,N ...]", help="numbers of GPUs")
-    parser.add_argument("--device", default="h200", help="a100, h100, h200 (default), b200, or cpu for gloo on cores")
-    parser.add_argument("--price", type=float, metavar="DOLLARS", help="of one GPU for an hour")
-    parser.add_argument("--top", type=int, default=5, metavar="N", help="layouts listed of each kind (default 5)")
+    parser.add_argument(
+        "--device", type=str.lower, default="h200", help="a100, h100, h200 (default), b200, or cpu for gloo on cores"
+    )
+    parser.add_argument("--price", type=_price, metavar="DOLLARS", help="of one GPU for an hour")
+    parser.add_argument(
+        "--top", type=_at_least_one, default=5, metavar="N", help="layouts listed of each kind (default 5)"
+    )
     parser.add_argument("--explain", action="store_true", help="show where each second of the fastest layout goes")
     parser.add_argument(
         "--lengths",
@@ -122,10 +133,23 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _numbers(text: str) -> list[int]:
-    numbers = [int(word) for word in text.split(",")]
-    if any(number < 1 for number in numbers):
-        raise argparse.ArgumentTypeError(f"numbers of GPUs must be at least 1, got {text}")
-    return numbers
+    return [_at_least_one(word) for word in text.split(",")]
+
+
+def _at_least_one(text: str) -> int:
+    if not text.strip().isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"must be a whole number of at least 1, got {text!r}")
+    return int(text)
+
+
+def _price(text: str) -> float:
+    try:
+        price = float(text)
+    except ValueError:
+        price = math.nan
+    if not 0 <= price < math.inf:
+        raise argparse.ArgumentTypeError(f"must be a number of dollars, 0 or more, got {text!r}")
+    return price
 
 
 def _workload(config: RunConfig, options: argparse.Namespace) -> Workload:

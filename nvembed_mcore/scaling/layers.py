@@ -79,7 +79,7 @@ def layer(
     for linear in linears(work.architecture, layout.tp):
         _add_linear(work, cluster, pack.tokens, linear, forward, backward)
         if work.lora:
-            _add_adapter(work, cluster, pack.tokens, linear, forward, backward)
+            _add_adapter(work, layout, cluster, pack.tokens, linear, forward, backward)
     _add_attention(work, layout, cluster, pack, is_fused, forward, backward)
     _add_elementwise(work, layout, cluster, pack.tokens, forward, backward)
     _add_tensor_parallel(work, layout, cluster, pack.tokens, overlaps_tp, forward, backward)
@@ -103,28 +103,40 @@ def _add_linear(work: Work, cluster: Cluster, tokens: float, linear: Linear, for
     backward["quantise"] += seconds.quantise(cluster, work.fp8, tokens * linear.outputs, copies)
 
 
-def _add_adapter(work: Work, cluster: Cluster, tokens: float, linear: Linear, forward: Terms, backward: Terms) -> None:
-    """Two skinny products and what they read and write: `e (3 in + 4 out)` a token forward, `e (6 in + 2 out)` back.
+def _add_adapter(
+    work: Work, layout: Layout, cluster: Cluster, tokens: float, linear: Linear, forward: Terms, backward: Terms
+) -> None:
+    """Two skinny products and what they read and write: `e (3 in + 4 out)` a token forward, `e (7 in + 2 out)` back.
 
-    Forward: dropout reads and writes the input, the sum reads and writes the output. Without dropout 2 `in` less.
+    Forward: dropout reads and writes the input, the sum reads and writes the output. Without dropout 2 `in` less each
+    way. Under sequence parallelism the product that tensor ranks do not split has a rank's own tokens only, and what
+    lies between the two, `[T, r]`, is gathered or scattered; otherwise it is summed in one of the directions.
     """
     targets = [target for target in linear.rows if target in work.lora.targets]
     if not targets:
         return
     rank, rows = work.lora.rank * len(targets), sum(linear.rows[target] for target in targets)
     dropped = 2 * linear.inputs * (work.lora.dropout > 0)
-    element = seconds.ELEMENT[work.dtype] * tokens
-    products = [(tokens, linear.inputs, rank), (tokens, rank, rows)]
+    part = tokens / layout.tp if layout.splits_tokens else tokens
+    before, behind = (tokens, part) if linear.is_row_parallel else (part, tokens)
+    element = seconds.ELEMENT[work.dtype]
+    products = [(before, linear.inputs, rank), (behind, rank, rows)]
     transposed = [
-        (tokens, rank, linear.inputs),
-        (linear.inputs, tokens, rank),
-        (tokens, rows, rank),
-        (rank, tokens, rows),
+        (before, rank, linear.inputs),
+        (linear.inputs, before, rank),
+        (behind, rows, rank),
+        (rank, behind, rows),
     ]
     forward["adapters"] += sum(seconds.matmul(cluster, work.dtype, *sizes) for sizes in products)
-    forward["adapters"] += seconds.memory(cluster, element * (dropped + 3 * rows))
+    forward["adapters"] += seconds.memory(cluster, element * (before * dropped + behind * 3 * rows))
     backward["adapters"] += sum(seconds.matmul(cluster, work.dtype, *sizes) for sizes in transposed)
-    backward["adapters"] += seconds.memory(cluster, element * (dropped + 3 * linear.inputs))
+    backward["adapters"] += seconds.memory(cluster, element * before * (dropped + 3 * linear.inputs))
+    if layout.tp == 1:
+        return
+    one = seconds.ring(cluster, element * tokens * rank, layout.tp, cluster.device.gpus_per_node)
+    rings = (1, 1) if layout.splits_tokens else (2, 0) if linear.is_row_parallel else (0, 2)
+    for terms, number in zip((forward, backward), rings, strict=True):
+        terms["tensor_parallel"] += number * one
 
 
 def _add_attention(

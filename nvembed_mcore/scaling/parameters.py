@@ -201,10 +201,10 @@ def buffers_of(workload: Workload, layout: Layout, stage: int, chunk: int = 0) -
 
 
 def bucket_size(layout: Layout) -> int | None:
-    """Parameters of a bucket at least, on the first stage, as Megatron chooses it; None: one bucket."""
+    """Parameters of a bucket at least, on the first stage, given or as Megatron chooses it; None: one bucket."""
     if not layout.overlap_grad_reduce:
         return None
-    return max(40_000_000, 1_000_000 * layout.dp)
+    return layout.bucket_size or max(40_000_000, 1_000_000 * layout.dp)
 
 
 def _buckets(sizes: list[int], layout: Layout, bucket_size: int | None) -> list[int]:

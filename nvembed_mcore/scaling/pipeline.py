@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Sequence
 
@@ -26,28 +27,28 @@ def walk(stages: Sequence[Terms], packs: float, chunks: int) -> Terms:
 def even_layers(layers: int, pp: int, chunks: int, first: float, last: float) -> tuple[int | None, int | None]:
     """Layers of the first and of the last stage that make the slowest stage as short as it can be.
 
+    Of those whose slowest stage is equally long, the most even ones: the first and the last pack wait for each stage.
+
     Args:
         first, last: what embedding and head take, in layers.
 
     Returns:
         as in `Layout`; None, None where even stages are as good, or where there is no other way.
     """
-    best, slowest = (None, None), float("inf")
+    best, shortest = (None, None), (math.inf, math.inf)
     if layers % (pp * chunks) == 0:
-        slowest = _slowest(layers // pp, layers // pp, layers // pp, first, last)
+        each = layers // pp
+        shortest = max(each + first, each + last), 0.0  # kept wherever no other split has a shorter slowest stage
     for in_first in range(chunks, layers, chunks) if pp > 1 else ():
         for in_last in range(chunks, layers - in_first + 1, chunks):
             middle, left = divmod(layers - in_first - in_last, max(1, pp - 2))
             if left or (pp > 2 and middle % chunks) or (middle > 0) != (pp > 2):
                 continue
-            now = _slowest(in_first, middle, in_last, first, last)
-            if now < slowest:
-                best, slowest = (in_first, in_last), now
+            ends = in_first + first, in_last + last
+            now = max(*ends, middle), sum(end**2 for end in ends) + (pp - 2) * middle**2
+            if now < shortest:
+                best, shortest = (in_first, in_last), now
     return best
-
-
-def _slowest(in_first: int, middle: int, in_last: int, first: float, last: float) -> float:
-    return max(in_first + first, middle, in_last + last)
 
 
 def with_host(terms: Terms, host: float) -> Terms:

@@ -13,8 +13,9 @@ from nvembed_mcore.scaling.layers import Pack, embedding, head, layer
 from nvembed_mcore.scaling.layout import Layout
 from nvembed_mcore.scaling.memory import memory_of
 from nvembed_mcore.scaling.parameters import VOCABULARY_MULTIPLE
-from nvembed_mcore.scaling.pipeline import even_layers
+from nvembed_mcore.scaling.pipeline import even_layers, with_host
 from nvembed_mcore.scaling.predict import Prediction, no_rate, predict
+from nvembed_mcore.scaling.seconds import host
 from nvembed_mcore.scaling.workload import Workload
 
 PIPELINES, BUDGETS = (1, 2, 4, 8), (4096, 8192, 16384, 32768)
@@ -67,6 +68,7 @@ def plan(workload: Workload, config: RunConfig, gpus: int, cluster: Cluster, top
         try:
             if reason := why_not(workload, layout, cluster):
                 raise ConfigError(reason)
+            check_run(config, layout)
             found = predict(workload, layout, cluster, has_range=False)
         except ConfigError as error:
             rejected.append(Rejected(layout, str(error)))
@@ -144,11 +146,15 @@ def _ways(workload: Workload, base: Layout) -> Iterator[Layout]:
 
 
 def _pipelines(workload: Workload, base: Layout, cluster: Cluster) -> Iterator[Layout]:
-    """Even stages, plain and interleaved by two, and stages cut so that embedding and head count as layers."""
+    """Even stages, plain and interleaved by two, and stages cut so that embedding and head count as layers.
+
+    In layers as long as the host needs for them, where that is longer.
+    """
     share = workload.tokens_per_step / base.dp / base.cp
     pack = Pack(min(base.tokens_per_microbatch, share), workload.tokens_per_step / len(workload.texts(0)))
     one = layer(workload, base, cluster, pack)
-    seconds = one.forward.total() + one.backward.total()
+    passes = with_host(one.forward, host(cluster, 1, False)), with_host(one.backward, host(cluster, 1, True))
+    seconds = sum(terms.total() for terms in passes)
     at_ends = embedding(workload, base, cluster, pack.tokens), head(workload.pooling, workload, base, cluster, pack)
     first, last = ((end.forward.total() + end.backward.total()) / seconds for end in at_ends)
     layers = workload.architecture.num_hidden_layers
@@ -184,6 +190,24 @@ def why_not(workload: Workload, layout: Layout, cluster: Cluster) -> str | None:
     if layout.way == "single" and (packs := balance_of(workload, layout).microbatches) > 1:
         return f"step.way 'single' needs one pack a rank, the batch needs {packs}"
     return None
+
+
+def check_run(config: RunConfig, layout: Layout) -> None:
+    """Whether a configuration may have this layout, by its own rules.
+
+    Raises:
+        ConfigError: what `train` would say of it.
+    """
+    parallel = replace(
+        config.parallel,
+        **{
+            name: getattr(layout, name) for name in ("tp", "pp", "cp", "layers_in_first_stage", "layers_in_last_stage")
+        },
+        **{name: getattr(layout, name) for name in ("overlap_grad_reduce", "overlap_param_gather", "bucket_size")},
+        chunks_per_stage=layout.chunks,
+    )
+    step = replace(config.step, way=layout.way, tokens_per_microbatch=layout.tokens_per_microbatch)
+    replace(config, parallel=parallel, step=step)
 
 
 def _fp8_sizes(workload: Workload, tp: int) -> dict[str, int]:

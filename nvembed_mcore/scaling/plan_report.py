@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -27,15 +27,27 @@ class Stage:
     plans: list[Plan]
 
 
-def layouts(plan: Plan, workload: Workload, price: float | None, top: int) -> Table:
-    """The fastest layouts that fit, and the configuration's own."""
+def _grid(columns: Sequence[str], title: str | None = None, words: Sequence[str] = ()) -> Table:
+    """A table without frames, numbers to the right, those columns that hold `words` to the left."""
+    from rich import box
     from rich.table import Table
 
-    table = Table(
-        *("TP", "PP", "CP", "DP", "stages", "way", "budget", "s/step", "low to high", "tok/s/GPU", "MFU", "GB"),
-        *("GPU hours", *_money(price), ""),
-        title=f"{plan.gpus} GPUs: {len(plan.fitting)} layouts fit, {len(plan.rejected)} do not",
-        title_justify="left",
+    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, padding=0, pad_edge=False, show_edge=False)
+    for name in columns:
+        is_words = name in words
+        table.add_column(name, justify="left" if is_words else "right", no_wrap=not is_words, overflow="fold")
+    return table
+
+
+def layouts(plan: Plan, workload: Workload, price: float | None, top: int) -> Table:
+    """The fastest layouts that fit, and the configuration's own."""
+    table = _grid(
+        [
+            *("TP", "PP", "CP", "DP", "stages", "way", "budget", "s/step", "low-high", "tok/s\n/GPU", "MFU %", "GB"),
+            *("GPU\nhours", *_money(price), ""),
+        ],
+        f"{plan.gpus} GPU{'s' * (plan.gpus > 1)}: {len(plan.fitting)} layouts fit, {len(plan.rejected)} do not",
+        words=("stages", "way", ""),
     )
     rows = [(found, "") for found in plan.fitting[:top]]
     if not isinstance(plan.own, str):
@@ -57,13 +69,18 @@ def _cells(found: Prediction, workload: Workload, price: float | None) -> list[s
         layout.way,
         str(layout.tokens_per_microbatch),
         f"{found.total:.3f}",
-        f"{found.low:.3f} to {found.high:.3f}",
+        f"{found.low:.3f}-{found.high:.3f}",
         f"{found.tokens_per_second:,.0f}",
-        f"{100 * found.mfu:.1f} %",
+        f"{100 * found.mfu:.1f}",
         f"{sum(found.memory.values()) / 1e9:.1f}",
-        f"{hours:,.0f}",
-        *([] if price is None else [f"{hours * price:,.0f}"]),
+        _amount(hours),
+        *([] if price is None else [_amount(hours * price)]),
     ]
+
+
+def _amount(number: float) -> str:
+    """GPU hours or dollars; of small ones two digits."""
+    return f"{number:,.0f}" if number >= 10 else f"{number:.2g}"
 
 
 def _stages(layout: Layout, layers: int) -> str:
@@ -90,13 +107,17 @@ def name_of(layout: Layout) -> str:
 
 
 def options_of(layout: Layout) -> str:
-    """What makes `nvembed train` run this layout."""
+    """What makes `nvembed train` run this layout.
+
+    For `single` it is `auto`, which takes it in the same steps: a batch of the run that needs a second pack would end
+    a run that was told `single`.
+    """
     fields = {
         "parallel.tp": layout.tp,
         "parallel.pp": layout.pp,
         "parallel.cp": layout.cp,
         "parallel.chunks_per_stage": layout.chunks,
-        "step.way": layout.way,
+        "step.way": "auto" if layout.way == "single" else layout.way,
         "step.tokens_per_microbatch": layout.tokens_per_microbatch,
         "parallel.overlap_grad_reduce": str(layout.overlap_grad_reduce).lower(),
         "parallel.overlap_param_gather": str(layout.overlap_param_gather).lower(),
@@ -110,16 +131,8 @@ def options_of(layout: Layout) -> str:
 
 def terms(found: Prediction) -> Table:
     """Where each second of a layout's step goes."""
-    from rich.table import Column, Table
-
-    table = Table(
-        "term",
-        "ms a step",
-        "share",
-        Column("formula", overflow="fold"),
-        title=f"{name_of(found.layout)}: where {1000 * found.total:.1f} ms go",
-        title_justify="left",
-    )
+    title = f"{name_of(found.layout)}: where {1000 * found.total:.1f} ms go"
+    table = _grid(["term", "ms a step", "share", "formula"], title, words=("term", "formula"))
     for line in explain(found):
         table.add_row(line.term, f"{1000 * line.seconds:.2f}", f"{100 * line.share:.1f} %", line.formula)
     return table
@@ -127,10 +140,8 @@ def terms(found: Prediction) -> Table:
 
 def memory(found: Prediction) -> Table:
     """What fills the fullest rank's memory."""
-    from rich.table import Table
-
     limit = found.memory_limit
-    table = Table("memory of the fullest rank", "GB", "of a GPU")
+    table = _grid(["memory of the fullest rank", "GB", "of a GPU"], words=("memory of the fullest rank",))
     for kind, size in sorted(found.memory.items(), key=lambda item: -item[1]):
         table.add_row(kind.replace("_", " "), f"{size / 1e9:.2f}", f"{100 * size / limit:.1f} %")
     table.add_row("all", f"{sum(found.memory.values()) / 1e9:.2f}", f"of {limit / 1e9:.1f} GB")
@@ -139,12 +150,10 @@ def memory(found: Prediction) -> Table:
 
 def traffic(found: Prediction, workload: Workload, cluster: Cluster) -> Table:
     """What a rank of the last stage hands to collectives and sends in a step, and over which link that goes."""
-    from rich.table import Table
-
     layout = found.layout
     inner = {"tensor": layout.tp, "context": layout.tp * layout.cp, "tensor and context": layout.tp * layout.cp}
     in_stage = layout.gpus // layout.pp
-    table = Table("collective", "ranks", "MB a step", "link")
+    table = _grid(["collective", "ranks", "MB a step", "link"], words=("collective", "ranks", "link"))
     for (kind, group), size in sorted(traffic_of(workload, layout).items(), key=lambda item: -item[1]):
         reach = inner.get(group, in_stage if group.startswith("data") else layout.gpus)
         link = cluster.intra_node if reach <= cluster.device.gpus_per_node else cluster.inter_node
@@ -154,13 +163,8 @@ def traffic(found: Prediction, workload: Workload, cluster: Cluster) -> Table:
 
 def sums(stages: list[Stage], price: float | None) -> Table:
     """All stages of a recipe, each in its fastest layout."""
-    from rich.table import Table
-
-    table = Table(
-        *("GPUs", "hours", "GPU hours", "low to high", *_money(price)),
-        title=f"all {len(stages)} stages, each in its fastest layout",
-        title_justify="left",
-    )
+    columns = ["GPUs", "hours", "GPU hours", "low-high", *_money(price)]
+    table = _grid(columns, f"all {len(stages)} stages, each in its fastest layout")
     for plans in zip(*(stage.plans for stage in stages), strict=True):
         gpus = plans[0].gpus
         if not all(plan.fitting for plan in plans):
@@ -172,8 +176,8 @@ def sums(stages: list[Stage], price: float | None) -> Table:
             sum(found.gpu_hours(steps) * end(found) / found.total for found, steps in fastest)
             for end in (lambda one: one.low, lambda one: one.high)
         )
-        money = [] if price is None else [f"{hours * price:,.0f}"]
-        table.add_row(str(gpus), f"{hours / gpus:,.1f}", f"{hours:,.0f}", f"{low:,.0f} to {high:,.0f}", *money)
+        money = [] if price is None else [_amount(hours * price)]
+        table.add_row(str(gpus), f"{hours / gpus:,.1f}", _amount(hours), f"{_amount(low)}-{_amount(high)}", *money)
     return table
 
 

@@ -227,18 +227,20 @@ class Parts:
     def _score(self, cluster: Cluster) -> Terms:
         """Gathering embeddings, InfoNCE and its gradient, and how each text's gradient reaches its rank.
 
-        `gather`: an all-gather of `e N D` bytes and, unless each rank makes its own columns' gradients alone, a
-        reduce-scatter of `4 N D`. `loss`: three products of `2 (Q / W) M D` FLOPs, or four; twice with `symmetric`.
+        `gather`: an all-gather of `4 N D` bytes (embeddings are float32) and, unless each rank makes its own columns'
+        gradients alone, a reduce-scatter of as many. `loss`: three products of `2 (Q / W) M D` FLOPs, or four; twice
+        with `symmetric`, and with `matryoshka_dims` once more in each of these widths.
         """
         work, layout = self.workload, self.layout
         size, texts = work.architecture.hidden_size, float(np.count_nonzero(work.lengths, axis=1).mean())
         ranks, per_node = layout.dp, max(1, cluster.device.gpus_per_node // (layout.tp * layout.cp))
-        gather = seconds.ring(cluster, work.element * texts * size, ranks, per_node)
-        if not self.recomputes:
-            gather += seconds.ring(cluster, 4 * texts * size, ranks, per_node)
+        rings = 1 if self.recomputes else 2
+        gather = rings * seconds.ring(cluster, 4 * texts * size, ranks, per_node)
         rows, columns = work.num_queries / layout.dp, texts - work.num_queries
         products = (4 if self.recomputes else 3) * (2 if work.loss.symmetric else 1)
-        return Counter(gather=gather, loss=products * seconds.matmul(cluster, work.dtype, rows, size, columns))
+        widths = [*work.loss.matryoshka_dims, size]
+        loss = products * sum(seconds.matmul(cluster, work.dtype, rows, width, columns) for width in widths)
+        return Counter(gather=gather, loss=loss)
 
     def _update(self, cluster: Cluster, stages: list[Pass]) -> Terms:
         """What a step does once for its trained parameters, on the stage that takes longest for it."""

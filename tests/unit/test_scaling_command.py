@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import numpy as np
@@ -68,6 +69,8 @@ def test_stages_of_a_recipe_are_added(tmp_path, capsys):
         ([STAGES[0], "--gpus", "8", *MISTRAL, "--batch_size", "0"], "batch_size must be at least 1"),
         (["absent.yaml", "--gpus", "8"], "no configuration file at absent.yaml"),
         ([*STAGES, "--gpus", "8", *MISTRAL, "--dry-run"], "--dry-run builds one configuration"),
+        ([STAGES[0], "--gpus", "8", *MISTRAL, "--dry-run", "--device", "h300"], "no device 'h300'; there are a100"),
+        ([STAGES[0], "--gpus", "8", *MISTRAL, "--ranks", "0"], "--ranks chooses what --dry-run builds"),
     ],
 )
 def test_what_cannot_work_ends_with_what_to_mend(arguments, says, capsys):
@@ -75,8 +78,36 @@ def test_what_cannot_work_ends_with_what_to_mend(arguments, says, capsys):
     assert says in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("numbers", ["0", "8,x", ""])
-def test_numbers_of_gpus_are_numbers(numbers, capsys):
+@pytest.mark.parametrize(
+    ("option", "value", "says"),
+    [
+        ("--gpus", "0", "must be a whole number of at least 1, got '0'"),
+        ("--gpus", "8,x", "must be a whole number of at least 1, got 'x'"),
+        ("--gpus", "", "must be a whole number of at least 1, got ''"),
+        ("--top", "0", "must be a whole number of at least 1, got '0'"),
+        ("--price", "-3", "must be a number of dollars, 0 or more, got '-3'"),
+        ("--price", "nan", "must be a number of dollars, 0 or more, got 'nan'"),
+        ("--price", "cheap", "must be a number of dollars, 0 or more, got 'cheap'"),
+    ],
+)
+def test_options_that_are_no_numbers_are_refused(option, value, says, capsys):
     with pytest.raises(SystemExit):
-        main(["plan", STAGES[0], "--gpus", numbers])
-    assert "--gpus" in capsys.readouterr().err
+        main(["plan", STAGES[0], "--gpus", "8", option, value])
+    assert f"{option}: {says}" in capsys.readouterr().err
+
+
+def test_on_a_narrow_screen_no_figure_is_cut(monkeypatch, capsys):
+    monkeypatch.setattr("sys.stdout.isatty", lambda: True, raising=False)
+    monkeypatch.setenv("COLUMNS", "60")
+    assert main(["plan", STAGES[0], "--gpus", "8", *MISTRAL, "--price", "2.5", "--explain", "--device", "H200"]) == 0
+    screen = capsys.readouterr().out
+    rows = [line for line in screen.splitlines() if re.match(r" [1248]  [1248] ", line)]
+    assert len(rows) == 6 and max(map(len, rows)) <= 100
+    assert "…" not in screen
+
+
+def test_a_run_is_not_told_to_take_one_pack_in_every_step(capsys):
+    """A batch of longer texts would end it."""
+    assert main(["plan", STAGES[0], "--gpus", "64", *MISTRAL, "--top", "1"]) == 0
+    screen = capsys.readouterr().out
+    assert " single " in screen and "--step.way auto" in screen and "--step.way single" not in screen

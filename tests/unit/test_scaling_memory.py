@@ -8,10 +8,12 @@ import math
 import numpy as np
 import pytest
 
+from nvembed_mcore import loss, score
 from nvembed_mcore.checkpoint.names import name_table
 from nvembed_mcore.config import LoraConfig, LossConfig, PoolingConfig
 from nvembed_mcore.data.packing import make_plan
-from nvembed_mcore.scaling import activations, balance, memory, parameters
+from nvembed_mcore.model import attention, mistral, pooling
+from nvembed_mcore.scaling import activations, balance, exchange, memory, parameters
 from nvembed_mcore.scaling.architecture import Architecture
 from nvembed_mcore.scaling.hardware import cluster
 from nvembed_mcore.scaling.layout import Layout
@@ -53,6 +55,27 @@ def workload(queries: int = 128, tokens: int = 512, **changes) -> Workload:
         max_length=512,
     )
     return Workload(**settings | changes)
+
+
+def test_what_this_room_may_not_import_is_the_trainers():
+    assert memory.BLOCK_SCORES == {"cpu": loss.BLOCK_SCORES, "cuda": loss.CUDA_BLOCK_SCORES}
+    assert memory.LEAST_ROWS == loss.LEAST_ROWS
+    assert parameters.VOCABULARY_MULTIPLE == mistral.VOCABULARY_MULTIPLE
+    assert (activations.BUCKET, activations.ROWS_AT_ONCE) == (attention.BUCKET_GRANULARITY, pooling.ROWS_AT_ONCE)
+    assert activations.BLOCK_WIDTHS == attention.VARLEN_WIDTHS
+    named = {
+        (device, str(dtype).removeprefix("torch.")): rate for (device, dtype), rate in score.FLOPS_PER_BYTE.items()
+    }
+    assert exchange.FLOPS_PER_BYTE == named
+
+
+def test_gradients_are_reduced_in_buckets_of_the_given_size():
+    beside = Layout(gpus=8, overlap_grad_reduce=True)
+    many, one = (
+        len(parameters.buffers_of(workload(), layout, 0)[0].buckets)
+        for layout in (beside, dataclasses.replace(beside, bucket_size=10**10))
+    )
+    assert many > 32 and one == 1
 
 
 def count(work: Workload, layout: Layout, stage: int = 0) -> parameters.Count:

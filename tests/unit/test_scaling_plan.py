@@ -9,7 +9,16 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from nvembed_mcore.config import DataConfig, DatasetConfig, LoraConfig, ModelConfig, ParallelConfig, RunConfig
+from nvembed_mcore.config import (
+    DataConfig,
+    DatasetConfig,
+    LoraConfig,
+    LossConfig,
+    ModelConfig,
+    ParallelConfig,
+    PrecisionConfig,
+    RunConfig,
+)
 from nvembed_mcore.scaling.architecture import Architecture
 from nvembed_mcore.scaling.explain import FORMULAS, explain
 from nvembed_mcore.scaling.hardware import cluster
@@ -80,6 +89,18 @@ def test_time_moves_as_it_must():
     )
 
 
+def test_embeddings_are_gathered_in_float32_and_scored_in_each_width():
+    layout, work = Layout(gpus=8), workload(queries=8192)
+    found = predict(replace(work, exchange="reduce_scatter"), layout, H200, has_range=False).seconds
+    ring = 4 * 9 * 8192 * 4096 * 7 / 8 / 376e9 + 7 * 3.4e-6
+    assert found["gather"] == pytest.approx(2 * ring)
+    assert (
+        predict(replace(work, exchange="recompute"), layout, H200, has_range=False).seconds["gather"] < found["gather"]
+    )
+    narrow = replace(work, exchange="reduce_scatter", loss=LossConfig(matryoshka_dims=[2048]))
+    assert 1.4 < predict(narrow, layout, H200, has_range=False).seconds["loss"] / found["loss"] < 1.6
+
+
 def test_full_tuning_is_bound_by_its_gradients_on_many_gpus():
     found = predict(workload(rank=0), Layout(gpus=512, way="single"), H200, has_range=False)
     assert found.seconds["grad_reduce"] > found.seconds["matmul"]
@@ -102,6 +123,16 @@ def test_a_plan_ranks_what_fits_and_says_why_others_do_not():
     stages = {(one.layout.layers_in_first_stage, one.layout.layers_in_last_stage) for one in found.fitting}
     assert (None, None) in stages and len(stages) > 1
     assert found.own.layout == Layout(gpus=16, way="single")
+
+
+def test_what_the_configuration_itself_forbids_is_not_ranked():
+    """FP8 attention that is asked for has no form in which ranks share a text."""
+    asked = PrecisionConfig(dtype="bfloat16", fp8="delayed", fp8_attention="on")
+    config = replace(configuration(rank=0, queries=16), precision=asked)
+    work = replace(workload(0, queries=16, tokens=8192, fp8="delayed", fp8_attention=True), max_length=8192)
+    found = plan(work, config, 16, H200, top=1)
+    assert {one.layout.cp for one in found.fitting} == {1}
+    assert any(one.layout.cp > 1 and "'on', but texts that processes share" in one.reason for one in found.rejected)
 
 
 def test_a_configuration_that_cannot_be_is_told_from_layouts_that_can():

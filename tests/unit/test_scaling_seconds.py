@@ -159,6 +159,22 @@ def test_tensor_ranks_share_the_products_and_pay_rings():
     assert "tensor_parallel" not in alone.forward
 
 
+def test_tensor_ranks_share_the_adapters_products_and_exchange_what_lies_between():
+    """Each product is split one way or the other: by tokens, or by what the linear splits."""
+    cluster, pack, work = fast(machine()), Pack(1000, 100), Work(lora=LoraConfig(rank=4))
+    alone, shared, whole = (
+        layer(work, Layout(gpus=tp, tp=tp, sequence_parallel=is_split), cluster, pack)
+        for tp, is_split in ((1, True), (4, True), (4, False))
+    )
+    for way in ("forward", "backward"):
+        one, parts, most = (getattr(some, way)["adapters"] for some in (alone, shared, whole))
+        assert parts == pytest.approx(one / 4) and most > 1.5 * parts
+    plain = layer(Work(), Layout(gpus=4, tp=4), machine(), pack)
+    rings = layer(work, Layout(gpus=4, tp=4), machine(), pack).forward - plain.forward
+    # Seven projections of rank 4: three of queries, keys and values, one, two and one.
+    assert rings["tensor_parallel"] == pytest.approx(4 * 3 * 0.001 + 2 * 1000 * 7 * 4 * 3 / 4 / 100)
+
+
 def test_context_ranks_gather_keys_and_values():
     one = layer(Work(dtype="float32"), Layout(gpus=2, cp=2), machine(), Pack(1000, 100))
     gathered = 0.001 + 4 * 2000 * 2 * 4 * 50 / 2 / 100
@@ -208,6 +224,10 @@ def test_ends_count_as_layers(layers, pp, first, last, slowest):
     stages[0] += first
     stages[-1] += last
     assert max(stages) == slowest and sum(stages) == layers + first + last
+
+
+def test_of_stages_that_wait_for_the_head_alone_the_most_even_are_taken():
+    assert even_layers(32, 4, 1, 0.0, 14.0) == (11, 1)  # 11, 10, 10 and 1, and not 1, 15, 15 and 1
 
 
 def test_ranks_that_share_the_optimizer_update_less_and_gather():
