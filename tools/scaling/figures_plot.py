@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
+import matplotlib
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
@@ -16,6 +17,13 @@ Row = dict[str, Any]
 COLOURS = {("LoRA", "BF16"): "C0", ("LoRA", "FP8"): "C1", ("full", "BF16"): "C2", ("full", "FP8"): "C3"}
 MARKS = {"BF16": "o", "FP8": "s"}
 USABLE_GB = cluster("h200").device.memory_bytes / 1e9
+PARTS = (
+    "matmul,host,imbalance,adapters,bubble,head,grad reduce,again,elementwise,other,"
+    "param gather,attention,quantise,gather,loss,embedding,tensor parallel,pipeline parallel,"
+    "weights,activations,gradients,optimizer,fragmentation,gather and loss"
+).split(",")
+"""Terms of time and kinds of memory."""
+PALETTE = matplotlib.colormaps["tab20"].colors
 LARGEST_TERMS = 8
 """So many terms, or kinds of memory, have a colour of their own; the others are one."""
 
@@ -141,9 +149,14 @@ def _stacked(axes: Axes, rows: list[Row], prefix: str, units: list[float]) -> No
     if rest := [values[name] for name in ordered[LARGEST_TERMS:]]:
         shown.append(("other", np.sum(rest, axis=0)))
     bottom = np.zeros(len(rows))
-    for number, (name, heights) in enumerate(shown):
-        axes.bar(range(len(rows)), heights, bottom=bottom, label=name, color=f"C{number}", width=0.8)
+    for name, heights in shown:
+        axes.bar(range(len(rows)), heights, bottom=bottom, label=name, color=_colour(name), width=0.8)
         bottom += heights
     labels = [f"{row['gpus']:,}\nTP {row['tp']} PP {row['pp']}" for row in rows]
     axes.set_xticks(range(len(rows)), labels, fontsize=7.5)
     axes.legend(fontsize=8, loc="center left", bbox_to_anchor=(1.0, 0.5))
+
+
+def _colour(part: str) -> tuple[float, float, float]:
+    """The same for a part in every panel; by the order of PARTS, where neighbours differ."""
+    return PALETTE[PARTS.index(part) * 2 % 20 + PARTS.index(part) // 10 % 2]
