@@ -68,12 +68,11 @@ class Saver:
 
     def prepare(self, chunks: list[DistributedDataParallel], restored: Path | None) -> None:
         """Make the folder of checkpoints, or do in it what an interrupted save left undone. Refuse to start what
-        cannot write its first one: for want of permission, or of room, as the model's size tells.
+        cannot write its first one: for want of permission, or of room, as the model's size tells. Nothing is made or
+        refused where nothing is to be saved (`checkpoint.every_steps` 0).
 
         Args:
             restored: the checkpoint that the run goes on from.
-
-        Nothing is made or refused where nothing is to be saved (`checkpoint.every_steps` 0).
 
         Raises:
             StorageError: on every rank.

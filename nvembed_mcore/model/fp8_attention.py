@@ -22,7 +22,7 @@ from nvembed_mcore import device
 from nvembed_mcore.config import ConfigError
 from nvembed_mcore.model.attention import Packing, packing_of
 from nvembed_mcore.model.rotary import Rotary
-from nvembed_mcore.model.te_attention import TransformerEngineCoreAttention, why_torch
+from nvembed_mcore.model.te_attention import TransformerEngineCoreAttention, dotted, why_torch
 from nvembed_mcore.parallel.gather import numbers_of_all
 
 log = logging.getLogger(__name__)
@@ -44,9 +44,9 @@ def missing(config: TransformerConfig) -> str:
     recipe = os.environ.get("NVTE_DPA_FP8_RECIPE", "")
     found = []
     if not (9, 0) <= capability < (12, 0):
-        found.append(f"a GPU of compute capability 9.0 to 11, this one has {_dotted(capability)}")
+        found.append(f"a GPU of compute capability 9.0 to 11, this one has {dotted(capability)}")
     if cudnn < (9, 7, 0) or cudnn == (9, 10, 0):
-        found.append(f"cuDNN 9.7 or later and not 9.10.0, this one is {_dotted(cudnn)}")
+        found.append(f"cuDNN 9.7 or later and not 9.10.0, this one is {dotted(cudnn)}")
     if config.kv_channels != 128:
         found.append(f"heads of width 128, the model's have {config.kv_channels}")
     if why_torch(config):
@@ -54,10 +54,6 @@ def missing(config: TransformerConfig) -> str:
     if recipe not in ("", "DelayedScaling"):
         found.append(f"delayed scaling, but the environment variable NVTE_DPA_FP8_RECIPE is {recipe}")
     return "it needs " + "; ".join(found) if found else ""
-
-
-def _dotted(version: tuple[int, ...]) -> str:
-    return ".".join(map(str, version))
 
 
 def attentions_of(encoder: torch.nn.Module) -> Iterator[TransformerEngineCoreAttention]:

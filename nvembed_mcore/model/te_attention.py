@@ -46,7 +46,28 @@ def why_torch(config: TransformerConfig) -> str:
         return f"the model's attention_dropout is {config.attention_dropout}, which slows packed kernels down"
     if config.params_dtype not in (torch.bfloat16, torch.float16):
         return f"the weights are {str(config.params_dtype).removeprefix('torch.')}"
+    return _why_no_ring() if config.context_parallel_size > 1 else ""
+
+
+def _why_no_ring() -> str:
+    """Why ranks cannot share texts by its kernels; empty where they can.
+
+    What fills the texts lies between them. Of the kernels with `thd` only cuDNN's (and FlashAttention 3, for Hopper)
+    hide that: `get_attention_backend` of release 2.20, and its `fused_attn.cpp`.
+    """
+    from transformer_engine.pytorch.utils import get_cudnn_version, get_device_compute_capability
+
+    capability, cudnn = get_device_compute_capability(), get_cudnn_version()
+    if capability < (9, 0):
+        return f"shared texts need a GPU of compute capability 9.0, this one has {dotted(capability)}"
+    if cudnn < (9, 6, 0):
+        return f"shared texts need cuDNN 9.6, this one is {dotted(cudnn)}"
     return ""
+
+
+def dotted(version: tuple[int, ...]) -> str:
+    """As people write it: 9.0."""
+    return ".".join(map(str, version))
 
 
 class TransformerEngineCoreAttention(PackedCoreAttention):

@@ -27,6 +27,7 @@ class Traffic(TorchDispatchMode):
         groups: names of all groups, in the same order on every rank.
         seconds: by group, if they are wanted: from where this rank has nothing else to do to the end of each
             collective, the wait for other ranks included. Sends are not waited for: their receiver may not be there.
+            So what TransformerEngine sends round over context-parallel ranks is not in these.
     """
 
     def __init__(self, groups: Groups, is_timed: bool = False) -> None:

@@ -113,16 +113,17 @@ def _is_padded(workload: Workload) -> bool:
 def _attention(workload: Workload, layout: Layout, shape: Shape) -> float:
     """Queries, keys, values and what attention puts out, [.., 2 A d + 2 G d]; the log-sum-exp of each query; masks.
 
-    Torch's packed form keeps the projection's output too, of which the values are a part.
+    Torch's packed form gets keys and values repeated for each query head (kernels.varlen), and keeps them so.
     """
     sizes, element, tp = workload.architecture, workload.element, layout.tp
     query = sizes.num_attention_heads * sizes.head_dim / tp
-    # Keys and values of all context-parallel ranks are gathered.
-    group = sizes.num_key_value_heads * sizes.head_dim / tp * layout.cp
+    # Torch attends to gathered keys and values of all context-parallel ranks, TransformerEngine keeps a rank's own.
+    is_ring = workload.backend == "transformer_engine" and workload.dtype == "bfloat16"
+    group = sizes.num_key_value_heads * sizes.head_dim / tp * (1 if is_ring else layout.cp)
     heads = sizes.num_attention_heads / tp
     if not _is_padded(workload):
-        is_local = workload.backend == "local"
-        return shape.tokens * (element * (2 * query + 2 * group + is_local * (query + group)) + 4 * heads)
+        keys = group if is_ring else query * layout.cp
+        return shape.tokens * (element * (2 * query + 2 * keys) + 4 * heads)
     width = 1 if workload.fp8_attention else element
     kept = shape.places * (width * (2 * query + 2 * group) + 4 * heads)
     repeats = sizes.num_attention_heads / sizes.num_key_value_heads

@@ -66,7 +66,7 @@ def pack_flops(
         )
         linears = 4 * tokens * weights + 6 * tokens * lora.rank * adapted
     attention = 12 * heads * width * _attended_pairs(lengths, causal)
-    return float(sizes.num_hidden_layers * (linears + attention) + _head_flops(sizes, pooling, lengths, causal))
+    return float(sizes.num_hidden_layers * (linears + attention) + _head_flops(sizes, pooling, lengths))
 
 
 def _attended_pairs(lengths: Sequence[int], causal: bool) -> int:
@@ -74,13 +74,13 @@ def _attended_pairs(lengths: Sequence[int], causal: bool) -> int:
     return sum(s * (s + 1) // 2 if causal else s * s for s in lengths)
 
 
-def _head_flops(sizes: Sizes, pooling: PoolingConfig, lengths: Sequence[int], causal: bool) -> float:
+def _head_flops(sizes: Sizes, pooling: PoolingConfig, lengths: Sequence[int]) -> float:
     """FLOPs of the pooling head, forward and backward.
 
     `latent`, folded (docs/design.md): `6 T (2 H A R)` for the two matrices `[H, A R]` and `[A R, H]`, `6 T 12 H^2`
     for the GEGLU (`H -> 8H`, `4H -> H`), and once a pack `24 R H A w` for making the two matrices: four products of
     `2 R H A w` (keys, values, and their products with the query's and the output's projection).
-    `self_attention`: `6 T (4 H A w)` for its projections, `12 A w sum(s^2)` and the GEGLU.
+    `self_attention`: `6 T (4 H A w)` for its projections, `12 A w sum(s^2)` (never causal) and the GEGLU.
     `multi_layer`, for each of `B` texts with `L` layers: `18 L H A w` for keys, values and the values' way through the
     output's projection, `6 R L (A w + A H)` for scores and weighted values, `6 R 12 H^2` for the GEGLU; and once a
     pack `6 R H A w` for the queries. The others have no weights.
@@ -95,7 +95,7 @@ def _head_flops(sizes: Sizes, pooling: PoolingConfig, lengths: Sequence[int], ca
         return len(lengths) * (attention + 6 * latents * 12 * hidden**2) + 6 * latents * hidden * inner
     mlp = 6 * tokens * 12 * hidden**2
     if pooling.kind == "self_attention":
-        return 6 * tokens * 4 * hidden * inner + 12 * inner * _attended_pairs(lengths, causal) + mlp
+        return 6 * tokens * 4 * hidden * inner + 12 * inner * _attended_pairs(lengths, causal=False) + mlp
     folded = 6 * tokens * 2 * hidden * pooling.num_heads * pooling.num_latents
     fold_once = 24 * pooling.num_latents * hidden * inner
     return folded + fold_once + mlp

@@ -106,6 +106,8 @@ def test_causal_attention_has_the_pairs_below_the_diagonal():
     both = pack_flops(TINY, MEAN, [9, 2])
     causal = pack_flops(TINY, MEAN, [9, 2], causal=True)
     assert both - causal == 12 * 3 * 4 * 10 * (81 + 4 - 45 - 3)
+    head = PoolingConfig(kind="self_attention")
+    assert pack_flops(TINY, head, [9, 2]) - pack_flops(TINY, head, [9, 2], causal=True) == both - causal
 
 
 def test_nv_embed_costs_what_is_published():

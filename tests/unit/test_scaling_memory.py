@@ -135,6 +135,20 @@ def test_a_layer_keeps_34_times_its_width_a_token():
     assert activations.layer(fp8, layout, shape) < activations.layer(work, layout, shape)
 
 
+def test_only_gathered_keys_and_values_are_kept_whole():
+    """Repeated for each head: 2 A d numbers of 2 bytes for each token of the other context-parallel ranks."""
+    whole, shared = Layout(gpus=1), Layout(gpus=4, cp=4)
+
+    def kept(layout: Layout, **changes) -> float:
+        work = workload(**changes)
+        return activations.layer(work, layout, activations.shape_of(work, layout, np.full(8, 512)))
+
+    assert kept(shared) == pytest.approx(kept(whole) / 4)
+    others = 3 / 4 * 8 * 512
+    more = kept(shared, backend="local") - kept(whole, backend="local") / 4
+    assert more == pytest.approx(2 * 2 * 32 * 128 * others)
+
+
 def test_fp8_weights_stand_beside_the_others():
     assert memory.fp8_copies(workload(), Layout(gpus=1), 0) == 0
     assert memory.fp8_copies(workload(fp8="delayed"), Layout(gpus=1), 0) == 2 * 32 * 218_103_808

@@ -168,6 +168,20 @@ def test_what_its_kernels_are_not_for_torch_computes(te, changes, reason, caplog
     assert torch.equal(out, same) and not te.calls
 
 
+@pytest.mark.parametrize(
+    ("here", "reason"),
+    [
+        ({}, ""),
+        ({"capability": (8, 0)}, "shared texts need a GPU of compute capability 9.0, this one has 8.0"),
+        ({"cudnn": (9, 5, 1)}, "shared texts need cuDNN 9.6, this one is 9.5.1"),
+    ],
+)
+def test_shared_texts_need_kernels_that_hide_what_fills_them(monkeypatch, here, reason):
+    stand_in.install(monkeypatch, **here)
+    assert te_attention.why_torch(config_of(context_parallel_size=2)) == reason
+    assert te_attention.why_torch(config_of()) == ""
+
+
 @pytest.mark.parametrize("lengths", [[2, 3, 5], [1, 1], [10]])
 def test_positions_are_those_inside_a_sequence_in_a_pack_as_long_as_the_table(te, lengths):
     """Megatron's own rotation takes offsets in the pack for positions there."""

@@ -51,7 +51,8 @@ for each of them `end_of_STUDY_STAGE_KIND`, the largest number of GPUs at half o
   seconds, low, high    of a step; the range of nine in ten by the spread of the fitted constants
   tokens_per_second_per_gpu    real tokens
   mfu             model FLOPs over the data sheet's bfloat16 peak
-  microbatches, fullest_over_mean    packs of the fullest rank, and its tokens over those of the mean rank
+  microbatches    packs of a rank
+  fits            whether memory suffices; false only in the weak study, whose layout is given
   efficiency      tokens_per_second_per_gpu over that of the smallest number of GPUs of the same study and kind
   t_TERM          seconds of a step by term (`nvembed plan --explain` has the formulas)
   m_KIND          bytes of the fullest rank by kind
@@ -153,7 +154,7 @@ def columns(best: Prediction) -> Row:
     row = {name: getattr(layout, name) for name in ("tp", "pp", "cp", "dp", "way", "tokens_per_microbatch")}
     row |= {"layout": layout, "seconds": best.total, "low": best.low, "high": best.high}
     row |= {"tokens_per_second_per_gpu": best.tokens_per_second, "mfu": best.mfu}
-    row |= {"microbatches": best.balance.microbatches, "fullest_over_mean": best.balance.fullest}
+    row |= {"microbatches": best.balance.microbatches, "fits": best.fits}
     row |= {f"t_{term}": value for term, value in best.seconds.items() if value}
     return row | {f"m_{kind}": value for kind, value in best.memory.items()}
 

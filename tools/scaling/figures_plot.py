@@ -10,9 +10,12 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from nvembed_mcore.scaling.hardware import cluster
+
 Row = dict[str, Any]
 COLOURS = {("LoRA", "BF16"): "C0", ("LoRA", "FP8"): "C1", ("full", "BF16"): "C2", ("full", "FP8"): "C3"}
 MARKS = {"BF16": "o", "FP8": "s"}
+USABLE_GB = cluster("h200").device.memory_bytes / 1e9
 LARGEST_TERMS = 8
 """So many terms, or kinds of memory, have a colour of their own; the others are one."""
 
@@ -75,6 +78,9 @@ def _lines(axes: Axes, rows: list[Row], value: Callable[[Row], float], ends: Cal
                   linewidth=1.4, label=" ".join(kind))  # fmt: skip
         low, high = zip(*(ends(row) for row in some), strict=True)
         axes.fill_between(x, low, high, color=COLOURS[kind], alpha=0.13, linewidth=0)
+    if beyond := [row for row in rows if not row["fits"]]:
+        x, y = [row["gpus"] for row in beyond], [value(row) for row in beyond]
+        axes.plot(x, y, "x", color="black", markersize=10, label="does not fit the memory")
     _gpus_axis(axes, rows)
 
 
@@ -95,7 +101,7 @@ def _efficiency(axes: Axes, rows: list[Row]) -> None:
 
     _lines(axes, rows, lambda row: 100 * row["efficiency"], ends)
     axes.axhline(50, color="0.4", linestyle=":", linewidth=1)
-    axes.set_ylim(0, 125)
+    axes.set_ylim(0, 1.1 * max(100 * row["efficiency"] for row in rows))
     axes.set_ylabel("tokens/s/GPU, % of that on the fewest GPUs")
     axes.legend(fontsize=9, loc="lower left")
 
@@ -121,8 +127,8 @@ def _terms(axes: Axes, rows: list[Row]) -> None:
 
 def _memory(axes: Axes, rows: list[Row]) -> None:
     _stacked(axes, rows, "m_", [1e9] * len(rows))
-    axes.axhline(141, color="0.2", linestyle=":", linewidth=1)
-    axes.set_ylabel("GB of the fullest GPU (line: 141)")
+    axes.axhline(USABLE_GB, color="0.2", linestyle=":", linewidth=1)
+    axes.set_ylabel(f"GB of the fullest GPU (line: {USABLE_GB:.0f} usable)")
     axes.set_ylim(0, 150)
 
 
