@@ -1,10 +1,18 @@
-"""Exports, made once for all tests that load them."""
+"""Logging is left as it was found; exports are made once for all tests that load them."""
 
 from __future__ import annotations
 
 import pytest
 
 from nvembed_mcore.data.tokenizer import write_mistral_tokenizer
+from nvembed_mcore.log import close_logging
+
+
+@pytest.fixture(autouse=True)
+def no_handlers_left():
+    """A handler of one test writes to a stream that is closed in the next."""
+    yield
+    close_logging()
 
 
 @pytest.fixture(scope="session")

@@ -20,12 +20,6 @@ from tests.helpers import runs
 from tests.helpers.checkpoints import rewrite
 
 
-@pytest.fixture(autouse=True)
-def no_handlers_left():
-    yield
-    close_logging()
-
-
 @pytest.fixture(scope="module")
 def inputs(tmp_path_factory) -> Path:
     return runs.write_inputs(tmp_path_factory.mktemp("inputs"))
