@@ -115,7 +115,7 @@ def test_the_table_is_tidy(done):
     assert data["efficiency"] == pytest.approx(data["tokens_per_second_per_gpu"] / base["tokens_per_second_per_gpu"])
     assert 0 < data["communication_seconds_data"] and 0 < data["communication_share"] < 1
     assert 0 < tensor["communication_seconds_tensor"] and tensor["bytes_tensor"] > 0
-    assert base["way"] == "single" and data["bytes_data"] > 0
+    assert base["way"] == "retain" and data["bytes_data"] > 0
     figures = json.loads((folder / "figures.json").read_text(encoding="utf-8"))
     assert (figures["points"], figures["runs"], figures["runs_complete"], figures["runs_failed"]) == (3, 4, 3, 1)
     assert figures[f"{base['point']}_seconds"] == base["seconds"]
