@@ -94,7 +94,7 @@ def efficiency(rows: Sequence[Row]) -> Figure | None:
         _lines(axes, some, every, lambda row: row["efficiency"])
         axes.set_ylim(0, 1.12 * max(1.0, *(row["efficiency"] for row in some)))
         axes.yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
-        axes.set_ylabel(f"tokens/s a {of_a_process(every)} over the smallest run's")
+        axes.set_ylabel("efficiency")
 
     return _by_series(rows, draw)
 
@@ -179,7 +179,7 @@ def prediction(rows: Sequence[Row]) -> Figure | None:
         _plain_log(axis)
     axes.set_xlabel("predicted seconds of a step (bars: from the low to the high one)")
     axes.set_ylabel("measured seconds of a step")
-    figure.legend(loc="outside right upper", frameon=False)
+    figure.legend(loc="outside lower center", ncols=3, frameon=False)
     return figure
 
 
@@ -288,7 +288,8 @@ def _plain_log(axis) -> None:
 
     def between(value: float, _: int) -> str:
         low, high = sorted(axis.get_view_interval())
-        return f"{value:,.10g}" if high / low < 12 and f"{value:e}"[0] in "2357" else ""
+        shown = "2357" if high / low < 12 else "25" if high / low < 120 else ""
+        return f"{value:,.10g}" if f"{value:e}"[0] in shown else ""
 
     axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.10g}"))
     axis.set_minor_formatter(FuncFormatter(between))

@@ -26,7 +26,8 @@ _ABOUT = {
     "tokens, and fills packs better.",
     "phases": "What a phase waits for counts for the phase. `score` stands apart where the layout has one stage; "
     "`other` is what no phase claims.",
-    "memory": "",
+    "memory": "Predictions count tensors. On a CPU what is resident counts as well what the heap keeps of freed "
+    "blocks, and what libraries take when they are first used; tools/scaling/validate.py compares tensors alone.",
     "prediction": "Points on the dashed line were predicted as they were measured; above it, a step took longer.",
 }
 _STYLE = "max-width:100%;height:auto;background:#fff"

@@ -36,7 +36,7 @@ real_tokens, padded_tokens, fill
 steps                     measured: behind the warm-up, and without those in which communication was timed
 seconds, seconds_p95      of a step: median, 95th percentile
 seconds_PHASE             median of a phase (data, embed, score, backward, optimizer), as rank 0 had it
-spread                    of the repeats' medians: (largest - smallest) / median; of points
+spread                    of the repeats' medians: (largest - smallest) / median; of points with several
 tokens_per_second, tokens_per_second_per_gpu
                           real tokens: median over steps
 tflops_per_gpu            model FLOPs a second (nvembed_mcore/metrics.py: real tokens, nothing that is computed twice;
@@ -75,7 +75,8 @@ def rows_of(study: Study, runs: Sequence[Run]) -> list[Row]:
     for repeats in complete.values():
         each = [_row(study, [run]) | {"row": "run", "repeat": run.repeat} for run in repeats]
         medians = [row["seconds"] for row in each]
-        both = _row(study, repeats) | {"spread": (max(medians) - min(medians)) / statistics.median(medians)}
+        spread = (max(medians) - min(medians)) / statistics.median(medians) if len(medians) > 1 else None
+        both = _row(study, repeats) | {"spread": spread}
         both |= {"memory_bytes": _middle(each, "memory_bytes")}
         both |= {"model_memory_bytes": _middle(each, "model_memory_bytes")}
         loads = [row["others_cpu"] for row in each if row["others_cpu"] is not None]

@@ -30,6 +30,10 @@ figures:
   max_error_bytes          largest error of the bytes that a rank hands to collectives and sends, over the same
                            layouts, all ranks, and each kind and group with a thousandth of them; bar 0.01.
                            rows_bytes: ranks
+  median_error_seconds, max_error_seconds
+                           |predicted / measured - 1| of steps over two gloo processes (docs/scaling/cpu.csv), with the
+                           host's constants fitted on one process; rows_seconds: so many, ..._fitted: those of the fit
+  median_spread_seconds    of the measured points: (slowest - fastest repeat) / median
 """
 
 
@@ -51,7 +55,18 @@ def _bytes() -> dict[str, float]:
     return report()
 
 
-PARTS: dict[str, Callable[[], dict[str, float]]] = {"published": _published, "memory": _memory, "bytes": _bytes}
+def _seconds() -> dict[str, float]:
+    from validate_seconds import report
+
+    return report()
+
+
+PARTS: dict[str, Callable[[], dict[str, float]]] = {
+    "published": _published,
+    "memory": _memory,
+    "bytes": _bytes,
+    "seconds": _seconds,
+}
 """Each prints its rows and returns its figures."""
 
 
@@ -60,15 +75,17 @@ def main() -> None:
         description=__doc__, epilog=FIGURES, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--only", nargs="+", choices=PARTS, default=list(PARTS), help="these parts; default: all")
-    parser.add_argument("--fit", action="store_true", help="fit the constants to the published rows and store them")
+    parser.add_argument("--fit", action="store_true", help="fit the constants of GPUs and of a CPU, and store them")
     parser.add_argument("--each-family", action="store_true", help="fit on each family in turn too; stores nothing")
     parser.add_argument("--json", metavar="PATH", help="write the figures here as well")
     options = parser.parse_args()
     if options.fit:
         from validate_fit import fit_published
         from validate_published import read_rows
+        from validate_seconds import fit_and_store
 
         fit_published(read_rows())
+        fit_and_store()
     figures: dict[str, float] = {}
     for part in options.only:
         figures |= PARTS[part]()

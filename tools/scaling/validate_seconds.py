@@ -74,7 +74,8 @@ def measured() -> list[Measured]:
         point, config = points[row["point"]], configs[row["point"]]
         layout = dataclasses.replace(Layout.of(config, point.gpus), way=row["way"])
         work = workload(config, point, study)
-        found.append(Measured(point.name, work, layout, float(row["seconds"]), float(row["spread"])))
+        # A single repeat has no spread.
+        found.append(Measured(point.name, work, layout, float(row["seconds"]), float(row["spread"] or 0)))
     return found
 
 
