@@ -23,7 +23,7 @@ from nvembed_mcore.checkpoint.hf_folder import (
 from nvembed_mcore.checkpoint.hf_model import architecture_of
 from nvembed_mcore.checkpoint.peft import ADAPTERS_FILE, FACTS_FILE, HEAD_FILE, SETTINGS_FILE
 from nvembed_mcore.checkpoint.safetensors_stream import INDEX_FILE, SUMS_FILE
-from nvembed_mcore.model.mistral import text_config
+from nvembed_mcore.model.config_json import text_config
 
 EMBEDDINGS = ("embed_tokens.", "embedding.word_embeddings.")
 HEADS = ("latent_attention_model.", "pooling.")

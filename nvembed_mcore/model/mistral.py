@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import os
 from pathlib import Path
@@ -22,6 +21,7 @@ from nvembed_mcore.apex_kernels import fused_rms_norm, why_no_fused_norm
 from nvembed_mcore.config import ConfigError, ParallelConfig
 from nvembed_mcore.model.attention import PackedCoreAttention
 from nvembed_mcore.model.backend import Backend
+from nvembed_mcore.model.config_json import read_text_config
 from nvembed_mcore.model.fp8_linear import Fp8ColumnParallelLinear, Fp8RowParallelLinear
 
 VOCABULARY_MULTIPLE = 128
@@ -37,29 +37,7 @@ def read_mistral_config(path: str | os.PathLike) -> MistralConfig:
     Raises:
         ConfigError: there is no such file, it is no JSON object, or `mistral_config` refuses what it says.
     """
-    path = Path(path)
-    file = path / "config.json" if path.is_dir() else path
-    if not file.is_file():
-        raise ConfigError(f"no Hugging Face config.json at {file}")
-    try:
-        raw = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"cannot read {file}: {error}") from error
-    return mistral_config(text_config(raw, file), file)
-
-
-def text_config(raw: Any, file: Path) -> dict[str, Any]:
-    """The part of a `config.json` that describes the backbone: all of it, or an NV-Embed folder's `text_config`.
-
-    Raises:
-        ConfigError: it is no JSON object.
-    """
-    if not isinstance(raw, dict):
-        raise ConfigError(f"{file} must hold an object, got {raw!r}")
-    found = raw.get("text_config", raw)
-    if not isinstance(found, dict):
-        raise ConfigError(f"{file}: text_config must be an object, got {found!r}")
-    return found
+    return mistral_config(*read_text_config(path))
 
 
 def mistral_config(raw: dict[str, Any], file: Path) -> MistralConfig:

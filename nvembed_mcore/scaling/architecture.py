@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import json
 import os
 from dataclasses import dataclass, fields
-from pathlib import Path
 from typing import Any
 
 from nvembed_mcore.config_data import ConfigError
+from nvembed_mcore.model.config_json import read_text_config
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,18 +43,9 @@ class Architecture:
         Raises:
             ConfigError: there is no such file, it is no JSON object, or a size is missing or no number.
         """
-        path = Path(path)
-        file = path / "config.json" if path.is_dir() else path
-        if not file.is_file():
-            raise ConfigError(f"no Hugging Face config.json at {file}")
+        raw, file = read_text_config(path)
         try:
-            raw = json.loads(file.read_text(encoding="utf-8"))
-        except (OSError, ValueError) as error:
-            raise ConfigError(f"cannot read {file}: {error}") from error
-        if not isinstance(raw, dict) or not isinstance(raw.get("text_config", raw), dict):
-            raise ConfigError(f"{file} must hold an object, got {raw!r}")
-        try:
-            return cls.of(raw.get("text_config", raw))
+            return cls.of(raw)
         except ConfigError as error:
             raise ConfigError(f"{file}: {error}") from error
 

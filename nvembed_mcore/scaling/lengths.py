@@ -76,7 +76,7 @@ def sample_lengths(config: RunConfig, given: str | None = None) -> Lengths:
     if all(stores):
         batches = BatchSource(data, stores, batch_size=config.batch_size, seed=config.seed, stage=config.stage)
         steps = np.unique(np.linspace(0, config.steps - 1, STEPS).astype(int)).tolist()
-        return _of_batches([batches.batch(step) for step in steps], f"{len(steps)} batches of the run's token stores")
+        return of_batches([batches.batch(step) for step in steps], f"{len(steps)} batches of the run's token stores")
     pools, sources = [], {}
     for dataset, store in zip(data.datasets, stores, strict=True):
         pool, source = _of_store(store) if store else _of_files(data, dataset) or _given("ms_marco", config)
@@ -87,7 +87,7 @@ def sample_lengths(config: RunConfig, given: str | None = None) -> Lengths:
     return _drawn(config, pools, sizes, "; ".join(f"{paths}: {source}" for source, paths in names.items()))
 
 
-def _of_batches(batches: Sequence[Any], source: str) -> Lengths:
+def of_batches(batches: Sequence[Any], source: str) -> Lengths:
     """Those of batches as the trainer makes them (`data.batch.Batch`)."""
     return _laid_out(
         [

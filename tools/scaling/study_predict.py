@@ -10,7 +10,6 @@ from study_spec import Point, Study
 from study_table import Row
 
 from nvembed_mcore.config import RunConfig
-from nvembed_mcore.data.batch import Batch
 from nvembed_mcore.data.source import BatchSource
 from nvembed_mcore.data.tokenizer import load_tokenizer
 from nvembed_mcore.data.tokens import TokenStore
@@ -18,6 +17,7 @@ from nvembed_mcore.scaling import hardware
 from nvembed_mcore.scaling.architecture import Architecture
 from nvembed_mcore.scaling.hardware import Cluster
 from nvembed_mcore.scaling.layout import Layout
+from nvembed_mcore.scaling.lengths import of_batches
 from nvembed_mcore.scaling.predict import Prediction, predict
 from nvembed_mcore.scaling.workload import Lengths, Workload
 
@@ -73,25 +73,7 @@ def lengths_of(config: RunConfig, steps: Sequence[int]) -> Lengths:
     stores = [TokenStore.build(dataset, tokenizer, **how) for dataset in config.data.datasets]
     source = BatchSource(config.data, stores, batch_size=config.batch_size, seed=config.seed, stage=config.stage)
     batches = [source.batch(step - 1) for step in steps]
-    most = max(len(batch.lengths) for batch in batches)
-
-    def filled(values: np.ndarray) -> np.ndarray:
-        return np.pad(values, (0, most - len(values)))
-
-    return Lengths(
-        tokens=np.stack([filled(batch.lengths.astype(np.int64)) for batch in batches]),
-        query=np.stack([filled(_query_of(batch)) for batch in batches]),
-        is_positive=np.stack([filled(_is_positive(batch)) for batch in batches]),
-        source="the measured batches",
-    )
-
-
-def _query_of(batch: Batch) -> np.ndarray:
-    return np.concatenate([np.arange(batch.num_queries), batch.passage_query]).astype(np.int64)
-
-
-def _is_positive(batch: Batch) -> np.ndarray:
-    return np.concatenate([np.zeros(batch.num_queries, bool), batch.is_positive])
+    return of_batches(batches, "the measured batches")
 
 
 def figures(found: Prediction) -> Row:

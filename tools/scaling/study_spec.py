@@ -15,6 +15,7 @@ import yaml
 
 from nvembed_mcore.cli import yaml_loader
 from nvembed_mcore.config import ConfigError
+from nvembed_mcore.scaling.hardware import device_names
 
 KINDS = {
     "weak": "queries of a GPU: the batch grows with the GPUs",
@@ -231,16 +232,18 @@ def read_study(file: Path) -> Study:
     if not isinstance(series, list) or not series:
         raise part.wrong("series", "a list with one series at least")
     minutes = part.tree.get("minutes", 30)
-    if not isinstance(minutes, (int, float)) or not minutes > 0:
+    if not isinstance(minutes, (int, float)) or isinstance(minutes, bool) or not minutes > 0:
         raise part.wrong("minutes", "a number above 0")
     cluster = part.tree.get("cluster")
+    if cluster is not None and part.text("cluster").lower() not in device_names():
+        raise part.wrong("cluster", f"one of {', '.join(device_names())}, or null")
     study = Study(
         file=file,
         name=part.text("name", file.stem),
         output=Path(part.text("output", f"runs/scaling/{file.stem}")),
         base=_yaml(Path(part.text("base")), f"base of {file}"),
         fields=part.fields("set"),
-        cluster=None if cluster is None else part.text("cluster"),
+        cluster=cluster,
         gpus_per_node=part.number("gpus_per_node", 8, 1),
         warmup_steps=part.number("warmup_steps", 2, 0),
         steps=part.number("steps", 8, 1),
@@ -262,7 +265,11 @@ def _series(file: Path, number: int, tree: Any) -> Series:
         raise StudyError(f"{file}: series.{number} must have one of {', '.join(KINDS)}, got {kinds or 'none'}")
     lengths = part.axis("lengths", LENGTHS, also=("synthetic",))
     for place, one in enumerate(lengths):
-        if one.get("synthetic") and not all(limit in one for limit in LENGTHS.values()):
+        if not isinstance(one.setdefault("synthetic", False), bool):
+            raise StudyError(
+                f"{file}: series.{number}.lengths.{place}.synthetic must be true or false, got {one['synthetic']!r}"
+            )
+        if one["synthetic"] and not all(limit in one for limit in LENGTHS.values()):
             raise StudyError(
                 f"{file}: series.{number}.lengths.{place} is synthetic and must have queries and documents"
             )
@@ -273,7 +280,7 @@ def _series(file: Path, number: int, tree: Any) -> Series:
         gpus=part.numbers("gpus"),
         layouts=tuple(part.axis("layouts", LAYOUT)),
         precisions=tuple(part.axis("precisions", PRECISION)),
-        synthetic=tuple(one.get("synthetic", False) is True for one in lengths),
+        synthetic=tuple(one["synthetic"] for one in lengths),
         lengths=tuple({name: value for name, value in one.items() if name != "synthetic"} for one in lengths),
         fields=part.fields("set"),
     )
