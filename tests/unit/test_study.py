@@ -10,6 +10,9 @@ import pytest
 import yaml
 
 from nvembed_mcore.cli import yaml_loader
+from nvembed_mcore.data.tokenizer import load_tokenizer
+from nvembed_mcore.train import batch_source, build_stores
+from tests.helpers import runs
 
 ROOT = Path(__file__).parents[2]
 sys.path.append(str(ROOT / "tools" / "scaling"))  # its programs import one another, as they do when they are run
@@ -175,3 +178,20 @@ def test_the_examples_can_be_read(name, monkeypatch):
     study = read_study(Path("examples/scaling") / f"{name}.yaml")
     kinds = {point.kind for point in study.points()}
     assert kinds == {"weak", "strong", "batch"} and study.cluster == name
+
+
+def test_what_is_predicted_are_the_batches_that_are_measured(tmp_path):
+    """The real texts of steps 2 and 4, padded with nothing to the larger batch."""
+    import study_predict
+
+    config = runs.run_config(runs.write_inputs(tmp_path, with_words=True), tmp_path / "run")
+    found = study_predict.lengths_of(config, [2, 4])
+    source = batch_source(config, build_stores(config.data, load_tokenizer(config.data.tokenizer)))
+    for row, step in enumerate((2, 4)):
+        batch = source.batch(step - 1)
+        texts = len(batch.texts)
+        assert found.tokens[row, :texts].tolist() == [len(text) for text in batch.texts]
+        assert not found.tokens[row, texts:].any()
+        assert found.query[row, :9].tolist() == [*range(9)]
+        assert found.is_positive[row].sum() == batch.is_positive.sum()
+    assert found.tokens[0].tolist() != found.tokens[1].tolist(), "two steps have other texts"

@@ -10,9 +10,7 @@ from study_spec import Point, Study
 from study_table import Row
 
 from nvembed_mcore.config import RunConfig
-from nvembed_mcore.data.source import BatchSource
 from nvembed_mcore.data.tokenizer import load_tokenizer
-from nvembed_mcore.data.tokens import TokenStore
 from nvembed_mcore.scaling import hardware
 from nvembed_mcore.scaling.architecture import Architecture
 from nvembed_mcore.scaling.hardware import Cluster
@@ -20,6 +18,7 @@ from nvembed_mcore.scaling.layout import Layout
 from nvembed_mcore.scaling.lengths import of_batches
 from nvembed_mcore.scaling.predict import Prediction, predict
 from nvembed_mcore.scaling.workload import Lengths, Workload
+from nvembed_mcore.train import batch_source, build_stores
 
 
 def add_predictions(study: Study, rows: Sequence[Row], configs: Mapping[str, RunConfig]) -> None:
@@ -63,15 +62,8 @@ def made_lengths(config: RunConfig) -> Lengths:
 
 def lengths_of(config: RunConfig, steps: Sequence[int]) -> Lengths:
     """The texts of a run's steps, counted from 1, from the stores of their tokens that its run made."""
-    tokenizer = load_tokenizer(config.data.tokenizer)
-    how = dict(
-        max_query_tokens=config.data.max_query_tokens,
-        max_document_tokens=config.data.max_document_tokens,
-        cache_dir=config.data.cache_dir,
-        max_bad_records=config.data.max_bad_records,
-    )
-    stores = [TokenStore.build(dataset, tokenizer, **how) for dataset in config.data.datasets]
-    source = BatchSource(config.data, stores, batch_size=config.batch_size, seed=config.seed, stage=config.stage)
+    stores = build_stores(config.data, load_tokenizer(config.data.tokenizer))
+    source = batch_source(config, stores)
     batches = [source.batch(step - 1) for step in steps]
     return of_batches(batches, "the measured batches")
 
