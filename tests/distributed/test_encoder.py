@@ -14,14 +14,7 @@ STATES, GRADIENT = 2e-6, 1e-5
 """Relative to the largest state, and to the largest gradient of the parameter."""
 
 
-@pytest.mark.parametrize(
-    ("size", "layout"),
-    [
-        pytest.param(size, one, marks=[pytest.mark.slow] * (size == 4))  # the steps of test_step.py have four, too
-        for size, many in LAYOUTS.items()
-        for one in many
-    ],
-)
+@pytest.mark.parametrize(("size", "layout"), [(size, one) for size, many in LAYOUTS.items() for one in many])
 def test_states_and_gradients_equal_hugging_face(world, size, layout):
     tp, pp, sp, chunks = layout
     for result in world(size).run(states.encoder_states, tp, pp, sp, chunks_per_stage=chunks):
