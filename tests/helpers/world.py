@@ -64,7 +64,7 @@ class World:
 
     def __init__(self, world_size: int, first: Callable[[], None] | None = None) -> None:
         """`first`: called in each process before it imports Megatron-Core."""
-        # Imports take 5 seconds of processor time a process, so they are made once and the processes forked from there.
+        # Imports take 5 seconds of processor time, so they are made once and the processes forked from there.
         context = multiprocessing.get_context("spawn" if first else "forkserver")
         if first is None:
             context.set_forkserver_preload(["nvembed_mcore.train"])
