@@ -13,7 +13,7 @@ import validate_bytes  # isort: skip
 import validate_memory  # isort: skip
 
 ON_ONE = ["cached, latent"]
-ON_TWO = ["DP 2, symmetric", "TP 2, SP, adapters", "PP 2, interleaved"]
+ON_TWO = ["DP 2, symmetric", "TP 2, SP, adapters", "PP 2, interleaved", "CP 2"]
 
 
 @pytest.mark.parametrize(("world_size", "names"), [(1, ON_ONE), (2, ON_TWO)])
