@@ -180,6 +180,16 @@ def test_the_examples_can_be_read(name, monkeypatch):
     assert kinds == {"weak", "strong", "batch"} and study.cluster == name
 
 
+def test_a_study_whose_tokenizer_is_nowhere_does_not_start(tmp_path, capsys, monkeypatch):
+    import study
+
+    file = written(tmp_path, set={"data.tokenizer": str(tmp_path / "none")})
+    monkeypatch.setattr(sys, "argv", ["study.py", "run", str(file)])
+    assert study.main() == 78
+    assert f"no tokenizer folder at {tmp_path / 'none'} (`nvembed data tokenizer" in capsys.readouterr().err
+    assert not [*(tmp_path / "output").rglob("*.log")], "no run was started"
+
+
 def test_what_is_predicted_are_the_batches_that_are_measured(tmp_path):
     """The real texts of steps 2 and 4, padded with nothing to the larger batch."""
     import study_predict

@@ -23,7 +23,7 @@ from typing import Any
 
 from study_local import run_all
 from study_report import write_report
-from study_runs import prepare, runs_of
+from study_runs import check_inputs, prepare, runs_of
 from study_slurm import submit
 from study_spec import Study, StudyError, read_study
 from study_table import COLUMNS, Row, points_of, rows_of, write_table
@@ -86,7 +86,9 @@ def main() -> int:
         if arguments.what == "show":
             show(study)
             return 0
-        prepare(study)
+        configs = prepare(study)
+        if arguments.what != "collect":
+            check_inputs(study, configs)
     except StudyError as error:
         print(f"study: {error}", file=sys.stderr)
         return 78

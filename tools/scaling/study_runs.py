@@ -110,6 +110,20 @@ def prepare(study: Study) -> dict[str, RunConfig]:
     return configs
 
 
+def check_inputs(study: Study, configs: dict[str, RunConfig]) -> None:
+    """Refuse to start what fails at every point; where only some points lack it, the others are worth their time.
+
+    Raises:
+        StudyError: no point's tokenizer is here.
+    """
+    tokenizers = {config.data.tokenizer for config in configs.values()}
+    if not any(Path(one).is_dir() for one in tokenizers):
+        one = min(tokenizers)
+        raise StudyError(
+            f"{study.file}: data.tokenizer: no tokenizer folder at {one} (`nvembed data tokenizer {one}` writes one)"
+        )
+
+
 def _tree(study: Study, point: Point) -> dict[str, Any]:
     """The base with everything that the study and the point change."""
     tree = copy.deepcopy(study.base)
