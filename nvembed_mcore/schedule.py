@@ -16,6 +16,7 @@ from nvembed_mcore.data.packing import Pack, Plan, Split, Text, make_pack, make_
 from nvembed_mcore.model.encoder import Encoder
 from nvembed_mcore.parallel.gather import gather_rows
 from nvembed_mcore.parallel.groups import Groups
+from nvembed_mcore.progress import progress
 
 Chunks = list[DistributedDataParallel] | list[Encoder]
 """The model chunks of this pipeline stage: one, or several where stages are interleaved. Bare ones can only embed."""
@@ -117,7 +118,9 @@ def embed_texts(chunks: Chunks, groups: Groups, texts: list[Text], token_budget:
     was_training = chunks[0].training
     for chunk in chunks:
         chunk.eval()
-    embeddings = embed_packs(chunks, packs_of_rank(texts, plan, chunks, groups))
+    packs = packs_of_rank(texts, plan, chunks, groups)
+    with progress("embed", len(packs), "packs") as shown:
+        embeddings = embed_packs(chunks, packs, lambda index, chunk: shown.update(index))
     for chunk in chunks:
         chunk.train(was_training)
     if not groups.is_last_stage:
