@@ -62,7 +62,8 @@ class Attempt(AbstractContextManager):
     """One attempt at a run as one rank sees it, from the start of its process to its end.
 
     On the way out it records how the attempt ended. The rank that fails first says so for all. An error on another
-    rank gets the first one's exit status, and an attribute `follows`: which rank it was, and why.
+    rank gets the first one's exit status, and an attribute `follows`: which rank it was, and why. Both get one more,
+    `log`: the file of this rank that has the trace.
 
     Attributes:
         folder: of this attempt's logs; None before it has begun.
@@ -193,6 +194,7 @@ class Attempt(AbstractContextManager):
             self.folder = next_folder(self._run_dir)
             self._go_on_from_status()
         status = exit_of(error)
+        error.log = str(self.folder / f"rank-{self._rank}.log")
         first = _claim(self.folder / FIRST_FAILURE, self._failure(error, status))
         if first["rank"] == self._rank:
             log.error("this rank fails first, with status %d", status, exc_info=error, extra=TO_FILE_ONLY)
