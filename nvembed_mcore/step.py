@@ -28,6 +28,8 @@ from nvembed_mcore import device, nonfinite
 from nvembed_mcore.config import ConfigError, LossConfig, StepConfig
 from nvembed_mcore.data.batch import Batch
 from nvembed_mcore.data.packing import Pack, Plan
+from nvembed_mcore.distillation import is_distilled
+from nvembed_mcore.ema import update_average
 from nvembed_mcore.memory import retainable_tokens
 from nvembed_mcore.metrics import PhaseTimer
 from nvembed_mcore.model import fp8_step
@@ -49,7 +51,8 @@ class StepOutput:
 
     `loss`: mean over the Q queries. `accuracy`: share of queries whose positive scores highest among its candidates.
     `grad_norm`: norm of the whole gradient before clipping. `temperature`: that of this step. Tokens are those of all
-    ranks. `communication`: seconds by group, where they were measured (parallel/traffic.py).
+    ranks. `communication`: seconds by group, where they were measured (parallel/traffic.py). `divergence`: mean over
+    the distilled queries, which the loss holds `loss.distillation.weight` times; None without distillation.
     """
 
     loss: float
@@ -61,6 +64,7 @@ class StepOutput:
     num_microbatches: int
     way: str
     communication: dict[str, float]
+    divergence: float | None = None
 
 
 def microbatch_seed(seed: int, step: int, microbatch: int, chunk: int, groups: Groups) -> int:
@@ -93,17 +97,19 @@ class ContrastiveStep:
         seed: int,
         retain_tokens: int | None = None,
         time_communication_every: int = 0,
+        ema_decay: float | None = None,
     ) -> None:
         """
         Args:
             chunks: this stage's model.
             retain_tokens: tokens of a rank whose graphs `auto` keeps; None: measured when it is first needed.
             time_communication_every: steps; 0: never.
+            ema_decay: of the average of the weights; None or 0: none is kept.
         """
         self.chunks, self.optimizer, self.groups = chunks, optimizer, groups
         self.config, self.loss_config, self.seed = step, loss, seed
         self.retain_tokens = retain_tokens
-        self.time_communication_every = time_communication_every
+        self.time_communication_every, self.ema_decay = time_communication_every, ema_decay
         self.scorer = Scorer(loss, groups, step.gradient_exchange, chunks[-1].module.backend.dtype)
         self._is_first = True
         self._logged: set[str] = set()
@@ -132,7 +138,7 @@ class ContrastiveStep:
             else:
                 num_kept = 1 if way == "cached" else len(packs)
                 totals, temperature = self._one_stage(batch, plan, packs, step, timer, num_kept)
-            loss, accuracy, real, padded, temperature = self._share(totals, packs, temperature)
+            loss, accuracy, *more, real, padded, temperature = self._share(totals, packs, temperature)
             loss, accuracy = loss / batch.num_queries, accuracy / batch.num_queries
             with timer("optimizer"):
                 grad_norm = gradient_norm(self.optimizer)
@@ -141,6 +147,8 @@ class ContrastiveStep:
                 if not (math.isfinite(loss) and math.isfinite(grad_norm)):
                     raise NonFiniteLossError(self._finding(step, loss, grad_norm, batch, plan, packs))
                 update(self.optimizer, grad_norm)
+                if self.ema_decay:
+                    update_average(self.optimizer, self.ema_decay, step)
                 fp8_step.end_step(encoders, [self.groups.tp, self.groups.dp_cp])
         if self._is_first:
             self._is_first = False
@@ -155,6 +163,7 @@ class ContrastiveStep:
             num_microbatches=plan.max_microbatches,
             way=way,
             communication=communication_of_all(traffic, clock) if is_timed else {},
+            divergence=more[0] / max(1, int(is_distilled(batch).sum())) if more else None,
         )
 
     def _share(self, totals: Tensor, packs: list[Pack], temperature: float) -> list[float]:
@@ -206,7 +215,11 @@ class ContrastiveStep:
     def _measure(self, packs: list[Pack]) -> int:
         (chunk,) = self.chunks
         return retainable_tokens(
-            lambda: chunk(packs[0]), packs[0].real_tokens, list(chunk.module.parameters()), self.optimizer
+            lambda: chunk(packs[0]),
+            packs[0].real_tokens,
+            list(chunk.module.parameters()),
+            self.optimizer,
+            bool(self.ema_decay),
         )
 
     def _reseed(self, step: int, index: int, chunk: int) -> None:
@@ -274,7 +287,8 @@ class ContrastiveStep:
 
         with timer("embed"):
             embeddings = embed_packs(self.chunks, packs, reseed)
-        totals, temperature = torch.zeros(2, device=device.current()), self.loss_config.temperature
+        totals = torch.zeros(self.scorer.num_totals, device=device.current())
+        temperature = self.loss_config.temperature
         grads, pull = [], None
         if self.groups.is_last_stage:
             with timer("score"):
