@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 
-from nvembed_mcore.cli import data_check, data_convert, data_decontaminate, data_plan, data_prompts
+from nvembed_mcore.cli import data_check, data_convert, data_decontaminate, data_plan, data_prompts, data_split
 
 
 def add(commands: argparse._SubParsersAction) -> None:
@@ -29,6 +29,7 @@ def add(commands: argparse._SubParsersAction) -> None:
     data_convert.add(kinds)
     data_decontaminate.add(kinds)
     data_prompts.add(kinds)
+    data_split.add(kinds)
     data_check.add(kinds)
 
 

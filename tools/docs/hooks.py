@@ -1,4 +1,4 @@
-"""What MkDocs does not know of this repository: pages that lie outside docs/, and fences with a marker or a file's name.
+"""What MkDocs does not know of this repository: pages outside docs/, and fences with a marker or a file's name.
 
 MkDocs calls the functions whose names begin with `on_`. A page of the repository outside docs/ has its own path in the
 site, so links between pages are written for the repository, where they are read most, and turned here.
@@ -18,7 +18,11 @@ if TYPE_CHECKING:
 
 ROOT = Path(__file__).parents[2]
 DOCS = "docs/"
-OUTSIDE = ("CONTRIBUTING.md", "CHANGELOG.md", *(f"examples/{name}/README.md" for name in ("recipes", "slurm", "scaling")))
+OUTSIDE = (
+    "CONTRIBUTING.md",
+    "CHANGELOG.md",
+    *(f"examples/{name}/README.md" for name in ("recipes", "slurm", "scaling")),
+)
 """Pages of the site that are not under docs/."""
 MARKERS = {
     "gpu": "needs GPUs",
