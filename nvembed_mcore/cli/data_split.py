@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 
 from nvembed_mcore.cli.data_convert import at_least_one, count, show_counts
+from nvembed_mcore.cli.results import add_json
 
 
 def add(kinds: argparse._SubParsersAction) -> None:
@@ -14,7 +15,7 @@ def add(kinds: argparse._SubParsersAction) -> None:
     parser.add_argument("--held-out", type=at_least_one, required=True, metavar="N", help="records to hold out")
     parser.add_argument("--seed", type=int, default=0, help="decides which (default 0)")
     parser.add_argument("--max-bad-records", type=count, default=0, help="leave out so many bad rows (default 0)")
-    parser.add_argument("--json", metavar="PATH", help="write the counts there")
+    add_json(parser, "the counts")
     parser.set_defaults(run=_run)
 
 
