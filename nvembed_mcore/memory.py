@@ -53,6 +53,7 @@ def retainable_tokens(
     num_tokens: int,
     parameters: list[torch.nn.Parameter],
     optimizer: MegatronOptimizer,
+    besides: float = 0.0,
 ) -> int:
     """Tokens a rank whose graphs fit into its free memory; the same on every rank, which all call this.
 
@@ -63,8 +64,9 @@ def retainable_tokens(
         num_tokens: real tokens of that pack; 0 where it holds none, whose measurement does not count.
         parameters: the model's.
         optimizer: its two moments are about to be allocated, where they are not there yet.
+        besides: bytes that are kept for each token of the batch, whatever graphs are.
     """
-    measured = graph_bytes(forward, parameters) / num_tokens if num_tokens else 0.0
+    measured = graph_bytes(forward, parameters) / num_tokens + besides if num_tokens else 0.0
     moments = _moments_to_come(optimizer)
     per_token = max(1.0, -smallest_on_all(-measured, device.current()))
     free = max(0.0, smallest_on_all(float(device.free_memory_bytes() - moments), device.current()))
