@@ -52,6 +52,10 @@ class Encoder(MegatronModule):
     parallelism each tensor rank holds t / TP of the rows.
     """
 
+    behind_embedding: Callable[[Tensor, Tensor, int], Tensor] | None = None
+    """Gets this rank's embedded tokens [t or t / TP, 1, H], their sequences and how many of these there are; what it
+    returns goes on instead (adversarial.py)."""
+
     def __init__(
         self,
         hf_config: MistralConfig,
@@ -88,9 +92,6 @@ class Encoder(MegatronModule):
         is_last = model.pooling.kind == "last" or (self.reads_layers and model.attention_mask == "causal")
         self.pooled_tokens = "last" if is_last else "mean"
         self.groups = groups
-        self.behind_embedding: Callable[[Tensor, Tensor, int], Tensor] | None = None
-        """Gets this rank's embedded tokens [t or t / TP, 1, H], their sequences and how many of these there are; what
-        it returns goes on instead (adversarial.py)."""
         if self.pre_process:
             self.embedding = LanguageModelEmbedding(
                 config,
