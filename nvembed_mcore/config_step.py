@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -40,6 +41,33 @@ class StepConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class DistillationConfig:
+    """A teacher's scores of a query's own passages as a second target (docs/how-to/distillation.md)."""
+
+    weight: float = 0.0
+    """The loss is InfoNCE plus so many times KL(teacher || student) over the query's positives and hard negatives of
+    the step. 0: no distillation, and the records' scores are not read. 1: as FlagEmbedding adds the two."""
+    teacher_temperature: float | None = None
+    """The teacher's scores are divided by this before their softmax; must be given. FlagEmbedding takes 1, for logits
+    of a cross-encoder; of cosines that would make a flat target: they take about what `temperature` is."""
+
+    @property
+    def is_on(self) -> bool:
+        return self.weight > 0
+
+    def __post_init__(self) -> None:
+        name = "loss.distillation"
+        require(0 <= self.weight < math.inf, f"{name}.weight must be a number from 0 up, got {self.weight}")
+        given = self.teacher_temperature
+        require(
+            given is not None or not self.is_on,
+            f"{name}.teacher_temperature must be given where {name}.weight is {self.weight}: 1 suits logits of a "
+            f"cross-encoder, about loss.temperature suits cosines",
+        )
+        require(given is None or 0 < given < math.inf, f"{name}.teacher_temperature must be above 0, got {given}")
+
+
+@dataclass(frozen=True, kw_only=True)
 class LossConfig:
     """InfoNCE on gathered embeddings."""
 
@@ -68,6 +96,8 @@ class LossConfig:
     """R-Drop (arXiv 2106.14448): each text is embedded twice under different dropout; the loss is the mean of both,
     plus so many times the symmetric KL divergence (the mean of both directions) of the two distributions of scores.
     Half of the paper's alpha, which adds both losses up. Needs a dropout, such as `model.lora.dropout`. 0: off."""
+    distillation: DistillationConfig = field(default_factory=DistillationConfig)
+    """What the loss takes from a teacher's scores."""
 
     def __post_init__(self) -> None:
         require(self.temperature > 0, f"loss.temperature must be above 0, got {self.temperature}")
@@ -104,9 +134,22 @@ class OptimConfig:
     """Largest norm of the whole gradient; 0 turns clipping off."""
     distributed: bool = True
     """Shard the optimizer's state over data-parallel ranks (Megatron's distributed optimizer)."""
+    ema_decay: float | None = None
+    """Keep an exponential moving average of the trained weights with this decay a step, from which the run is
+    evaluated and exported (ema.py); 0 or null: none. It begins with the weights after the first step, and step `t`
+    has `(1 + t) / (10 + t)` where that is less."""
+
+    @property
+    def averages(self) -> bool:
+        """Whether the weights are averaged."""
+        return bool(self.ema_decay)
 
     def __post_init__(self) -> None:
         require(self.lr > 0, f"optim.lr must be above 0, got {self.lr}")
         require(0 <= self.min_lr <= self.lr, f"optim.min_lr must be between 0 and lr {self.lr}, got {self.min_lr}")
         for name in ("warmup_steps", "weight_decay", "clip_norm"):
             require(getattr(self, name) >= 0, f"optim.{name} must not be negative, got {getattr(self, name)}")
+        require(
+            self.ema_decay is None or 0 <= self.ema_decay < 1,
+            f"optim.ema_decay must be between 0 and below 1, got {self.ema_decay}",
+        )

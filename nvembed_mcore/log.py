@@ -6,18 +6,15 @@ import json
 import logging
 import os
 import sys
-import time
 from collections.abc import Callable, Mapping
-from datetime import timedelta
+from contextlib import ExitStack
 from pathlib import Path
 from types import TracebackType
 from typing import TextIO
 
-from rich.console import Console
 from rich.logging import RichHandler
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
-from nvembed_mcore import redact
+from nvembed_mcore import progress, redact
 from nvembed_mcore.config import LogConfig
 
 try:
@@ -30,16 +27,13 @@ logger = logging.getLogger(__name__)
 METRICS_FILE = "metrics.jsonl"
 TO_FILE_ONLY = {"to_file_only": True}
 """As `extra` of a message: it goes to the rank's file and not to stderr."""
-_PLAIN_INTERVAL_SECONDS = 10.0
-# One console for messages and the progress bar: rich then prints messages above the bar instead of through it.
-_console = Console(stderr=True)
 
 
 def setup_logging(rank: int, log_dir: str | Path | None = None) -> logging.Logger:
     """Send the messages of `nvembed_mcore` where this rank's messages go; calling it again replaces the handlers.
 
-    Rank 0 writes from INFO on to stderr (through rich on a terminal, plain lines elsewhere). Every rank writes from
-    INFO on to `log_dir/rank-{rank}.log`, appending.
+    Rank 0 writes from INFO on to stderr (through rich on a terminal, plain lines elsewhere), with --quiet only errors.
+    Every rank writes from INFO on to `log_dir/rank-{rank}.log`, appending.
 
     Args:
         rank: of this process in the whole job.
@@ -56,6 +50,7 @@ def setup_logging(rank: int, log_dir: str | Path | None = None) -> logging.Logge
     if rank == 0:
         root.addHandler(_stderr_handler())
         root.handlers[-1].addFilter(lambda record: not hasattr(record, "to_file_only"))
+        root.handlers[-1].setLevel(logging.ERROR if progress.is_quiet() else logging.INFO)
     if log_dir is not None:
         Path(log_dir).mkdir(parents=True, exist_ok=True)
         handler = logging.FileHandler(Path(log_dir) / f"rank-{rank}.log", encoding="utf-8")
@@ -73,12 +68,14 @@ def close_logging() -> None:
         root.removeHandler(handler)
         handler.close()
     root.propagate = True
+    root.setLevel(logging.NOTSET)
 
 
 def _stderr_handler() -> logging.Handler:
     """Rich breaks lines at the width of the terminal; where there is none, a message stays one line."""
-    if _console.is_terminal:
-        return RichHandler(console=_console, show_path=False, log_time_format="%H:%M:%S", rich_tracebacks=False)
+    console = progress.console
+    if console.is_terminal:
+        return RichHandler(console=console, show_path=False, log_time_format="%H:%M:%S", rich_tracebacks=False)
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s", datefmt="%H:%M:%S"))
     return handler
@@ -153,7 +150,8 @@ class MetricLog:
         self._description = description
         self._file: TextIO | None = None
         self._tensorboard: SummaryWriter | None = None
-        self._progress: _Bar | _PlainLines | None = None
+        self._showing = ExitStack()
+        self._progress: progress.Progress | None = None
         self._evaluated: set[int] = set()
         self._shown: dict[str, float] = {}
 
@@ -168,16 +166,17 @@ class MetricLog:
             # Purging hides what an earlier, cut-off attempt wrote after the step that this one resumes from.
             purge_from = self._start_step + 1 if self._start_step else 0
             self._tensorboard = SummaryWriter(str(self._path.parent / "tensorboard"), purge_step=purge_from)
-        kind = _Bar if self._config.progress and _console.is_terminal else _PlainLines
-        self._progress = kind(self._description, self._total_steps, self._start_step)
+        what, how = (self._description, self._total_steps, "steps"), {"bar": self._config.progress, "eager": True}
+        self._progress = self._showing.enter_context(progress.progress(*what, start=self._start_step, **how))
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        for part in (self._file, self._tensorboard, self._progress):
+        for part in (self._file, self._tensorboard):
             if part is not None:
                 part.close()
+        self._showing.close()
         self._file = self._tensorboard = self._progress = None
 
     def log(self, step: int, values: Mapping[str, float]) -> None:
@@ -245,56 +244,3 @@ _SHOWN: dict[str, Callable[[float], str]] = {
 
 def _status(shown: Mapping[str, float]) -> str:
     return "  ".join(text(shown[name]) for name, text in _SHOWN.items() if name in shown)
-
-
-class _Bar:
-    """A progress bar on a terminal."""
-
-    def __init__(self, description: str, total: int, start: int) -> None:
-        self._progress = Progress(
-            TextColumn("{task.description}"),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TextColumn("{task.fields[status]}"),
-            TimeRemainingColumn(),
-            console=_console,
-        )
-        self._task: TaskID = self._progress.add_task(description, total=total, completed=start, status="")
-        self._progress.start()
-
-    def update(self, step: int, status: str) -> None:
-        self._progress.update(self._task, completed=step, status=status)
-
-    def close(self) -> None:
-        self._progress.stop()
-
-
-class _PlainLines:
-    """A log line every few seconds and at the end, for files and the output of batch jobs."""
-
-    def __init__(self, description: str, total: int, start: int) -> None:
-        self._description, self._total, self._start = description, total, start
-        self._started_at = time.monotonic()
-        self._printed_at = -float("inf")
-        self._waiting: str | None = None
-
-    def update(self, step: int, status: str) -> None:
-        self._waiting = f"{self._description}: step {step}/{self._total}  {status}{self._time_left(step)}"
-        if time.monotonic() - self._printed_at >= _PLAIN_INTERVAL_SECONDS:
-            self._print()
-
-    def _time_left(self, step: int) -> str:
-        """At the pace since the start, evaluations and checkpoints included; nothing where no pace is known."""
-        if not self._start < step < self._total:
-            return ""
-        seconds = (time.monotonic() - self._started_at) / (step - self._start) * (self._total - step)
-        return f"  ETA {timedelta(seconds=round(seconds))}"
-
-    def close(self) -> None:
-        if self._waiting is not None:
-            self._print()
-
-    def _print(self) -> None:
-        logger.info("%s", self._waiting)
-        self._waiting = None
-        self._printed_at = time.monotonic()

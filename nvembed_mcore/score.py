@@ -17,6 +17,7 @@ from torch import Tensor
 from nvembed_mcore import device
 from nvembed_mcore.config import LossConfig
 from nvembed_mcore.data.batch import Batch
+from nvembed_mcore.distillation import share_of
 from nvembed_mcore.kernels.reference import Columns, Masks, Rows, Softmax
 from nvembed_mcore.loss import make_targets, score_columns, score_rows
 from nvembed_mcore.parallel.gather import gather_rows, scatter_sum
@@ -34,8 +35,9 @@ class Scores:
     """What scoring gives a rank.
 
     Attributes:
-        totals: float32 [2]: sum of the losses of its rows, and of the weights of queries whose positive is first. With
-            R-Drop [3]: also that of the divergences, which are in the losses with their weight.
+        totals: float32: sum of the losses of its rows, and of the weights of queries whose positive is first; then,
+            where there is distillation, the sum of its queries' divergences from the teacher, and with R-Drop that of
+            its rows' divergences.
         grad: float32 [V, n, D]: gradient of each of its texts' embeddings, in the order of `plan.owned()`.
         grad_log_scale: float32 scalar: its rows' part of the gradient to the log of one over the temperature.
     """
@@ -159,6 +161,7 @@ class Scorer:
             same_dataset_only=config.in_batch_from == "dataset",
             margin=config.false_negative_margin,
         )
+        self.num_totals = 2 + config.distillation.is_on + (self.views == 2)
 
     @torch.no_grad()
     def __call__(self, batch: Batch, owned: list[np.ndarray], local: Tensor, temperature: float) -> Scores:
@@ -175,9 +178,13 @@ class Scorer:
         directions = [
             self._share(direction, owned, len(batch.texts), recompute) for direction in _directions(batch, self.config)
         ]
-        sizes = [*self.config.matryoshka_dims, width]
+        teacher, distilled = self.config.distillation, None
+        if teacher.is_on:  # its weight undoes the division by the number of directions: it belongs to one of them
+            how = dict(alone=recompute, weight=teacher.weight * len(directions))
+            distilled = share_of(batch, owned, self.groups.dp_rank, teacher, **how)
+        sizes, scale = [*self.config.matryoshka_dims, width], 1.0 / temperature
         terms = self.views * len(directions) * len(sizes)
-        total, grad_log_scale = local.new_zeros(1 + self.views), local.new_zeros(())
+        total, grad_log_scale = local.new_zeros(self.num_totals), local.new_zeros(())
         # Of all texts, to be summed over ranks; or complete, of this rank's texts.
         grads = [torch.zeros_like(local[0] if recompute else view) for view in everything]
         mine = torch.as_tensor(owned[self.groups.dp_rank], device=local.device) if recompute else slice(None)
@@ -186,11 +193,17 @@ class Scorer:
             vectors = [one for one, _ in leading]
             grad_vectors = [one.new_zeros(len(grads[0]), size) for one in vectors]
             for number, direction in enumerate(directions):
-                found, of_log_scale = self._score_views(direction, vectors, 1.0 / temperature, grad_vectors)
-                total[0] += found[0] / terms
-                total[2:] += found[2:] * self.views / terms
+                loss, correct, apart, of_log_scale = self._score_views(direction, vectors, scale, grad_vectors)
+                total[0] += loss / terms
                 if number == 0 and size == width:
-                    total[1] += found[1] / self.views
+                    total[1] += correct / self.views
+                if apart is not None:
+                    total[-1] += apart * self.views / terms
+                grad_log_scale += of_log_scale
+            for one, part in zip(vectors, grad_vectors, strict=True) if distilled is not None else ():
+                loss, of_log_scale = distilled.score_(one, scale, part)
+                total[0] += teacher.weight * loss * len(directions) / terms
+                total[2] += loss * len(directions) / terms
                 grad_log_scale += of_log_scale
             for view, (unit, norms) in enumerate(leading):
                 grad = grad_vectors[view]
@@ -209,25 +222,18 @@ class Scorer:
 
     def _score_views(
         self, share: _Share, vectors: list[Tensor], scale: float, grads: list[Tensor]
-    ) -> tuple[Tensor, Tensor]:
-        """`_score` of each embedding of the texts: their losses and correct rows, and the gradient to log(scale).
+    ) -> tuple[Tensor, Tensor, Tensor | None, Tensor]:
+        """Sums of `_score` over the embeddings of a text: losses, correct rows, and the gradient to log(scale).
 
-        With R-Drop also how far both disagree, which counts once for both; the sums are then [3], otherwise [2].
+        Behind the correct rows, with R-Drop, how far both disagree, which is in the losses with its weight.
         """
-        total, grad_log_scale = vectors[0].new_zeros(1 + self.views), vectors[0].new_zeros(())
-        for one, grad in zip(vectors, grads, strict=True):
-            loss, correct, of_log_scale = self._score(share, one, scale, grad)
-            total[0] += loss
-            total[1] += correct
-            grad_log_scale += of_log_scale
-        if self.views == 2:
-            # The losses will be divided by the number of views.
-            weight = self.config.r_drop_weight * self.views
-            divergence, of_log_scale = self._diverge(share, vectors, scale, grads, weight)
-            total[0] += weight * divergence
-            total[2] = divergence
-            grad_log_scale += weight * of_log_scale
-        return total, grad_log_scale
+        sums = [self._score(share, one, scale, grad) for one, grad in zip(vectors, grads, strict=True)]
+        loss, correct, grad_log_scale = map(sum, zip(*sums, strict=True))
+        if self.views == 1:
+            return loss, correct, None, grad_log_scale
+        weight = self.config.r_drop_weight * self.views  # losses are divided by the number of views
+        apart, of_log_scale = self._diverge(share, vectors, scale, grads, weight)
+        return loss + weight * apart, correct, apart, grad_log_scale + weight * of_log_scale
 
     def _share(self, direction: _Direction, owned: list[np.ndarray], num_texts: int, recompute: bool) -> _Share:
         """This rank's part of a direction."""

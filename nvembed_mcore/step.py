@@ -32,6 +32,8 @@ from nvembed_mcore.adversarial import Adversary
 from nvembed_mcore.config import ConfigError, LossConfig, StepConfig
 from nvembed_mcore.data.batch import Batch
 from nvembed_mcore.data.packing import Pack, Plan
+from nvembed_mcore.distillation import is_distilled
+from nvembed_mcore.ema import update_average
 from nvembed_mcore.memory import retainable_tokens
 from nvembed_mcore.metrics import PhaseTimer
 from nvembed_mcore.model import fp8_step
@@ -54,8 +56,9 @@ class StepOutput:
     `loss`: mean over the Q queries of all that is trained on. `accuracy`: share of queries whose positive scores
     highest among its candidates. `grad_norm`: norm of the whole gradient before clipping. `temperature`: that of this
     step. Tokens are those of all ranks. `communication`: seconds by group, where they were measured
-    (parallel/traffic.py). `terms`: means of what only some losses have, before its weight: `divergence` (R-Drop) and
-    `moved_loss` (FGM).
+    (parallel/traffic.py). `divergence`: mean over the distilled queries, which the loss holds
+    `loss.distillation.weight` times; None without distillation. `terms`: of R-Drop and FGM, where they are on,
+    before their weights: `r_drop_divergence` and `moved_loss`, means over the queries.
     """
 
     loss: float
@@ -67,6 +70,7 @@ class StepOutput:
     num_microbatches: int
     way: str
     communication: dict[str, float]
+    divergence: float | None = None
     terms: dict[str, float] = field(default_factory=dict)
 
 
@@ -132,20 +136,22 @@ class ContrastiveStep:
         seed: int,
         retain_tokens: int | None = None,
         time_communication_every: int = 0,
+        ema_decay: float | None = None,
     ) -> None:
         """
         Args:
             chunks: this stage's model.
             retain_tokens: tokens of a rank whose graphs `auto` keeps; None: measured when it is first needed.
             time_communication_every: steps; 0: never.
+            ema_decay: of the average of the weights; None or 0: none is kept.
         """
         self.chunks, self.optimizer, self.groups = chunks, optimizer, groups
         self.config, self.loss_config, self.seed = step, loss, seed
         self.retain_tokens = retain_tokens
-        self.time_communication_every = time_communication_every
+        self.time_communication_every, self.ema_decay = time_communication_every, ema_decay
         self.scorer = Scorer(loss, groups, step.gradient_exchange, chunks[-1].module.backend.dtype)
         self.adversary = Adversary(chunks[0].module, groups, step.fgm_epsilon) if step.fgm_epsilon else None
-        self.terms = ["divergence"] * bool(loss.r_drop_weight) + ["moved_loss"] * bool(step.fgm_epsilon)
+        self.terms = ["r_drop_divergence"] * bool(loss.r_drop_weight) + ["moved_loss"] * bool(step.fgm_epsilon)
         self._is_first = True
         self._logged: set[str] = set()
 
@@ -169,8 +175,8 @@ class ContrastiveStep:
         traffic = Traffic(self.groups, is_timed) if self._is_first or is_timed else nullcontext()
         with traffic, stage_clock(self.chunks) if is_timed else nullcontext() as clock:
             sums = self._walks(_Walk(batch, plan, packs * self.scorer.views, step, timer, way))
-            loss, accuracy, *terms, real, padded, temperature = self._share(sums, packs)
-            loss, accuracy, *terms = (total / batch.num_queries for total in (loss, accuracy, *terms))
+            loss, accuracy, *more, real, padded, temperature = self._share(sums, packs)
+            loss, accuracy = loss / batch.num_queries, accuracy / batch.num_queries
             with timer("optimizer"):
                 grad_norm = gradient_norm(self.optimizer)
                 # Only here, so that ranks meet in all collectives before the first one stops: what is not a number in
@@ -178,10 +184,14 @@ class ContrastiveStep:
                 if not (math.isfinite(loss) and math.isfinite(grad_norm)):
                     raise NonFiniteLossError(self._finding(step, loss, grad_norm, batch, plan, packs))
                 update(self.optimizer, grad_norm)
+                if self.ema_decay:
+                    update_average(self.optimizer, self.ema_decay, step)
                 fp8_step.end_step(encoders, [self.groups.tp, self.groups.dp_cp])
         if self._is_first:
             self._is_first = False
             log.info("collectives of step %d on this rank (way %s):\n%s", step, way, traffic.table())
+        is_taught = self.loss_config.distillation.is_on
+        divergence = more.pop(0) / max(1, int(is_distilled(batch).sum())) if is_taught else None
         return StepOutput(
             loss=loss,
             accuracy=accuracy,
@@ -192,7 +202,8 @@ class ContrastiveStep:
             num_microbatches=plan.max_microbatches,
             way=way,
             communication=communication_of_all(traffic, clock) if is_timed else {},
-            terms=dict(zip(self.terms, terms, strict=True)),
+            divergence=divergence,
+            terms={name: total / batch.num_queries for name, total in zip(self.terms, more, strict=True)},
         )
 
     def _walks(self, whole: _Walk) -> _Sums:
@@ -265,7 +276,8 @@ class ContrastiveStep:
                 packs[0].real_tokens,
                 list(chunk.module.parameters()),
                 self.optimizer,
-                besides=adversary.bytes_per_token if adversary else 0.0,
+                bool(self.ema_decay),
+                adversary.bytes_per_token if adversary else 0.0,
             )
 
     def _reseed(self, step: int, index: int, chunk: int) -> None:
@@ -347,7 +359,7 @@ class ContrastiveStep:
 
         with walk.timer("embed"):
             embeddings = embed_packs(self.chunks, packs, begin)
-        nothing = torch.zeros(1 + self.scorer.views, device=device.current())
+        nothing = torch.zeros(self.scorer.num_totals, device=device.current())
         sums, grads, pull = _Sums(nothing, self.loss_config.temperature, 0.0), [], None
         if self.groups.is_last_stage:
             with walk.timer("score"):

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import os
-import sys
-import time
 from typing import TYPE_CHECKING, Any
+
+from nvembed_mcore.cli.results import add_json, give
 
 if TYPE_CHECKING:
     from nvembed_mcore.evaluation.embedders import Embedder
+    from nvembed_mcore.evaluation.shards import Encoded
 
 _TEXTS = (
     "JSON Lines, Parquet, CSV or TSV with _id or id, text and perhaps title; a BEIR folder; any other file: one text "
@@ -17,8 +19,6 @@ _TEXTS = (
 )
 
 _TRUST = "st: run code that lies beside the model; a model of the hub needs its @REVISION (40 hex digits)"
-
-LINE_EVERY_SECONDS = 30.0
 
 
 def add(commands: argparse._SubParsersAction) -> None:
@@ -32,6 +32,7 @@ def add(commands: argparse._SubParsersAction) -> None:
     command.add_argument("--format", choices=["npy", "parquet"], default="npy", help="of the shards (default npy)")
     command.add_argument("--dtype", choices=["float32", "float16"], default="float32", help="(default float32)")
     command.add_argument("--shard-size", type=int, default=8192, metavar="N", help="rows of a shard (default 8192)")
+    add_json(command, "counts and seconds")
     command.set_defaults(run=_encode)
 
 
@@ -100,46 +101,19 @@ def _encode(arguments: argparse.Namespace) -> None:
         "dtype": arguments.dtype,
         "shard_size": arguments.shard_size,
     }
-    if not is_first_rank():
-        encode_file(embedder, arguments.texts, arguments.output, **how)
-        return
-    with _Bar() as bar:
-        done = encode_file(embedder, arguments.texts, arguments.output, **how, progress=bar.update)
+    done = encode_file(embedder, arguments.texts, arguments.output, **how)
+    if is_first_rank():
+        found = dataclasses.asdict(done) | {"output": arguments.output}
+        give(found, arguments.json, lambda: _print(done, arguments.output))
+
+
+def _print(done: Encoded, output: str) -> None:
     made = done.texts - done.present
     was_there = f" ({done.present} were there before)" if done.present else ""
-    print(f"{done.texts} texts, {done.dim} dimensions: {arguments.output}{was_there}")
+    print(f"{done.texts} texts, {done.dim} dimensions: {output}{was_there}")
     if made:
         padding = 1 - done.tokens / max(1, done.positions)
         print(
             f"{made} texts, {done.tokens} tokens in {done.seconds:.1f} s: {done.tokens / done.seconds:,.0f} tokens/s, "
             f"{padding:.1%} padding"
         )
-
-
-class _Bar:
-    """A progress bar on a terminal, and now and then a line elsewhere, on stderr."""
-
-    def __init__(self) -> None:
-        from rich.console import Console
-        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
-        console = Console(stderr=True)
-        columns = (BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[rate]}"), TimeRemainingColumn())
-        self._is_terminal = console.is_terminal
-        self._progress = Progress(*columns, console=console, disable=not console.is_terminal)
-        self._task = self._progress.add_task("", total=None, rate="")
-        self._printed_at = time.monotonic()
-
-    def update(self, done: int, total: int, tokens_per_second: float) -> None:
-        rate = f"{tokens_per_second:,.0f} tokens/s"
-        self._progress.update(self._task, completed=done, total=total, rate=rate)
-        if not self._is_terminal and time.monotonic() - self._printed_at >= LINE_EVERY_SECONDS:
-            print(f"{done} of {total} texts, {rate}", file=sys.stderr, flush=True)
-            self._printed_at = time.monotonic()
-
-    def __enter__(self) -> _Bar:
-        self._progress.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._progress.stop()

@@ -147,6 +147,7 @@ class Case:
     fp8: str = "off"
     backend: str = "local"
     dtype: str = "float32"
+    ema: float | None = None
 
     @property
     def layout(self) -> tuple[int, int, bool, int, int, int]:
@@ -206,7 +207,7 @@ def build_step(case: Case, **changes):
         fgm_epsilon=case.fgm,
         fgm_weight=FGM_WEIGHT,
     )
-    step = ContrastiveStep(chunks, optimizer, groups, step=config, loss=loss, seed=0)
+    step = ContrastiveStep(chunks, optimizer, groups, step=config, loss=loss, seed=0, ema_decay=case.ema)
     return step, groups, table, parameters
 
 
