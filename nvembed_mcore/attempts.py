@@ -25,6 +25,8 @@ from types import TracebackType
 from typing import Any, TextIO
 
 from nvembed_mcore import goodput, redact
+from nvembed_mcore.checkpoint.best import read_best
+from nvembed_mcore.checkpoint.folders import folder_of
 from nvembed_mcore.config import RunConfig
 from nvembed_mcore.data.faults import DataError
 from nvembed_mcore.exits import Exit, Preempted, exit_of
@@ -230,6 +232,9 @@ class Attempt(AbstractContextManager):
             self._record.close(self._ledger, step, self._saves, state, status)
 
     def _write_status(self, state: str, exit_status: Exit | None, reason: str = "") -> None:
+        best = None
+        with suppress(ValueError):  # what others made of the file is told where it is needed
+            best = read_best(folder_of(self._run_dir))
         status = Status(
             state=state,
             exit_status=None if exit_status is None else int(exit_status),
@@ -237,6 +242,8 @@ class Attempt(AbstractContextManager):
             steps=self._config.steps,
             samples_seen=self._step * self._config.batch_size,
             checkpoint_step=self._saved,
+            best_step=best and best.step,
+            best_value=best and best.value,
             reason=reason,
             attempt=int(self.folder.name),
             host=socket.gethostname(),

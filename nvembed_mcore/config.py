@@ -13,6 +13,8 @@ from typing import Literal
 from nvembed_mcore.config_data import ConfigError as ConfigError
 from nvembed_mcore.config_data import DataConfig, require
 from nvembed_mcore.config_data import DatasetConfig as DatasetConfig
+from nvembed_mcore.config_eval import EvalConfig
+from nvembed_mcore.config_eval import EvalSetConfig as EvalSetConfig
 from nvembed_mcore.config_model import LORA_TARGETS as LORA_TARGETS
 from nvembed_mcore.config_model import LoraConfig as LoraConfig
 from nvembed_mcore.config_model import ModelConfig, PrecisionConfig
@@ -111,6 +113,9 @@ class CheckpointConfig:
     is stopped takes its steps again."""
     keep: int = 2
     """Complete checkpoints kept; older ones are removed after a new one is complete."""
+    keep_best: bool = True
+    """Keep that of the best evaluation (`eval.metric`) beyond these. An evaluation that beats all before it is saved
+    even at a step where no save is due; that before the first step does not count."""
     resume: Literal["auto", "must", "never"] = "auto"
     """`auto`: go on from the newest complete checkpoint, or start. `must`: end with an error when there is none.
     `never`: end with an error when there is one."""
@@ -129,21 +134,6 @@ class CheckpointConfig:
         )
         require(self.every_steps >= 0, f"checkpoint.every_steps must not be negative, got {self.every_steps}")
         require(self.keep >= 2, f"checkpoint.keep must be at least 2 (the newest may be damaged), got {self.keep}")
-
-
-@dataclass(frozen=True, kw_only=True)
-class EvalConfig:
-    """Retrieval evaluation while training, by all ranks."""
-
-    path: str | None = None
-    """Folder of a BEIR-format test set (`corpus.jsonl`, `queries.jsonl`, `qrels/test.tsv`); null: no evaluation."""
-    instruction: str = ""
-    """Instruction of its queries."""
-    every_steps: int = 0
-    """Steps between evaluations; 0 means before the first and after the last step only."""
-
-    def __post_init__(self) -> None:
-        require(self.every_steps >= 0, f"eval.every_steps must not be negative, got {self.every_steps}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -225,6 +215,11 @@ class RunConfig:
             f"{self.parallel.pp}. Use 'auto' or 'cached'",
         )
         require(
+            self.loss.r_drop_weight == 0 or self.step.way != "single",
+            f"step.way 'single' keeps the graph of one pack, but with loss.r_drop_weight {self.loss.r_drop_weight} "
+            f"each pack is embedded twice. Use 'auto', 'retain' or 'cached'",
+        )
+        require(
             self.parallel.cp == 1 or self.precision.fp8_attention != "on",
             f"precision.fp8_attention is 'on', but texts that processes share are not attended to in FP8; parallel.cp "
             f"is {self.parallel.cp}. Use 'auto' or 'off'",
@@ -238,3 +233,8 @@ class RunConfig:
             f"step.gradient_exchange 'recompute' computes scores twice, and loss.false_negative_margin "
             f"{self.loss.false_negative_margin} could decide differently each time. Use 'auto' or 'reduce_scatter'",
         )
+
+    @property
+    def embeddings_of_a_text(self) -> int:
+        """How often a step embeds each text for its loss: twice with R-Drop, and all of that twice with FGM."""
+        return (2 if self.loss.r_drop_weight else 1) * (2 if self.step.fgm_epsilon else 1)

@@ -101,7 +101,7 @@ def _what(arguments: argparse.Namespace) -> dict[str, Any]:
         data = config.data
         return {
             "datasets": data.datasets,
-            "against": [*([config.eval.path] if config.eval.path else []), *arguments.against],
+            "against": [*(one.path for one in config.eval.test_sets), *arguments.against],
             "max_bad_records": (
                 data.max_bad_records if arguments.max_bad_records is None else arguments.max_bad_records
             ),

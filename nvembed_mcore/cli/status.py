@@ -36,7 +36,8 @@ def describe(status: Status) -> str:
     lines = [
         f"{status.state}{f': {status.reason}' if status.reason else ''}",
         f"step {status.step} of {status.steps}, {status.samples_seen:,} queries seen; "
-        + ("no checkpoint" if status.checkpoint_step is None else f"newest checkpoint: step {status.checkpoint_step}"),
+        + ("no checkpoint" if status.checkpoint_step is None else f"newest checkpoint: step {status.checkpoint_step}")
+        + ("" if status.best_step is None else f", best: step {status.best_step} ({status.best_value:.4f})"),
         f"attempt {status.attempt}, told by {status.host} at {status.time}",
     ]
     if status.exit_status is not None:

@@ -54,8 +54,14 @@ def _print_imported(done: Imported, output: str) -> None:
 
 def _add_export(commands: argparse._SubParsersAction) -> None:
     command = commands.add_parser("export-hf", help="write a checkpoint as a Hugging Face folder")
-    command.add_argument("source", help="run folder or checkpoint folder")
+    command.add_argument("source", help="run folder (its newest checkpoint) or checkpoint folder")
     command.add_argument("output", help="folder to write; must not exist")
+    command.add_argument("--best", action="store_true", help="of a run folder: the checkpoint of the best evaluation")
+    command.add_argument(
+        "--weights",
+        choices=["ema", "last"],
+        help="of a run with optim.ema_decay: the averaged weights (default) or those of the last step",
+    )
     command.add_argument(
         "--format",
         choices=["nv-embed", "mean", "peft"],
@@ -72,19 +78,17 @@ def _add_export(commands: argparse._SubParsersAction) -> None:
 
 
 def _export(arguments: argparse.Namespace) -> None:
+    from nvembed_mcore.checkpoint.best import BEST
     from nvembed_mcore.checkpoint.export_run import export_adapters, export_run
+    from nvembed_mcore.checkpoint.folders import folder_of
 
+    source = str(folder_of(arguments.source) / BEST) if arguments.best else arguments.source
+    common = {"dtype": arguments.dtype, "weights": arguments.weights}
     if arguments.format == "peft":
-        export_adapters(arguments.source, arguments.output, dtype=arguments.dtype)
+        export_adapters(source, arguments.output, **common)
     else:
-        export_run(
-            arguments.source,
-            arguments.output,
-            format=arguments.format,
-            dtype=arguments.dtype,
-            instruction=arguments.instruction,
-        )
-    found = {name: getattr(arguments, name) for name in ("source", "output", "format", "dtype")}
+        export_run(source, arguments.output, format=arguments.format, instruction=arguments.instruction, **common)
+    found = {"source": source, "output": arguments.output, "format": arguments.format, **common}
     give(found, arguments.json, lambda: print(f"exported to {arguments.output}"))
 
 
