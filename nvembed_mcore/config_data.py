@@ -43,6 +43,8 @@ class DatasetConfig:
     """Positives a query uses at most in a step, each with its own term of the loss; of more, as with negatives."""
     num_negatives: int = 7
     """Hard negatives a query uses at most; of more, a different choice is drawn in each epoch."""
+    distill: bool = True
+    """Whether `loss.distillation` is for its queries too: then each record must have a teacher's scores."""
 
     @property
     def uses_in_batch_negatives(self) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -32,6 +33,33 @@ class StepConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class DistillationConfig:
+    """A teacher's scores of a query's own passages as a second target (docs/how-to/distillation.md)."""
+
+    weight: float = 0.0
+    """The loss is InfoNCE plus so many times KL(teacher || student) over the query's positives and hard negatives of
+    the step. 0: no distillation, and the records' scores are not read. 1: as FlagEmbedding adds the two."""
+    teacher_temperature: float | None = None
+    """The teacher's scores are divided by this before their softmax; must be given. FlagEmbedding takes 1, for logits
+    of a cross-encoder; of cosines that would make a flat target: they take about what `temperature` is."""
+
+    @property
+    def is_on(self) -> bool:
+        return self.weight > 0
+
+    def __post_init__(self) -> None:
+        name = "loss.distillation"
+        require(0 <= self.weight < math.inf, f"{name}.weight must be a number from 0 up, got {self.weight}")
+        given = self.teacher_temperature
+        require(
+            given is not None or not self.is_on,
+            f"{name}.teacher_temperature must be given where {name}.weight is {self.weight}: 1 suits logits of a "
+            f"cross-encoder, about loss.temperature suits cosines",
+        )
+        require(given is None or 0 < given < math.inf, f"{name}.teacher_temperature must be above 0, got {given}")
+
+
+@dataclass(frozen=True, kw_only=True)
 class LossConfig:
     """InfoNCE on gathered embeddings."""
 
@@ -56,6 +84,8 @@ class LossConfig:
     matryoshka_dims: list[int] = field(default_factory=list)
     """Also train the first so many dimensions as embeddings of their own (arXiv 2205.13147): the loss is the mean over
     these and the whole vector."""
+    distillation: DistillationConfig = field(default_factory=DistillationConfig)
+    """What the loss takes from a teacher's scores."""
 
     def __post_init__(self) -> None:
         require(self.temperature > 0, f"loss.temperature must be above 0, got {self.temperature}")

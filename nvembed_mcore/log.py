@@ -6,18 +6,15 @@ import json
 import logging
 import os
 import sys
-import time
 from collections.abc import Callable, Mapping
-from datetime import timedelta
+from contextlib import ExitStack
 from pathlib import Path
 from types import TracebackType
 from typing import Any, TextIO
 
-from rich.console import Console
 from rich.logging import RichHandler
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
-from nvembed_mcore import redact
+from nvembed_mcore import progress, redact
 from nvembed_mcore.config import LogConfig
 from nvembed_mcore.exits import Exit, exit_of
 from nvembed_mcore.trackers import Tracker, open_trackers
@@ -27,9 +24,6 @@ logger = logging.getLogger(__name__)
 METRICS_FILE = "metrics.jsonl"
 TO_FILE_ONLY = {"to_file_only": True}
 """As `extra` of a message: it goes to the rank's file and not to stderr."""
-_PLAIN_INTERVAL_SECONDS = 10.0
-# One console for messages and the progress bar: rich then prints messages above the bar instead of through it.
-_console = Console(stderr=True)
 
 
 def setup_logging(rank: int, log_dir: str | Path | None = None) -> logging.Logger:
@@ -70,12 +64,14 @@ def close_logging() -> None:
         root.removeHandler(handler)
         handler.close()
     root.propagate = True
+    root.setLevel(logging.NOTSET)
 
 
 def _stderr_handler() -> logging.Handler:
     """Rich breaks lines at the width of the terminal; where there is none, a message stays one line."""
-    if _console.is_terminal:
-        return RichHandler(console=_console, show_path=False, log_time_format="%H:%M:%S", rich_tracebacks=False)
+    console = progress.console
+    if console.is_terminal:
+        return RichHandler(console=console, show_path=False, log_time_format="%H:%M:%S", rich_tracebacks=False)
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s", datefmt="%H:%M:%S"))
     return handler
@@ -152,7 +148,8 @@ class MetricLog:
         self._description, self._facts = description, facts or {}
         self._file: TextIO | None = None
         self._trackers: list[Tracker] = []
-        self._progress: _Bar | _PlainLines | None = None
+        self._showing = ExitStack()
+        self._progress: progress.Progress | None = None
         self._evaluated: set[int] = set()
         self._shown: dict[str, float] = {}
 
@@ -162,16 +159,16 @@ class MetricLog:
         self._path.parent.mkdir(parents=True, exist_ok=True)
         self._rewrite(lambda line: 0 < self._start_step and line["step"] <= self._start_step)
         self._trackers = open_trackers(self._path.parent, self._config, self._facts, self._start_step)
-        kind = _Bar if self._config.progress and _console.is_terminal else _PlainLines
-        self._progress = kind(self._description, self._total_steps, self._start_step)
+        what, how = (self._description, self._total_steps, "steps"), {"bar": self._config.progress, "eager": True}
+        self._progress = self._showing.enter_context(progress.progress(*what, start=self._start_step, **how))
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        for part in (self._file, self._progress):
-            if part is not None:
-                part.close()
+        if self._file is not None:
+            self._file.close()
+        self._showing.close()
         for tracker in self._trackers:
             tracker.close(Exit.DONE if error is None else exit_of(error))
         self._file, self._progress, self._trackers = None, None, []
@@ -239,56 +236,3 @@ _SHOWN: dict[str, Callable[[float], str]] = {
 
 def _status(shown: Mapping[str, float]) -> str:
     return "  ".join(text(shown[name]) for name, text in _SHOWN.items() if name in shown)
-
-
-class _Bar:
-    """A progress bar on a terminal."""
-
-    def __init__(self, description: str, total: int, start: int) -> None:
-        self._progress = Progress(
-            TextColumn("{task.description}"),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TextColumn("{task.fields[status]}"),
-            TimeRemainingColumn(),
-            console=_console,
-        )
-        self._task: TaskID = self._progress.add_task(description, total=total, completed=start, status="")
-        self._progress.start()
-
-    def update(self, step: int, status: str) -> None:
-        self._progress.update(self._task, completed=step, status=status)
-
-    def close(self) -> None:
-        self._progress.stop()
-
-
-class _PlainLines:
-    """A log line every few seconds and at the end, for files and the output of batch jobs."""
-
-    def __init__(self, description: str, total: int, start: int) -> None:
-        self._description, self._total, self._start = description, total, start
-        self._started_at = time.monotonic()
-        self._printed_at = -float("inf")
-        self._waiting: str | None = None
-
-    def update(self, step: int, status: str) -> None:
-        self._waiting = f"{self._description}: step {step}/{self._total}  {status}{self._time_left(step)}"
-        if time.monotonic() - self._printed_at >= _PLAIN_INTERVAL_SECONDS:
-            self._print()
-
-    def _time_left(self, step: int) -> str:
-        """At the pace since the start, evaluations and checkpoints included; nothing where no pace is known."""
-        if not self._start < step < self._total:
-            return ""
-        seconds = (time.monotonic() - self._started_at) / (step - self._start) * (self._total - step)
-        return f"  ETA {timedelta(seconds=round(seconds))}"
-
-    def close(self) -> None:
-        if self._waiting is not None:
-            self._print()
-
-    def _print(self) -> None:
-        logger.info("%s", self._waiting)
-        self._waiting = None
-        self._printed_at = time.monotonic()

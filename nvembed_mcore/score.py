@@ -16,6 +16,7 @@ from torch import Tensor
 from nvembed_mcore import device
 from nvembed_mcore.config import LossConfig
 from nvembed_mcore.data.batch import Batch
+from nvembed_mcore.distillation import share_of
 from nvembed_mcore.kernels.reference import Columns, Masks, Rows, Softmax
 from nvembed_mcore.loss import make_targets, score_columns, score_rows
 from nvembed_mcore.parallel.gather import gather_rows, scatter_sum
@@ -32,7 +33,8 @@ class Scores:
     """What scoring gives a rank.
 
     Attributes:
-        totals: float32 [2]: sum of the losses of its rows, and of the weights of queries whose positive is first.
+        totals: float32: sum of the losses of its rows, and of the weights of queries whose positive is first; where
+            there is distillation also the sum of its queries' divergences.
         grad: float32 [n, D]: gradient of each of its texts' embeddings, in the order of `plan.owned()`.
         grad_log_scale: float32 scalar: its rows' part of the gradient to the log of one over the temperature.
     """
@@ -155,6 +157,7 @@ class Scorer:
             same_dataset_only=config.in_batch_from == "dataset",
             margin=config.false_negative_margin,
         )
+        self.num_totals = 3 if config.distillation.is_on else 2
 
     @torch.no_grad()
     def __call__(self, batch: Batch, owned: list[np.ndarray], local: Tensor, temperature: float) -> Scores:
@@ -170,10 +173,14 @@ class Scorer:
         directions = [
             self._share(direction, owned, len(everything), recompute) for direction in _directions(batch, self.config)
         ]
+        teacher, distilled = self.config.distillation, None
+        if teacher.is_on:  # its weight undoes the division by the number of directions: it belongs to one of them
+            how = dict(alone=recompute, weight=teacher.weight * len(directions))
+            distilled = share_of(batch, owned, self.groups.dp_rank, teacher, **how)
         sizes = [*self.config.matryoshka_dims, local.size(1)]
         # The one place where W appears (docs/design.md): data parallelism divides by it.
         factor = self.groups.dp_size / (batch.num_queries * len(directions) * len(sizes))
-        total, grad_log_scale = local.new_zeros(2), local.new_zeros(())
+        total, grad_log_scale = local.new_zeros(self.num_totals), local.new_zeros(())
         # Of all texts, to be summed over ranks; or complete, of this rank's texts.
         grad = torch.zeros_like(local if recompute else everything)
         for size in sizes:
@@ -184,6 +191,11 @@ class Scorer:
                 total[0] += loss / (len(directions) * len(sizes))
                 if number == 0 and size == local.size(1):
                     total[1] += correct
+                grad_log_scale += of_log_scale
+            if distilled is not None:
+                loss, of_log_scale = distilled.score_(vectors, 1.0 / temperature, grad_vectors)
+                total[0] += teacher.weight * loss / len(sizes)
+                total[2] += loss / len(sizes)
                 grad_log_scale += of_log_scale
             if size < local.size(1):
                 mine = torch.as_tensor(owned[self.groups.dp_rank], device=local.device) if recompute else slice(None)

@@ -28,6 +28,7 @@ from nvembed_mcore import device, nonfinite
 from nvembed_mcore.config import ConfigError, LossConfig, StepConfig
 from nvembed_mcore.data.batch import Batch
 from nvembed_mcore.data.packing import Pack, Plan
+from nvembed_mcore.distillation import is_distilled
 from nvembed_mcore.memory import retainable_tokens
 from nvembed_mcore.metrics import PhaseTimer
 from nvembed_mcore.model import fp8_step
@@ -49,7 +50,8 @@ class StepOutput:
 
     `loss`: mean over the Q queries. `accuracy`: share of queries whose positive scores highest among its candidates.
     `grad_norm`: norm of the whole gradient before clipping. `temperature`: that of this step. Tokens are those of all
-    ranks. `communication`: seconds by group, where they were measured (parallel/traffic.py).
+    ranks. `communication`: seconds by group, where they were measured (parallel/traffic.py). `divergence`: mean over
+    the distilled queries, which the loss holds `loss.distillation.weight` times; None without distillation.
     """
 
     loss: float
@@ -61,6 +63,7 @@ class StepOutput:
     num_microbatches: int
     way: str
     communication: dict[str, float]
+    divergence: float | None = None
 
 
 def microbatch_seed(seed: int, step: int, microbatch: int, chunk: int, groups: Groups) -> int:
@@ -132,7 +135,7 @@ class ContrastiveStep:
             else:
                 num_kept = 1 if way == "cached" else len(packs)
                 totals, temperature = self._one_stage(batch, plan, packs, step, timer, num_kept)
-            loss, accuracy, real, padded, temperature = self._share(totals, packs, temperature)
+            loss, accuracy, *more, real, padded, temperature = self._share(totals, packs, temperature)
             loss, accuracy = loss / batch.num_queries, accuracy / batch.num_queries
             with timer("optimizer"):
                 grad_norm = gradient_norm(self.optimizer)
@@ -155,6 +158,7 @@ class ContrastiveStep:
             num_microbatches=plan.max_microbatches,
             way=way,
             communication=communication_of_all(traffic, clock) if is_timed else {},
+            divergence=more[0] / max(1, int(is_distilled(batch).sum())) if more else None,
         )
 
     def _share(self, totals: Tensor, packs: list[Pack], temperature: float) -> list[float]:
@@ -274,7 +278,8 @@ class ContrastiveStep:
 
         with timer("embed"):
             embeddings = embed_packs(self.chunks, packs, reseed)
-        totals, temperature = torch.zeros(2, device=device.current()), self.loss_config.temperature
+        totals = torch.zeros(self.scorer.num_totals, device=device.current())
+        temperature = self.loss_config.temperature
         grads, pull = [], None
         if self.groups.is_last_stage:
             with timer("score"):

@@ -368,4 +368,5 @@ def _metrics(
         peak_flops=None if peak is None else peak * groups.world_size,
     ).as_dict()
     line |= {"accuracy": output.accuracy, "microbatches": output.num_microbatches}
+    line |= {} if output.divergence is None else {"divergence": output.divergence}
     return line | ({"temperature": output.temperature} if config.loss.learn_temperature else {})

@@ -41,27 +41,15 @@ def _data_tokenizer(arguments: argparse.Namespace) -> None:
 
 def _data_python_docs(arguments: argparse.Namespace) -> None:
     from rich.console import Console
-    from rich.progress import Progress
 
     from nvembed_mcore.data.python_docs import build_python_docs, statistics_table
     from nvembed_mcore.data.tokenizer import load_tokenizer
 
-    console = Console()
-    tokenizer = load_tokenizer(arguments.tokenizer)
-    with Progress(console=Console(stderr=True), transient=True) as progress:
-        tasks: dict[str, int] = {}
-
-        def show(what: str, done: int, total: int) -> None:
-            if what not in tasks:
-                tasks[what] = progress.add_task(what, total=total)
-            progress.update(tasks[what], completed=done)
-
-        statistics = build_python_docs(
-            arguments.output,
-            tokenizer,
-            packages=arguments.packages,
-            held_out=arguments.held_out,
-            negatives=arguments.negatives,
-            progress=show,
-        )
-    console.print(statistics_table(statistics))
+    statistics = build_python_docs(
+        arguments.output,
+        load_tokenizer(arguments.tokenizer),
+        packages=arguments.packages,
+        held_out=arguments.held_out,
+        negatives=arguments.negatives,
+    )
+    Console().print(statistics_table(statistics))

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import argparse
 import os
-import sys
-import time
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -17,8 +15,6 @@ _TEXTS = (
 )
 
 _TRUST = "st: run code that lies beside the model; a model of the hub needs its @REVISION (40 hex digits)"
-
-LINE_EVERY_SECONDS = 30.0
 
 
 def add(commands: argparse._SubParsersAction) -> None:
@@ -100,11 +96,9 @@ def _encode(arguments: argparse.Namespace) -> None:
         "dtype": arguments.dtype,
         "shard_size": arguments.shard_size,
     }
+    done = encode_file(embedder, arguments.texts, arguments.output, **how)
     if not is_first_rank():
-        encode_file(embedder, arguments.texts, arguments.output, **how)
         return
-    with _Bar() as bar:
-        done = encode_file(embedder, arguments.texts, arguments.output, **how, progress=bar.update)
     made = done.texts - done.present
     was_there = f" ({done.present} were there before)" if done.present else ""
     print(f"{done.texts} texts, {done.dim} dimensions: {arguments.output}{was_there}")
@@ -114,32 +108,3 @@ def _encode(arguments: argparse.Namespace) -> None:
             f"{made} texts, {done.tokens} tokens in {done.seconds:.1f} s: {done.tokens / done.seconds:,.0f} tokens/s, "
             f"{padding:.1%} padding"
         )
-
-
-class _Bar:
-    """A progress bar on a terminal, and now and then a line elsewhere, on stderr."""
-
-    def __init__(self) -> None:
-        from rich.console import Console
-        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
-        console = Console(stderr=True)
-        columns = (BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[rate]}"), TimeRemainingColumn())
-        self._is_terminal = console.is_terminal
-        self._progress = Progress(*columns, console=console, disable=not console.is_terminal)
-        self._task = self._progress.add_task("", total=None, rate="")
-        self._printed_at = time.monotonic()
-
-    def update(self, done: int, total: int, tokens_per_second: float) -> None:
-        rate = f"{tokens_per_second:,.0f} tokens/s"
-        self._progress.update(self._task, completed=done, total=total, rate=rate)
-        if not self._is_terminal and time.monotonic() - self._printed_at >= LINE_EVERY_SECONDS:
-            print(f"{done} of {total} texts, {rate}", file=sys.stderr, flush=True)
-            self._printed_at = time.monotonic()
-
-    def __enter__(self) -> _Bar:
-        self._progress.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._progress.stop()

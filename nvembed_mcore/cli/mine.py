@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import argparse
-import sys
-import time
 
-from nvembed_mcore.cli.encode import LINE_EVERY_SECONDS, add_embedder, is_first_rank, open_named
+from nvembed_mcore.cli.encode import add_embedder, is_first_rank, open_named
 
 _METHODS = """\
 what a negative must score below: topk-percpos: --percent of the positive's score (default); topk-marginpos: the
@@ -74,6 +72,7 @@ def _add_rules(command: argparse.ArgumentParser) -> None:
 
 
 def _mine(arguments: argparse.Namespace) -> None:
+    from nvembed_mcore.mining.report import summary
     from nvembed_mcore.mining.run import Mining, mine
     from nvembed_mcore.mining.select import Rules
 
@@ -100,34 +99,8 @@ def _mine(arguments: argparse.Namespace) -> None:
         shard_size=arguments.shard_size,
         suspects=arguments.suspects,
     )
+    figures = mine(lambda: open_named(arguments), mining)
     if is_first_rank():
-        _mine_and_show(arguments, mining)
-    else:
-        mine(lambda: open_named(arguments), mining)
-
-
-def _mine_and_show(arguments: argparse.Namespace, mining) -> None:
-    from rich.console import Console
-    from rich.progress import Progress
-
-    from nvembed_mcore.mining.report import summary
-    from nvembed_mcore.mining.run import mine
-
-    console = Console(stderr=True)
-    with Progress(console=console, transient=True, disable=not console.is_terminal) as progress:
-        tasks: dict[str, int] = {}
-        printed_at = time.monotonic()
-
-        def show(what: str, done: int, total: int) -> None:
-            nonlocal printed_at
-            if what not in tasks:
-                tasks[what] = progress.add_task(what, total=total)
-            progress.update(tasks[what], completed=done)
-            if not console.is_terminal and time.monotonic() - printed_at >= LINE_EVERY_SECONDS:
-                print(f"{what}: {done} of {total}", file=sys.stderr, flush=True)
-                printed_at = time.monotonic()
-
-        figures = mine(lambda: open_named(arguments), mining, show)
-    for name, figure in summary(figures):
-        print(f"{name:32} {figure}")
-    print(f"{mining.output}: records.jsonl, report.html, report.json")
+        for name, figure in summary(figures):
+            print(f"{name:32} {figure}")
+        print(f"{mining.output}: records.jsonl, report.html, report.json")

@@ -7,7 +7,10 @@ import json
 from collections.abc import Callable
 from pathlib import Path
 
+from nvembed_mcore.cli import evaluate_mteb
 from nvembed_mcore.cli.encode import add_fp8
+
+_LIMIT = 512
 
 
 def add(commands: argparse._SubParsersAction) -> None:
@@ -15,10 +18,10 @@ def add(commands: argparse._SubParsersAction) -> None:
     _add_search(commands)
 
 
-def _add_model(command: argparse.ArgumentParser) -> None:
-    command.add_argument("model", help="exported folder")
+def _add_model(command: argparse.ArgumentParser, help: str = "exported folder") -> None:
+    command.add_argument("model", help=help)
     command.add_argument("--instruction", help="task of the queries; default: the one the model was exported with")
-    command.add_argument("--max-length", type=int, default=512, help="longest text in tokens (default 512)")
+    command.add_argument("--max-length", type=int, help=f"longest text in tokens (default {_LIMIT})")
     command.add_argument("--device", help="torch device (default cpu)")
 
 
@@ -29,21 +32,34 @@ def _encoder(arguments: argparse.Namespace) -> Callable:
     return ExportedEncoder(
         arguments.model,
         instruction=arguments.instruction,
-        max_length=arguments.max_length,
+        max_length=_max_length(arguments),
         device=arguments.device or "cpu",
     )
 
 
+def _max_length(arguments: argparse.Namespace) -> int:
+    return _LIMIT if arguments.max_length is None else arguments.max_length
+
+
 def _add_evaluate(commands: argparse._SubParsersAction) -> None:
-    command = commands.add_parser("evaluate", help="retrieval metrics of an exported folder on a BEIR-format test set")
-    _add_model(command)
-    command.add_argument("data", help="folder with corpus.jsonl, queries.jsonl and qrels/test.tsv")
+    command = commands.add_parser(
+        "evaluate",
+        help="retrieval metrics of an exported folder on a BEIR-format test set, or any tasks of MTEB",
+        usage="nvembed evaluate MODEL DATA [options] | nvembed evaluate MODEL --mteb TASK... [options]",
+    )
+    _add_model(command, "exported folder; with --mteb also a run or checkpoint folder")
+    data = command.add_argument("data", help="folder with corpus.jsonl, queries.jsonl and qrels/test.tsv")
     command.add_argument("--json", help="write the metrics here as well")
     add_fp8(command)
+    evaluate_mteb.add(command, data)
     command.set_defaults(run=_evaluate)
 
 
 def _evaluate(arguments: argparse.Namespace) -> None:
+    evaluate_mteb.check(arguments)
+    if arguments.mteb is not None:
+        evaluate_mteb.run(arguments)
+        return
     from nvembed_mcore.evaluation.exported import evaluate_beir
 
     encoder = _encoder(arguments) if arguments.fp8 == "off" else _fp8_encoder(arguments)
@@ -71,7 +87,7 @@ def _fp8_encoder(arguments: argparse.Namespace) -> Callable:
             f"embed, on a GPU where there is one"
         )
     embedder = open_embedder(
-        arguments.model, instruction=arguments.instruction, max_length=arguments.max_length, fp8=arguments.fp8
+        arguments.model, instruction=arguments.instruction, max_length=_max_length(arguments), fp8=arguments.fp8
     )
     return lambda texts, is_query: torch.from_numpy(embedder.embed(texts, is_query))
 

@@ -1,4 +1,4 @@
-"""`nvembed import-hf`, `export-hf` and `inspect`: weights in, out and looked at."""
+"""`nvembed import-hf`, `export-hf`, `export-onnx` and `inspect`: weights in, out and looked at."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from pathlib import Path
 def add(commands: argparse._SubParsersAction) -> None:
     _add_import(commands)
     _add_export(commands)
+    _add_export_onnx(commands)
     _add_inspect(commands)
 
 
@@ -73,6 +74,24 @@ def _export(arguments: argparse.Namespace) -> None:
             instruction=arguments.instruction,
         )
     print(f"exported to {arguments.output}")
+
+
+def _add_export_onnx(commands: argparse._SubParsersAction) -> None:
+    command = commands.add_parser("export-onnx", help="write an exported folder as an ONNX graph")
+    command.add_argument("source", help="exported folder (export-hf)")
+    command.add_argument("output", help="folder to write; must not exist")
+    command.add_argument("--dtype", choices=["float32", "float16"], default="float32")
+    command.set_defaults(run=_export_onnx)
+
+
+def _export_onnx(arguments: argparse.Namespace) -> None:
+    from nvembed_mcore.checkpoint.onnx_export import export_onnx
+
+    done = export_onnx(arguments.source, arguments.output, dtype=arguments.dtype)
+    print(
+        f"exported to {arguments.output}: {done.num_bytes / 1e6:,.1f} MB; onnxruntime against torch: cosine at least "
+        f"{done.cosine:.7f}"
+    )
 
 
 def _add_inspect(commands: argparse._SubParsersAction) -> None:

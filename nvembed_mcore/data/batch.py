@@ -25,6 +25,7 @@ class Sample:
         in_batch: whether passages of other queries are its negatives.
         num_positives: how many of the passages are positives.
         dataset: number of its data set.
+        teacher_scores: float32, what a teacher scores each passage; None where nothing is distilled.
     """
 
     query: Text
@@ -34,6 +35,7 @@ class Sample:
     in_batch: bool
     num_positives: int = 1
     dataset: int = 0
+    teacher_scores: np.ndarray | None = None
 
 
 @dataclass(frozen=True)
@@ -49,6 +51,7 @@ class Batch:
         passage_query: int64 [M], query that each passage belongs to.
         passage_ids: int64 [M].
         is_positive: bool [M], whether the passage is a positive of its query or a hard negative.
+        teacher_scores: float32 [M], NaN where a query has none; None where no query has any.
     """
 
     texts: list[Text]
@@ -59,6 +62,7 @@ class Batch:
     passage_query: np.ndarray
     passage_ids: np.ndarray
     is_positive: np.ndarray
+    teacher_scores: np.ndarray | None = None
 
     @property
     def lengths(self) -> np.ndarray:
@@ -80,4 +84,17 @@ def make_batch(samples: Sequence[Sample]) -> Batch:
         passage_query=np.repeat(np.arange(len(samples)), counts),
         passage_ids=np.concatenate([sample.passage_ids for sample in samples]).astype(np.int64),
         is_positive=np.concatenate([np.arange(len(one.passages)) < one.num_positives for one in samples]),
+        teacher_scores=_teacher_scores(samples),
+    )
+
+
+def _teacher_scores(samples: Sequence[Sample]) -> np.ndarray | None:
+    """Of all passages."""
+    if all(sample.teacher_scores is None for sample in samples):
+        return None
+    return np.concatenate(
+        [
+            np.full(len(one.passages), np.nan, np.float32) if one.teacher_scores is None else one.teacher_scores
+            for one in samples
+        ]
     )

@@ -13,6 +13,8 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from nvembed_mcore.progress import show_each
+
 BANDS, ROWS = 32, 4
 """At similarity 0.7 two texts share a band with probability 0.9998, at 0.3 with 0.23."""
 _PERMUTATIONS = BANDS * ROWS
@@ -39,7 +41,7 @@ def first_of_kind(texts: Sequence[Sequence[str]], *, ngram: int, threshold: floa
     bands = np.ascontiguousarray(signatures).view(np.dtype((np.void, ROWS * signatures.itemsize)))
     keep = np.zeros(len(texts), dtype=bool)
     buckets: dict[tuple[int, bytes], list[int]] = {}
-    for index in range(len(texts)):
+    for index in show_each(range(len(texts)), "drop duplicates", "texts"):
         keys = [(band, key.tobytes()) for band, key in enumerate(bands[index])]
         rivals = sorted({rival for key in keys for rival in buckets.get(key, ())})
         if rivals and (signatures[rivals] == signatures[index]).mean(axis=1).max() >= threshold:

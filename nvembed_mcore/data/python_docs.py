@@ -13,7 +13,7 @@ import os
 import shutil
 import uuid
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
@@ -28,6 +28,7 @@ from nvembed_mcore.data.python_docs_records import beir_folder, topic_records, t
 from nvembed_mcore.data.python_docs_statistics import PythonDocsStatistics, Selection, statistics_table
 from nvembed_mcore.data.python_source import DocumentedItem, SourceFile, documented_items
 from nvembed_mcore.data.tokenizer import tokenizer_fingerprint
+from nvembed_mcore.progress import progress, show_each
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -39,9 +40,6 @@ TEST_FILES = ("corpus.jsonl", "queries.jsonl", "qrels/test.tsv")
 TEST_SETS = ("heldout", "heldout_hidden_names")
 FILES = ("train.jsonl", "stage2_topics.jsonl", *(f"{folder}/{name}" for folder in TEST_SETS for name in TEST_FILES))
 STATISTICS = "statistics.json"
-
-Progress = Callable[[str, int, int], None]
-"""Called with (what is being done, parts done, parts in all)."""
 
 
 def build_python_docs(
@@ -55,7 +53,6 @@ def build_python_docs(
     max_query_tokens: int = 256,
     max_document_tokens: int = 2048,
     min_topic_members: int = 20,
-    progress: Progress | None = None,
 ) -> PythonDocsStatistics:
     """Build the set in `output_dir`, or return the statistics of the same set when it is there already.
 
@@ -75,13 +72,12 @@ def build_python_docs(
         negatives: other code of the same module (else folder, else package) that a training record carries.
         max_query_tokens, max_document_tokens: items with a longer query or document are dropped.
         min_topic_members: docstrings a topic needs.
-        progress: called as the work proceeds.
 
     Raises:
         DataError: a package is not installed, `output_dir` holds another set or something else, or there are too few
             items to hold `held_out` of them out.
     """
-    output_dir, report = Path(output_dir), progress or (lambda what, done, total: None)
+    output_dir = Path(output_dir)
     roots = python_source.package_roots(packages)
     arguments = {
         "held_out": held_out,
@@ -99,11 +95,8 @@ def build_python_docs(
     if stored is not None and stored.fingerprint == fingerprint:
         return stored
     _refuse_folder(output_dir, stored, {**arguments, **versions})
-    selection = _select(sources, tokenizer, arguments, report)
-    report("write", 0, 1)
-    statistics = _write_set(output_dir, selection, fingerprint, arguments, versions)
-    report("write", 1, 1)
-    return statistics
+    selection = _select(sources, tokenizer, arguments)
+    return _write_set(output_dir, selection, fingerprint, arguments, versions)
 
 
 # ---------------------------------------------------------------------------------------------- items and their split
@@ -113,12 +106,11 @@ def _select(
     sources: Sequence[tuple[SourceFile, bytes]],
     tokenizer: PreTrainedTokenizerFast,
     arguments: Mapping[str, int],
-    report: Progress,
 ) -> Selection:
     """The items that are used, split by module."""
-    items, skipped = _extract(sources, report)
-    distinct, dropped = _without_duplicates(items, report)
-    lengths = _token_lengths(distinct, tokenizer, report)
+    items, skipped = _extract(sources)
+    distinct, dropped = _without_duplicates(items)
+    lengths = _token_lengths(distinct, tokenizer)
     fits = (lengths <= [arguments["max_query_tokens"], arguments["max_document_tokens"]]).all(axis=1)
     dropped["too long"] = int((~fits).sum())
     pairs = [(item, length) for item, length, fit in zip(distinct, lengths, fits, strict=True) if fit]
@@ -152,19 +144,17 @@ def _fingerprint(
     return digest.hexdigest()
 
 
-def _extract(sources: Sequence[tuple[SourceFile, bytes]], report: Progress) -> tuple[list[DocumentedItem], int]:
+def _extract(sources: Sequence[tuple[SourceFile, bytes]]) -> tuple[list[DocumentedItem], int]:
     """All documented items, and the number of files that cannot be decoded or parsed."""
     items: list[DocumentedItem] = []
     skipped = 0
-    with _no_garbage_collection():
-        for done, (file, source) in enumerate(sources):
-            if done % 100 == 0:
-                report("parse", done, len(sources))
+    with _no_garbage_collection(), progress("parse", len(sources), "files") as shown:
+        for done, (file, source) in enumerate(sources, 1):
             try:
                 items.extend(documented_items(file, source))
             except (SyntaxError, ValueError, RecursionError):
                 skipped += 1
-    report("parse", len(sources), len(sources))
+            shown.update(done)
     return items, skipped
 
 
@@ -180,15 +170,12 @@ def _no_garbage_collection() -> Iterator[None]:
             gc.enable()
 
 
-def _without_duplicates(
-    items: Sequence[DocumentedItem], report: Progress
-) -> tuple[list[DocumentedItem], dict[str, int]]:
+def _without_duplicates(items: Sequence[DocumentedItem]) -> tuple[list[DocumentedItem], dict[str, int]]:
     """The first of every family of equal or similar items, and how many went for which reason."""
-    report("drop duplicates", 0, 3)
     dropped: dict[str, int] = {}
     seen: set[tuple[str, ...]] = set()
     kept, documents, queries = [], [], []
-    for item in items:
+    for item in show_each(items, "compare", "items"):
         document, query = _words(item.code, item.module), _words(item.query, item.module)
         # The texts too: without the words of their modules equal texts may differ.
         keys = {("document", item.code), ("query", item.query), ("document", *document), ("query", *query)}
@@ -198,14 +185,11 @@ def _without_duplicates(
             queries.append(query)
             seen |= keys
     dropped["same document or query"] = len(items) - len(kept)
-    report("drop duplicates", 1, 3)
     keep = first_of_kind(documents, ngram=2, threshold=0.7)
     dropped["similar document"] = int((~keep).sum())
     rows = np.flatnonzero(keep)
-    report("drop duplicates", 2, 3)
     keep = first_of_kind([queries[row] for row in rows], ngram=1, threshold=0.8)
     dropped["similar query"] = int((~keep).sum())
-    report("drop duplicates", 3, 3)
     return [kept[row] for row in rows[keep]], dropped
 
 
@@ -220,18 +204,14 @@ def _words(text: str, module: str) -> tuple[str, ...]:
     return rest if len(rest) >= 3 else tuple(words)
 
 
-def _token_lengths(
-    items: Sequence[DocumentedItem], tokenizer: PreTrainedTokenizerFast, report: Progress
-) -> np.ndarray:
+def _token_lengths(items: Sequence[DocumentedItem], tokenizer: PreTrainedTokenizerFast) -> np.ndarray:
     """Tokens of query and document, int64 `[len(items), 2]`, without special tokens."""
     lengths = np.zeros((len(items), 2), dtype=np.int64)
-    for start in range(0, len(items), 1000):
-        report("count tokens", start, len(items))
+    for start in show_each(range(0, len(items), 1000), "count tokens", "blocks"):
         chunk = items[start : start + 1000]
         for column, texts in enumerate(([item.query for item in chunk], [item.code for item in chunk])):
             ids = tokenizer(texts, add_special_tokens=False, return_attention_mask=False)["input_ids"]
             lengths[start : start + len(chunk), column] = [len(row) for row in ids]
-    report("count tokens", len(items), len(items))
     return lengths
 
 

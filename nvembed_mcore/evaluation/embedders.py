@@ -57,9 +57,12 @@ class Embedder(Protocol):
     tokens: int
     positions: int
 
-    def embed(self, texts: list[str], is_query: bool) -> np.ndarray | None:
+    def embed(self, texts: list[str], is_query: bool, instruction: str | None = None) -> np.ndarray | None:
         """Unit vectors, float32 [len(texts), D], for the writer and None for the other processes of the replica, which
         all call this with the same texts. The same texts give the same bits, whatever other replicas there are.
+
+        Args:
+            instruction: task of these texts in one sentence, empty for none; None: the model's own.
 
         Raises:
             ValueError: a text is blank; the message has its index.
@@ -207,9 +210,10 @@ class PackedEmbedder:
                 f"the tokenizer in {folder} has {len(self._tokenizer)} ids, vocab_size of {model} is {size}"
             )
 
-    def embed(self, texts: list[str], is_query: bool) -> np.ndarray | None:
+    def embed(self, texts: list[str], is_query: bool, instruction: str | None = None) -> np.ndarray | None:
         """See `Embedder.embed`."""
-        instruction, limit = self._how[is_query]
+        own, limit = self._how[is_query]
+        instruction = own if instruction is None else instruction
         rows = tokenize(self._tokenizer, texts, instruction, limit)
         plan = plan_texts([len(row) for row in rows], self._chunks, self._groups, self._token_budget, num_ranks=1)
         packs = packs_of_rank(rows, plan, self._chunks, self._groups, rank=0)

@@ -104,14 +104,14 @@ class SentenceEmbedder:
             mask = features.get("attention_mask")
             self.tokens += size if mask is None else int(mask.sum())
 
-    def embed(self, texts: list[str], is_query: bool) -> np.ndarray:
+    def embed(self, texts: list[str], is_query: bool, instruction: str | None = None) -> np.ndarray:
         """See `Embedder.embed`."""
         prompts.check_not_blank(texts)
         if not texts:
             return np.empty((0, self.dim), np.float32)
         found = self._model.encode(
             texts,
-            prompt=self._prompts[is_query],
+            prompt=self._prompts[is_query] if instruction is None else prompts.query_prompt(instruction),
             batch_size=self._batch_size,
             normalize_embeddings=True,
             show_progress_bar=False,

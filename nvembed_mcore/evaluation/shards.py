@@ -13,7 +13,7 @@ import json
 import os
 import shutil
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,16 +27,13 @@ from nvembed_mcore.checkpoint.store import differences
 from nvembed_mcore.evaluation.corpus import Corpus, fingerprint_of, read_json, source_file, write_json
 from nvembed_mcore.evaluation.embedders import Embedder
 from nvembed_mcore.parallel.groups import every_rank_does, first_rank_does, replica_does
+from nvembed_mcore.progress import progress
 
 MANIFEST, IDS = "manifest.json", "ids.jsonl"
 FORMATS = ("npy", "parquet")
 DTYPES = ("float32", "float16")
 SHARD_SIZE = 8192
 _VERSION = 1
-
-Progress = Callable[[int, int, float], None]
-"""Called after each shard of this process, with the texts that are there by now, those that there will be, and the
-tokens a second of all replicas, if they are as fast as this one."""
 
 
 class ShardsError(ValueError):
@@ -144,7 +141,7 @@ def encode_shards(
     format: str = "npy",
     dtype: str = "float32",
     fingerprint: str | None = None,
-    progress: Progress | None = None,
+    what: str = "texts",
 ) -> Encoded:
     """Embed texts into a folder that all ranks see; every rank calls this. What is there already is kept.
 
@@ -158,7 +155,7 @@ def encode_shards(
         format: `npy`, or `parquet` with the columns `id` and `embedding` (a fixed-size list).
         dtype: of the files, `float32` or `float16`.
         fingerprint: `fingerprint_of(ids, texts)`, where it is known as that of a `Corpus`.
-        progress: what to call on this process.
+        what: how the progress calls the texts.
 
     Raises:
         ShardsError: an argument cannot work, or the folder holds something else; the message has what differs.
@@ -175,7 +172,7 @@ def encode_shards(
         lambda: _begin(folder, wanted | {"texts": fingerprint or fingerprint_of(ids, texts)}, ids)
     )
     shards = Shards(folder, manifest)
-    done = every_rank_does(lambda: _make_shards(embedder, texts, ids, shards, missing, progress))
+    done = every_rank_does(lambda: _make_shards(embedder, texts, ids, shards, missing, what))
     first_rank_does(lambda: write_json(folder / MANIFEST, manifest | {"complete": True}))
     tokens, positions = (sum(counts) for counts in zip(*done, strict=True))
     made = sum(shards.rows_of(number) for number in missing)
@@ -214,7 +211,6 @@ def encode_file(
     shard_size: int = SHARD_SIZE,
     format: str = "npy",
     dtype: str = "float32",
-    progress: Progress | None = None,
 ) -> Encoded:
     """Embed the texts of a file, or of a BEIR folder, as `encode_shards` does; every rank calls this.
 
@@ -245,7 +241,6 @@ def encode_file(
         format=format,
         dtype=dtype,
         fingerprint=corpus.fingerprint,
-        progress=progress,
     )
     if is_single:
         first_rank_does(lambda: _join(open_shards(folder), output))
@@ -323,18 +318,17 @@ def _read_manifest(folder: Path) -> dict[str, Any] | None:
     return found
 
 
-def _make_shards(
-    embedder: Embedder, texts, ids, shards: Shards, missing: list[int], progress: Progress | None
-) -> tuple[int, int]:
+def _make_shards(embedder: Embedder, texts, ids, shards: Shards, missing: list[int], what: str) -> tuple[int, int]:
     """This replica's part of the missing shards; returns what its writer counted, tokens and positions."""
     start, tokens, positions = time.perf_counter(), embedder.tokens, embedder.positions
-    for number in missing[embedder.replica :: embedder.num_replicas]:
-        _make_shard(embedder, texts, ids, shards, number)
-        # Packs differ in length, so on a CPU the heap fills with gaps and grows unless released.
-        device.release_unused_memory()
-        if progress is not None:
-            rate = (embedder.tokens - tokens) / (time.perf_counter() - start)
-            progress(shards.num_present(), shards.count, rate * embedder.num_replicas)
+    with progress(f"embed {what}", shards.count, "texts", start=shards.num_present()) as shown:
+        for number in missing[embedder.replica :: embedder.num_replicas]:
+            _make_shard(embedder, texts, ids, shards, number)
+            # Packs differ in length, so on a CPU the heap fills with gaps and grows unless released.
+            device.release_unused_memory()
+            # All replicas are taken to be as fast as this one.
+            rate = (embedder.tokens - tokens) / (time.perf_counter() - start) * embedder.num_replicas
+            shown.update(shards.num_present(), f"{rate:,.0f} tokens/s")
     if not embedder.is_writer:
         return 0, 0
     return embedder.tokens - tokens, embedder.positions - positions

@@ -35,6 +35,7 @@ from nvembed_mcore.mining.report import write_report
 from nvembed_mcore.mining.search import Rows, exact_search
 from nvembed_mcore.mining.select import Rules
 from nvembed_mcore.parallel.groups import every_rank_does, first_rank_does
+from nvembed_mcore.progress import progress
 
 EXACT = "exact"
 
@@ -93,25 +94,18 @@ class Mining:
         return Path(self.output) / "work"
 
 
-Progress = Callable[[str, int, int], None]
-"""Called on the first rank: with what is counted, how many of it are done, and of how many."""
-
-
-def mine(
-    open_embedder: Callable[[], Embedder], mining: Mining, progress: Progress = lambda *_: None
-) -> dict[str, Any]:
+def mine(open_embedder: Callable[[], Embedder], mining: Mining) -> dict[str, Any]:
     """Mine negatives; every rank calls this, and gets the report's figures.
 
     Args:
         open_embedder: opens the model, which is let go before the search.
         mining: what to mine and how.
-        progress: see `Progress`.
 
     Raises:
         ValueError: the data cannot be read, the model cannot embed, the output folder holds the work of other data or
             another model, or the index cannot be made.
     """
-    embedders = _encode(open_embedder, mining, progress)
+    embedders = _encode(open_embedder, mining)
     inputs = open_inputs(mining.work / "inputs", mining.corpus)
     documents = list(open_shards(mining.work / "documents"))
     others = list(open_shards(mining.work / "others")) if inputs.others else []
@@ -134,15 +128,16 @@ def mine(
 
     def search_mine() -> None:
         numbers = missing[dist.get_rank() :: dist.get_world_size()]
-        for done, number in enumerate(numbers, 1):
-            candidates.search(search, number)
-            progress("searches", done, len(numbers))
+        with progress("search", len(numbers), "shards of queries") as shown:
+            for done, number in enumerate(numbers, 1):
+                candidates.search(search, number)
+                shown.update(done)
 
     every_rank_does(search_mine)
-    return first_rank_does(lambda: _write(mining, candidates, embedders, progress))
+    return first_rank_does(lambda: _write(mining, candidates, embedders))
 
 
-def _encode(open_embedder: Callable[[], Embedder], mining: Mining, progress: Progress) -> dict[str, Any]:
+def _encode(open_embedder: Callable[[], Embedder], mining: Mining) -> dict[str, Any]:
     """Embed documents and queries, as far as they are not there; returns what the embeddings depend on."""
     embedder = open_embedder()
     prepare_all = partial(prepare, mining.records, mining.corpus, keep_negatives=mining.keep_negatives)
@@ -160,7 +155,7 @@ def _encode(open_embedder: Callable[[], Embedder], mining: Mining, progress: Pro
             are_queries=name == "queries",
             shard_size=mining.shard_size,
             fingerprint=texts.fingerprint,
-            progress=lambda done, total, rate, name=name: progress(name, done, total),
+            what=name,
         )
     return {"queries": embedder.facts(True), "documents": embedder.facts(False)}
 
@@ -175,22 +170,21 @@ def _name_of(facts: Any) -> str:
     return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:12]
 
 
-def _write(
-    mining: Mining, candidates: CandidateShards, embedders: dict[str, Any], progress: Progress
-) -> dict[str, Any]:
+def _write(mining: Mining, candidates: CandidateShards, embedders: dict[str, Any]) -> dict[str, Any]:
     """Choose the negatives of all shards; write the records and the report."""
     inputs, output = candidates.inputs, Path(mining.output)
     findings = Findings(mining.rules, len(inputs.documents), mining.suspects)
 
     def rows() -> Iterator[dict[str, Any]]:
         records = read_records(mining.records)
-        for number in range(len(candidates)):
-            part = list(itertools.islice(records, candidates.queries.shard_size))
-            judged = candidates.choose(number, [record.query_id for record in part])
-            findings.add(judged)
-            for place, record in enumerate(part):
-                yield _row(record, inputs, judged, place, mining.keep_negatives)
-            progress("choices", number + 1, len(candidates))
+        with progress("choose", len(candidates), "shards of queries") as shown:
+            for number in range(len(candidates)):
+                part = list(itertools.islice(records, candidates.queries.shard_size))
+                judged = candidates.choose(number, [record.query_id for record in part])
+                findings.add(judged)
+                for place, record in enumerate(part):
+                    yield _row(record, inputs, judged, place, mining.keep_negatives)
+                shown.update(number + 1)
 
     write_records(mining.file, rows())
     for folder in mining.work.glob("candidates-*"):

@@ -205,6 +205,63 @@ def every_rank_does(work: Callable[[], Any], group: dist.ProcessGroup | None = N
     return _all_do(work, group or _patience())
 
 
+Ask = Callable[[Any], list[Any]]
+"""Sends a request to all ranks, this one included, and returns their answers by rank."""
+
+
+def first_rank_leads(work: Callable[[Ask], Any], serve: Callable[[Any], Any]) -> Any:
+    """Run `work` on rank 0, which may ask all ranks to `serve` a request, as often as it likes; all get its result.
+
+    What it raises, or a rank that serves, is raised on every rank, so that none hangs. `serve` may communicate within
+    this rank's replica. Requests, answers and the result travel as pickles, whole.
+    """
+    group = _patience()
+    if dist.get_rank() != 0:
+        return _follow(serve, group)
+
+    def ask(request: Any) -> list[Any]:
+        dist.broadcast_object_list([True, request, None], src=0, group=group)
+        return _answer(serve, request, group)
+
+    result, failure = None, None
+    try:
+        result = work(ask)
+    except Exception as caught:
+        failure = caught
+    dist.broadcast_object_list([False, result, failure and _portable(failure)], src=0, group=group)
+    if failure is not None:
+        raise failure
+    return result
+
+
+def _follow(serve: Callable[[Any], Any], group: dist.ProcessGroup) -> Any:
+    """Serve what rank 0 asks for until it ends, with its result or its error."""
+    while True:
+        message: list[Any] = [None, None, None]
+        dist.broadcast_object_list(message, src=0, group=group)
+        goes_on, content, failure = message
+        if failure is not None:
+            raise failure
+        if not goes_on:
+            return content
+        _answer(serve, content, group)
+
+
+def _answer(serve: Callable[[Any], Any], request: Any, group: dist.ProcessGroup) -> list[Any]:
+    """Serve a request; rank 0 gets all answers by rank, or raises the first error among them."""
+    answer: tuple[Any, Exception | None]
+    try:
+        answer = (serve(request), None)
+    except Exception as caught:
+        answer = (None, _portable(caught))
+    answers: list[Any] | None = [None] * group.size() if dist.get_rank() == 0 else None
+    dist.gather_object(answer, answers, dst=0, group=group)
+    for _, failure in answers or []:
+        if failure is not None:
+            raise failure
+    return [result for result, _ in answers or []]
+
+
 def _patience() -> dist.ProcessGroup:
     """A patient group, made when it is first needed and kept: each connects every rank with every other one."""
     global _patient

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+from nvembed_mcore.config_step import DistillationConfig
 from nvembed_mcore.data.packing import make_plan
 from tests.helpers.cases import Case, many_training_steps
 from tests.helpers.plain import training_batch
@@ -29,6 +30,7 @@ LAYOUTS = [
     (4, 1, False, 4, 1),
 ]
 LEARNED = {"learn_temperature": True}
+DISTILLED = {"distillation": DistillationConfig(weight=0.7, teacher_temperature=0.5)}
 
 
 def budget_for(packs: int, ranks: int, queries: int, multiple: int = 1, uneven: bool = False, cp: int = 1) -> int:
@@ -83,6 +85,8 @@ OPTIONS = {
     "symmetric": {"symmetric": True},
     "Matryoshka": {"matryoshka_dims": [8, 16]},
     "learned temperature": LEARNED,
+    "distillation": DISTILLED,
+    "distillation with others": {**LEARNED, "symmetric": True, "matryoshka_dims": [8, 16], **DISTILLED},
     "everything": {
         "learn_temperature": True,
         "symmetric": True,
@@ -90,6 +94,7 @@ OPTIONS = {
         "false_negative_margin": 0.0,
         "in_batch_from": "dataset",
         "share_hard_negatives": False,
+        **DISTILLED,
     },
 }
 
@@ -164,8 +169,8 @@ def context() -> Iterator[Case]:
     yield Case(**pair, way="retain", budget=three, distributed=False, kind="multi_layer", loss=LEARNED)
     yield Case(**pair, targets=ALL_TARGETS, kind="mean", distributed=False)
     uneven = budget_for(2, 2, 7, uneven=True, cp=2)
-    yield Case(world=4, cp=2, way="cached", budget=uneven, distributed=False, loss=LEARNED)
-    yield Case(world=4, cp=2, tp=2, sp=True, way="cached", budget=three, distributed=False, loss=LEARNED)
+    yield Case(world=4, cp=2, way="cached", budget=uneven, distributed=False, loss=LEARNED | DISTILLED)
+    yield Case(world=4, cp=2, tp=2, sp=True, way="cached", budget=three, distributed=False, loss=LEARNED | DISTILLED)
     yield Case(world=4, cp=2, pp=2, way="cached", budget=three, distributed=False, loss=LEARNED)
     yield Case(world=4, cp=4, way="retain", budget=budget_for(3, 1, 7, cp=4), distributed=False, loss=LEARNED)
 

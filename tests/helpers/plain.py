@@ -11,6 +11,7 @@ from transformers import MistralConfig, MistralModel
 
 from nvembed_mcore.checkpoint.names import name_table, to_hf
 from nvembed_mcore.config import LoraConfig, PoolingConfig
+from nvembed_mcore.config_step import DistillationConfig
 from nvembed_mcore.data.batch import Batch, Sample, make_batch
 from tests.helpers import models
 
@@ -63,8 +64,10 @@ def add_adapters(model: MistralModel, adapters: dict[str, torch.Tensor], scale: 
 
 @lru_cache
 def training_batch(num_queries: int, number: int, vocab_size: int = 250) -> Batch:
-    """Unequal numbers of negatives, shared documents, several positives, two data sets, queries without in-batch."""
-    rng = np.random.default_rng(6 + number)
+    """Unequal numbers of negatives, shared documents, several positives, two data sets, queries without in-batch.
+
+    Each but query 5 has a teacher's scores; queries 0 and 3 have one or two passages."""
+    rng, teacher = np.random.default_rng(6 + number), np.random.default_rng(60 + number)
     samples = []
     for i in range(num_queries):
         positives, negatives = 1 + (i % 3 == 2), (i + 1) % 4
@@ -77,9 +80,9 @@ def training_batch(num_queries: int, number: int, vocab_size: int = 250) -> Batc
             ids[-1] = 1000  # another positive of query 0, not chosen in this step, stands among query 1's negatives
         positive_ids = np.append(ids[:positives], 1000 + i)
         in_batch, dataset = i % 5 != 4, int(i % 4 == 1)
-        samples.append(
-            Sample(texts[0], texts[1:], ids, positive_ids, in_batch, num_positives=positives, dataset=dataset)
-        )
+        scores = None if i == 5 else teacher.normal(size=len(ids)).astype(np.float32)
+        of_record = dict(num_positives=positives, dataset=dataset, teacher_scores=scores)
+        samples.append(Sample(texts[0], texts[1:], ids, positive_ids, in_batch, **of_record))
     return make_batch(samples)
 
 
@@ -94,10 +97,11 @@ def plain_loss(
     false_negative_margin: float | None = None,
     symmetric: bool = False,
     matryoshka_dims: tuple[int, ...] = (),
+    distillation: DistillationConfig | None = None,
 ) -> torch.Tensor:
     """Mean loss of the queries, one score after the other. `embeddings` float [N, D], queries first."""
     directions = [_queries_among_passages] + [_positives_among_queries] * symmetric
-    total, terms = 0.0, 0
+    total, terms, divergences = 0.0, 0, 0.0
     for size in (*matryoshka_dims, embeddings.size(1)):
         part = embeddings[:, :size]
         part = part / part.norm(dim=1, keepdim=True)
@@ -115,7 +119,23 @@ def plain_loss(
                     )  # fmt: skip
                     scores = torch.stack([right, *others]) / temperature
                     total = total + (scores.logsumexp(0) - scores[0]) / len(own)
-    return total / batch.num_queries / terms
+        if distillation is not None:
+            for i in range(batch.num_queries):
+                divergences = divergences + _divergence(batch, i, cosines[i] / temperature, distillation)
+    total = total / terms
+    if distillation is not None:
+        total = total + distillation.weight * divergences / (1 + len(matryoshka_dims))
+    return total / batch.num_queries
+
+
+def _divergence(batch, i, scores, distillation):
+    """KL of the teacher's distribution over the own passages of query `i` and the student's."""
+    own = [j for j in range(len(scores)) if batch.passage_query[j] == i and not np.isnan(batch.teacher_scores[j])]
+    if len(own) < 2:
+        return 0.0
+    teacher = torch.tensor(batch.teacher_scores[own]).to(scores) / distillation.teacher_temperature
+    target, student = teacher.softmax(0), scores[own].softmax(0)
+    return (target * (target.log() - student.log())).sum()
 
 
 def _queries_among_passages(batch, i, p, cosines, same_document, same_dataset, share_hard, margin):

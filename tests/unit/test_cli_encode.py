@@ -9,8 +9,8 @@ import numpy as np
 import pyarrow.parquet
 import pytest
 
+from nvembed_mcore import progress
 from nvembed_mcore.checkpoint.hf_load import load_exported
-from nvembed_mcore.cli import encode as cli
 from nvembed_mcore.cli import main
 from nvembed_mcore.data.prompts import query_prompt
 from tests.helpers.exports import LIMIT, PROMPT
@@ -89,10 +89,11 @@ def test_what_is_there_is_said(capsys, export, folder, tmp_path):
 
 
 def test_a_line_now_and_then_where_there_is_no_terminal(capsys, monkeypatch, export, folder, tmp_path):
-    monkeypatch.setattr(cli, "LINE_EVERY_SECONDS", 0.0)
+    monkeypatch.setattr(progress, "LINE_EVERY_SECONDS", 0.0)
     assert main(["encode", str(export), str(folder / "texts.txt"), str(tmp_path / "out"), "--shard-size", "4"]) == 0
-    lines = [line for line in capsys.readouterr().err.splitlines() if line.endswith(" tokens/s")]
-    assert [line.split(",")[0] for line in lines] == ["4 of 9 texts", "8 of 9 texts", "9 of 9 texts"]
+    lines = [line.split("  ") for line in capsys.readouterr().err.splitlines() if " tokens/s" in line]
+    assert [line[0] for line in lines] == [f"embed texts: {done}/9 texts" for done in (4, 8, 9)]
+    assert [line[2].startswith("ETA 0:00:") for line in lines[:2]] == [True, True] and len(lines[2]) == 2
 
 
 def test_fp8_is_no_other_half_of_a_corpus(capsys, export, folder, tmp_path):

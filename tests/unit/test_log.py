@@ -12,11 +12,16 @@ import pytest
 import torch
 from rich.console import Console
 
-from nvembed_mcore import log
+from nvembed_mcore import progress
 from nvembed_mcore.config import LogConfig
 from nvembed_mcore.log import MetricLog, close_logging, read_metrics, setup_logging
 
 QUIET = LogConfig(tensorboard=False, progress=False)
+
+
+class Screen(io.StringIO):
+    def isatty(self) -> bool:
+        return True
 
 
 @pytest.fixture(autouse=True)
@@ -138,17 +143,17 @@ def test_plain_progress_is_rare_and_ends_with_the_last_step(tmp_path, said, monk
             now[0] += 4.0
             metrics.log(step, {"loss": 2.0 / step, "tokens_per_second": 17000.4})
     assert said() == [
-        "stage 1: step 0/10  nDCG@10 0.125",
-        "stage 1: step 3/10  loss 0.6667  nDCG@10 0.125  17,000 tokens/s  ETA 0:00:28",
-        "stage 1: step 6/10  loss 0.3333  nDCG@10 0.125  17,000 tokens/s  ETA 0:00:16",
-        "stage 1: step 9/10  loss 0.2222  nDCG@10 0.125  17,000 tokens/s  ETA 0:00:04",
-        "stage 1: step 10/10  loss 0.2000  nDCG@10 0.125  17,000 tokens/s",
+        "stage 1: 0/10 steps  nDCG@10 0.125",
+        "stage 1: 3/10 steps  loss 0.6667  nDCG@10 0.125  17,000 tokens/s  ETA 0:00:28",
+        "stage 1: 6/10 steps  loss 0.3333  nDCG@10 0.125  17,000 tokens/s  ETA 0:00:16",
+        "stage 1: 9/10 steps  loss 0.2222  nDCG@10 0.125  17,000 tokens/s  ETA 0:00:04",
+        "stage 1: 10/10 steps  loss 0.2000  nDCG@10 0.125  17,000 tokens/s",
     ]
 
 
 def test_bar_on_a_terminal(tmp_path, monkeypatch):
-    screen = io.StringIO()
-    monkeypatch.setattr(log, "_console", Console(file=screen, force_terminal=True, width=120))
+    screen = Screen()
+    monkeypatch.setattr(progress, "console", Console(file=screen, force_terminal=True, width=120))
     with metric_log(tmp_path, LogConfig(tensorboard=False)) as metrics:
         metrics.log(10, {"loss": 0.5, "tokens_per_second": 1234.0})
     for part in ("stage 1", "10/10", "loss 0.5000", "1,234 tokens/s"):
@@ -161,15 +166,15 @@ def test_pace_of_a_resumed_run_is_that_of_its_own_steps(tmp_path, said, monkeypa
     with metric_log(tmp_path, start_step=6) as metrics:
         now[0] += 30.0
         metrics.log(7, {"loss": 1.0})
-    assert said() == ["stage 1: step 7/10  loss 1.0000  ETA 0:01:30"]
+    assert said() == ["stage 1: 7/10 steps  loss 1.0000  ETA 0:01:30"]
 
 
 def test_lines_instead_of_a_bar_when_it_is_not_wanted(tmp_path, said, monkeypatch):
-    screen = io.StringIO()
-    monkeypatch.setattr(log, "_console", Console(file=screen, force_terminal=True, width=120))
+    screen = Screen()
+    monkeypatch.setattr(progress, "console", Console(file=screen, force_terminal=True, width=120))
     with metric_log(tmp_path) as metrics:
         metrics.log(10, {"loss": 0.5})
-    assert said() == ["stage 1: step 10/10  loss 0.5000"] and screen.getvalue() == ""
+    assert said() == ["stage 1: 10/10 steps  loss 0.5000"] and screen.getvalue() == ""
 
 
 def test_the_file_is_complete_after_an_error(tmp_path, said):

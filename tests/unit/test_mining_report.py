@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from nvembed_mcore import progress
 from nvembed_mcore.cli import main
 from nvembed_mcore.cli import mine as command
 from nvembed_mcore.mining import search
@@ -175,11 +176,11 @@ def test_no_suspects(tmp_path, monkeypatch, capsys):
 
 def test_a_line_now_and_then_where_there_is_no_terminal(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(command, "open_named", lambda arguments: WordEmbedder())
-    monkeypatch.setattr(command, "LINE_EVERY_SECONDS", 0.0)
+    monkeypatch.setattr(progress, "LINE_EVERY_SECONDS", 0.0)
     records = [{"query": f"{word} x", "pos": [f"{word} y"], "neg": []} for word in ("alpha", "beta", "gamma")]
     write_json_lines(tmp_path / "records.jsonl", records)
     options = ["--method", "topk", "--shard-size", "2"]
     assert main(["mine", "words", str(tmp_path / "records.jsonl"), str(tmp_path / "out"), *options]) == 0
-    parts = [f"{what}: {done}" for what in ("documents", "queries") for done in ("2 of 3", "3 of 3")]
-    parts += [f"{what}: {done} of 2" for what in ("searches", "choices") for done in (1, 2)]
-    assert capsys.readouterr().err.splitlines() == parts
+    parts = [f"embed {what}: {done}/3 texts" for what in ("documents", "queries") for done in (2, 3)]
+    parts += [f"{what}: {done}/2 shards of queries" for what in ("search", "choose") for done in (1, 2)]
+    assert [line.split("  ")[0] for line in capsys.readouterr().err.splitlines()] == parts

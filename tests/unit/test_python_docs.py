@@ -12,8 +12,9 @@ import pytest
 from rich.console import Console
 from transformers import PreTrainedTokenizerFast
 
+from nvembed_mcore import progress
 from nvembed_mcore.data.near_duplicates import first_of_kind, word_parts
-from nvembed_mcore.data.python_docs import FILES, STATISTICS, Progress, build_python_docs, statistics_table
+from nvembed_mcore.data.python_docs import FILES, STATISTICS, build_python_docs, statistics_table
 from nvembed_mcore.data.python_docs_records import beir_folder, topic_records, topics, training_records
 from nvembed_mcore.data.python_source import (
     DocumentedItem,
@@ -252,25 +253,22 @@ def test_names_are_hidden_in_the_second_test_set(built: tuple[Path, Path]) -> No
 
 
 def test_same_input_same_bytes_and_reuse(
-    built: tuple[Path, Path], tmp_path: Path, tokenizer: PreTrainedTokenizerFast
+    built: tuple[Path, Path], tmp_path: Path, tokenizer: PreTrainedTokenizerFast, monkeypatch, capsys
 ) -> None:
     tree, out = built
-    calls: list[str] = []
 
-    def build(**changes: int) -> None:
-        report: Progress = lambda what, done, total: calls.append(what)  # noqa: E731
-        settings = {**SETTINGS, **changes}
-        build_python_docs(tmp_path / "again", tokenizer, packages={"tree": tree}, progress=report, **settings)
+    def build(**changes: int) -> set[str]:
+        build_python_docs(tmp_path / "again", tokenizer, packages={"tree": tree}, **{**SETTINGS, **changes})
+        return {line.partition(":")[0] for line in capsys.readouterr().err.splitlines()}
 
-    build()
-    assert {"parse", "drop duplicates", "count tokens", "write"} == set(calls)
+    monkeypatch.setattr(progress, "LINE_EVERY_SECONDS", 0.0)
+    assert build() == {"parse", "compare", "drop duplicates", "count tokens"}
     assert all((out / name).read_bytes() == (tmp_path / "again" / name).read_bytes() for name in (*FILES, STATISTICS))
     assert [path.name for path in tmp_path.iterdir()] == ["again"]
-    calls.clear()
-    build()
+    assert build() == set()  # complete and of the same inputs: nothing is done
     with pytest.raises(DataError, match="holds another set .seed is 0, asked for 1"):
         build(seed=1)
-    assert calls == []  # complete and of the same inputs, or refused: nothing is done
+    assert capsys.readouterr().err == ""  # refused before anything is done
     assert all((out / name).read_bytes() == (tmp_path / "again" / name).read_bytes() for name in (*FILES, STATISTICS))
 
 

@@ -96,9 +96,9 @@ def test_after_a_failure_only_the_missing_shards_are_made(tmp_path, format):
     with pytest.raises(OSError, match="the power went out"):
         encode(tmp_path / "out", Hashes(calls=2), format=format)
     assert json.loads((tmp_path / "out" / "manifest.json").read_text())["complete"] is False
-    embedder, seen = Hashes(), []
-    done = encode(tmp_path / "out", embedder, format=format, progress=lambda *now: seen.append(now[:2]))
-    assert embedder.asked == [2] and (done.present, done.tokens) == (8, 2) and seen == [(10, 10)]
+    embedder = Hashes()
+    done = encode(tmp_path / "out", embedder, format=format)
+    assert embedder.asked == [2] and (done.present, done.tokens) == (8, 2)
     assert contents(tmp_path / "out") == contents(tmp_path / "straight")
 
 

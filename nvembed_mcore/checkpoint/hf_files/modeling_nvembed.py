@@ -147,9 +147,14 @@ def _weighted_sum(states: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
     return (states.float() * weights[..., None]).sum(dim=1)
 
 
+def _is_exporting() -> bool:
+    """Whether torch (2.7 or newer can say so) records the model as a graph, for ONNX for instance."""
+    return getattr(torch.compiler, "is_exporting", bool)()
+
+
 def _check_room(pooled: torch.Tensor) -> None:
-    """`pooled` [N]: the number of pooled positions of each text."""
-    if rows := (pooled <= 0).nonzero().flatten().tolist():
+    """`pooled` [N]: the number of pooled positions of each text. A graph that is being exported cannot look at it."""
+    if not _is_exporting() and (rows := (pooled <= 0).nonzero().flatten().tolist()):
         raise ValueError(f"rows {rows} have nothing to pool: is the instruction longer than the limit of tokens?")
 
 
@@ -193,6 +198,8 @@ class PoolingHead(nn.Module):
     def _folded(self, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
         """`_fold`, made once for all forward passes without gradients, until a parameter changes. Writing to `.data`
         does not count as a change in torch; it shows in a sample of each one's numbers, up to 4096 or some more."""
+        if _is_exporting() and self._kept is not None:  # from a pass before: constants of the graph
+            return self._kept[3]
         attend = self.cross_attend_blocks[0]
         weights = [self.latents, *attend.norm_context.parameters(), *attend.fn.parameters()]
         has_gradient = torch.is_grad_enabled() and any(weight.requires_grad for weight in weights)
