@@ -63,11 +63,13 @@ class Run:
 
     def __init__(self, error=None, stands=None):
         self.error, self.stands, self.lines, self.exit_code = error, stands, [], None
+        self.has_begun = threading.Event()
 
     def define_metric(self, *names, **how):
         pass
 
     def log(self, line):
+        self.has_begun.set()
         if self.error:
             raise self.error
         if self.stands:
@@ -101,6 +103,7 @@ def test_a_run_does_not_wait_for_wandb(monkeypatch, caplog):
     tracker = tracker_of(monkeypatch, run)
     for step in range(1, 9):
         tracker.log(step, {"train/loss": 1.0})
+        assert run.has_begun.wait(20)
     tracker.close(Exit.DONE)
     run.stands.set()
     assert "takes no more numbers" in caplog.messages[0] and len(caplog.messages) == 1
