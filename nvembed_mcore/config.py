@@ -13,6 +13,8 @@ from typing import Literal
 from nvembed_mcore.config_data import ConfigError as ConfigError
 from nvembed_mcore.config_data import DataConfig, require
 from nvembed_mcore.config_data import DatasetConfig as DatasetConfig
+from nvembed_mcore.config_eval import EvalConfig
+from nvembed_mcore.config_eval import EvalSetConfig as EvalSetConfig
 from nvembed_mcore.config_model import LORA_TARGETS as LORA_TARGETS
 from nvembed_mcore.config_model import LoraConfig as LoraConfig
 from nvembed_mcore.config_model import ModelConfig, PrecisionConfig
@@ -112,6 +114,9 @@ class CheckpointConfig:
     is stopped takes its steps again."""
     keep: int = 2
     """Complete checkpoints kept; older ones are removed after a new one is complete."""
+    keep_best: bool = True
+    """Keep that of the best evaluation (`eval.metric`) beyond these. An evaluation that beats all before it is saved
+    even at a step where no save is due; that before the first step does not count."""
     resume: Literal["auto", "must", "never"] = "auto"
     """`auto`: go on from the newest complete checkpoint, or start. `must`: end with an error when there is none.
     `never`: end with an error when there is one."""
@@ -130,21 +135,6 @@ class CheckpointConfig:
         )
         require(self.every_steps >= 0, f"checkpoint.every_steps must not be negative, got {self.every_steps}")
         require(self.keep >= 2, f"checkpoint.keep must be at least 2 (the newest may be damaged), got {self.keep}")
-
-
-@dataclass(frozen=True, kw_only=True)
-class EvalConfig:
-    """Retrieval evaluation while training, by all ranks."""
-
-    path: str | None = None
-    """Folder of a BEIR-format test set (`corpus.jsonl`, `queries.jsonl`, `qrels/test.tsv`); null: no evaluation."""
-    instruction: str = ""
-    """Instruction of its queries."""
-    every_steps: int = 0
-    """Steps between evaluations; 0 means before the first and after the last step only."""
-
-    def __post_init__(self) -> None:
-        require(self.every_steps >= 0, f"eval.every_steps must not be negative, got {self.every_steps}")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -121,9 +121,22 @@ class OptimConfig:
     """Largest norm of the whole gradient; 0 turns clipping off."""
     distributed: bool = True
     """Shard the optimizer's state over data-parallel ranks (Megatron's distributed optimizer)."""
+    ema_decay: float | None = None
+    """Keep an exponential moving average of the trained weights with this decay a step, from which the run is
+    evaluated and exported (ema.py); 0 or null: none. It begins with the weights after the first step, and step `t`
+    has `(1 + t) / (10 + t)` where that is less."""
+
+    @property
+    def averages(self) -> bool:
+        """Whether the weights are averaged."""
+        return bool(self.ema_decay)
 
     def __post_init__(self) -> None:
         require(self.lr > 0, f"optim.lr must be above 0, got {self.lr}")
         require(0 <= self.min_lr <= self.lr, f"optim.min_lr must be between 0 and lr {self.lr}, got {self.min_lr}")
         for name in ("warmup_steps", "weight_decay", "clip_norm"):
             require(getattr(self, name) >= 0, f"optim.{name} must not be negative, got {getattr(self, name)}")
+        require(
+            self.ema_decay is None or 0 <= self.ema_decay < 1,
+            f"optim.ema_decay must be between 0 and below 1, got {self.ema_decay}",
+        )

@@ -32,8 +32,8 @@ TO_FILE_ONLY = {"to_file_only": True}
 def setup_logging(rank: int, log_dir: str | Path | None = None) -> logging.Logger:
     """Send the messages of `nvembed_mcore` where this rank's messages go; calling it again replaces the handlers.
 
-    Rank 0 writes from INFO on to stderr (through rich on a terminal, plain lines elsewhere). Every rank writes from
-    INFO on to `log_dir/rank-{rank}.log`, appending.
+    Rank 0 writes from INFO on to stderr (through rich on a terminal, plain lines elsewhere), with --quiet only errors.
+    Every rank writes from INFO on to `log_dir/rank-{rank}.log`, appending.
 
     Args:
         rank: of this process in the whole job.
@@ -50,6 +50,7 @@ def setup_logging(rank: int, log_dir: str | Path | None = None) -> logging.Logge
     if rank == 0:
         root.addHandler(_stderr_handler())
         root.handlers[-1].addFilter(lambda record: not hasattr(record, "to_file_only"))
+        root.handlers[-1].setLevel(logging.ERROR if progress.is_quiet() else logging.INFO)
     if log_dir is not None:
         Path(log_dir).mkdir(parents=True, exist_ok=True)
         handler = logging.FileHandler(Path(log_dir) / f"rank-{rank}.log", encoding="utf-8")

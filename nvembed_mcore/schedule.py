@@ -6,7 +6,9 @@ Letters: `N` texts, `n` texts of a pack, `D` embedding size, `W` data-parallel s
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
+import numpy as np
 import torch
 from megatron.core.distributed import DistributedDataParallel
 from megatron.core.pipeline_parallel import get_forward_backward_func
@@ -106,7 +108,19 @@ def embed_packs(
     return [found[index] for index in sorted(found)]
 
 
-@torch.no_grad()
+@contextmanager
+def inference(chunks: Chunks) -> Iterator[None]:
+    """Nothing is dropped in here."""
+    was_training = chunks[0].training
+    for chunk in chunks:
+        chunk.eval()
+    try:
+        yield
+    finally:
+        for chunk in chunks:
+            chunk.train(was_training)
+
+
 def embed_texts(chunks: Chunks, groups: Groups, texts: list[Text], token_budget: int) -> Tensor | None:
     """Embeddings of many texts by all ranks together, for evaluation.
 
@@ -114,12 +128,33 @@ def embed_texts(chunks: Chunks, groups: Groups, texts: list[Text], token_budget:
         float32 [N, D] in the given order on the last pipeline stage, None elsewhere.
     """
     plan = plan_texts([len(text) for text in texts], chunks, groups, token_budget)
-    was_training = chunks[0].training
-    for chunk in chunks:
-        chunk.eval()
-    embeddings = embed_packs(chunks, packs_of_rank(texts, plan, chunks, groups))
-    for chunk in chunks:
-        chunk.train(was_training)
-    if not groups.is_last_stage:
-        return None
-    return gather_rows(torch.cat(embeddings), plan.owned(), groups.dp)
+    with inference(chunks):
+        embeddings = embed_packs(chunks, packs_of_rank(texts, plan, chunks, groups))
+    return gather_rows(torch.cat(embeddings), plan.owned(), groups.dp) if groups.is_last_stage else None
+
+
+def embed_share(
+    chunks: Chunks, groups: Groups, texts: list[Text], token_budget: int, rows: int
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """This data-parallel rank's share of many texts, embedded block by block; no rank ever has all of them.
+
+    Every rank goes through to the end, those of other pipeline stages too, which get nothing. To be used in
+    `inference`.
+
+    Args:
+        rows: texts of a block, at least, but for the last block; packs are not taken apart.
+
+    Yields:
+        float32 [n, D] and the numbers of the texts, int64 [n]; each text comes on one data-parallel rank, once.
+    """
+    plan = plan_texts([len(text) for text in texts], chunks, groups, token_budget)
+    multiple = groups.pp_size if len(chunks) > 1 else 1
+    block: list[np.ndarray] = []
+    packs = plan.packs[groups.dp_rank]
+    for place, pack in enumerate(packs, 1):
+        block.append(pack)
+        if place == len(packs) or (sum(map(len, block)) >= rows and len(block) % multiple == 0):
+            found = embed_packs(chunks, packs_of_rank(texts, Plan([block]), chunks, groups, rank=0))
+            if groups.is_last_stage:
+                yield torch.cat(found), torch.from_numpy(np.concatenate(block))
+            block = []

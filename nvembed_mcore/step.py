@@ -29,6 +29,7 @@ from nvembed_mcore.config import ConfigError, LossConfig, StepConfig
 from nvembed_mcore.data.batch import Batch
 from nvembed_mcore.data.packing import Pack, Plan
 from nvembed_mcore.distillation import is_distilled
+from nvembed_mcore.ema import update_average
 from nvembed_mcore.memory import retainable_tokens
 from nvembed_mcore.metrics import PhaseTimer
 from nvembed_mcore.model import fp8_step
@@ -96,17 +97,19 @@ class ContrastiveStep:
         seed: int,
         retain_tokens: int | None = None,
         time_communication_every: int = 0,
+        ema_decay: float | None = None,
     ) -> None:
         """
         Args:
             chunks: this stage's model.
             retain_tokens: tokens of a rank whose graphs `auto` keeps; None: measured when it is first needed.
             time_communication_every: steps; 0: never.
+            ema_decay: of the average of the weights; None or 0: none is kept.
         """
         self.chunks, self.optimizer, self.groups = chunks, optimizer, groups
         self.config, self.loss_config, self.seed = step, loss, seed
         self.retain_tokens = retain_tokens
-        self.time_communication_every = time_communication_every
+        self.time_communication_every, self.ema_decay = time_communication_every, ema_decay
         self.scorer = Scorer(loss, groups, step.gradient_exchange, chunks[-1].module.backend.dtype)
         self._is_first = True
         self._logged: set[str] = set()
@@ -144,6 +147,8 @@ class ContrastiveStep:
                 if not (math.isfinite(loss) and math.isfinite(grad_norm)):
                     raise NonFiniteLossError(self._finding(step, loss, grad_norm, batch, plan, packs))
                 update(self.optimizer, grad_norm)
+                if self.ema_decay:
+                    update_average(self.optimizer, self.ema_decay, step)
                 fp8_step.end_step(encoders, [self.groups.tp, self.groups.dp_cp])
         if self._is_first:
             self._is_first = False
@@ -210,7 +215,11 @@ class ContrastiveStep:
     def _measure(self, packs: list[Pack]) -> int:
         (chunk,) = self.chunks
         return retainable_tokens(
-            lambda: chunk(packs[0]), packs[0].real_tokens, list(chunk.module.parameters()), self.optimizer
+            lambda: chunk(packs[0]),
+            packs[0].real_tokens,
+            list(chunk.module.parameters()),
+            self.optimizer,
+            bool(self.ema_decay),
         )
 
     def _reseed(self, step: int, index: int, chunk: int) -> None:

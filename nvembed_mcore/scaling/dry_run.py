@@ -144,7 +144,7 @@ def dry_run(
             groups = process_groups.pretend(config.parallel, rank, gpus)
             with FakeTensorMode():
                 chunks = build.build_empty_model(here, hf_config, groups)
-                found.append(_rank(chunks, groups))
+                found.append(_rank(chunks, groups, config.optim.averages))
         texts, missing = _own_texts(config, hf_config)
         if texts is None or lengths is not None:
             sampled = sample_lengths(config, lengths)
@@ -230,8 +230,8 @@ def _as_built(config: RunConfig, device_type: Device) -> RunConfig:
     return replace(config, precision=precision, model=replace(config.model, backend="local"))
 
 
-def _rank(chunks: list[DistributedDataParallel], groups: Groups) -> Rank:
-    written = sizes.written_by_ranks(chunks, groups)
+def _rank(chunks: list[DistributedDataParallel], groups: Groups, averages: bool) -> Rank:
+    written = sizes.written_by_ranks(chunks, groups, averages=averages)
     parameters = [one for chunk in chunks for one in chunk.module.parameters()]
     return Rank(
         rank=groups.rank,
@@ -242,7 +242,7 @@ def _rank(chunks: list[DistributedDataParallel], groups: Groups) -> Rank:
         frozen=sum(one.numel() for one in parameters if not one.requires_grad),
         weights=_weights(chunks),
         gradients=sum(buffer.grad_data.nbytes for chunk in chunks for buffer in chunk.buffers),
-        optimizer=sizes.optimizer_bytes(chunks, groups),
+        optimizer=sizes.optimizer_bytes(chunks, groups, averages=averages),
         checkpoint=written[groups.rank],
         largest_checkpoint=max(written.values()),
     )

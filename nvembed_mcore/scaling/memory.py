@@ -30,7 +30,7 @@ LEAST_ROWS = 64
 def memory_of(workload: Workload, layout: Layout, cluster: Cluster) -> dict[str, float]:
     """Bytes by kind on the fullest rank, whose sum is to fit the device.
 
-    `weights` (FP8 copies included), `gradients` (float32 buffers), `optimizer` (main weights and moments),
+    `weights` (FP8 copies included), `gradients` (float32 buffers), `optimizer` (main weights, moments and averages),
     `activations` (graphs that are kept, and what the pass needs besides), `gather_and_loss` (embeddings, scores and
     their gradients at that moment), `fragmentation` (on a GPU: what the allocator wastes, and NCCL's buffers).
     """
@@ -65,8 +65,9 @@ def static(workload: Workload, layout: Layout, stage: int) -> dict[str, float]:
             held = buffer.padded if layout.distributed_optimizer else buffer.numel
             weights += held * (4 if buffer.is_float32 else workload.element)
             gradients += 4 * held
-            # Two moments, and float32 weights where the model's are not.
-            optimizer += (8 if buffer.is_float32 else 12) * buffer.numel / ranks
+            # Two moments, float32 weights where the model's are not, and perhaps an average.
+            held_by_number = (8 if buffer.is_float32 else 12) + 4 * workload.averages
+            optimizer += held_by_number * buffer.numel / ranks
         weights += workload.element * sum(one.numel for one in parameters if not one.is_trained)
     return dict(weights=weights + fp8_copies(workload, layout, stage), gradients=gradients, optimizer=optimizer)
 

@@ -255,6 +255,7 @@ class Parts:
                 backward=both.backward.total(),
                 forward=both.forward.total(),
                 overlaps=(self.layout.overlap_grad_reduce, self.layout.overlap_param_gather),
+                averages=self.workload.averages,
             )
             terms["grad_reduce"] += 2 * seconds.ring(cluster, 4 * summed, self.layout.tp, self.layout.tp)
             found.append(terms)

@@ -29,6 +29,7 @@ class Workload:
         fp8, fp8_attention: as in `precision`.
         causal: whether attention is.
         exchange: `step.gradient_exchange`.
+        averages: whether the weights are averaged.
         lengths: int64 [S, N], as `Lengths.tokens`.
         num_queries: Q.
         steps: of the whole run.
@@ -46,6 +47,7 @@ class Workload:
     fp8_attention: bool
     causal: bool
     exchange: Literal["auto", "reduce_scatter", "recompute"]
+    averages: bool
     lengths: np.ndarray
     query: np.ndarray
     is_positive: np.ndarray
@@ -80,6 +82,7 @@ class Workload:
             fp8_attention=config.precision.fp8_attention != "off" and not is_local,
             causal=config.model.attention_mask == "causal",
             exchange=config.step.gradient_exchange,
+            averages=config.optim.averages,
             lengths=lengths.tokens,
             query=lengths.query,
             is_positive=lengths.is_positive,

@@ -145,6 +145,7 @@ class Case:
     fp8: str = "off"
     backend: str = "local"
     dtype: str = "float32"
+    ema: float | None = None
 
     @property
     def layout(self) -> tuple[int, int, bool, int, int, int]:
@@ -198,7 +199,7 @@ def build_step(case: Case, **changes):
     optimizer = build_optimizer(OptimConfig(clip_norm=case.clip, distributed=case.distributed, **OPTIM), chunks)
     set_learning_rate(optimizer, OPTIM["lr"])
     config = StepConfig(way=case.way, tokens_per_microbatch=case.budget, gradient_exchange=case.exchange)
-    step = ContrastiveStep(chunks, optimizer, groups, step=config, loss=loss, seed=0)
+    step = ContrastiveStep(chunks, optimizer, groups, step=config, loss=loss, seed=0, ema_decay=case.ema)
     return step, groups, table, parameters
 
 

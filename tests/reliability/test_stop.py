@@ -166,7 +166,9 @@ def test_a_crash_of_one_rank_is_told_as_the_first_failure(inputs, tmp_path):
     run = Run(dataclasses.replace(config_of(inputs, tmp_path / "run"), checkpoint=CheckpointConfig(every_steps=2)))
     with run.start(faults="error@step_begin:1:4") as ranks:
         assert ranks.wait(60) == [70, 70]
-        assert "Traceback" in ranks.output(1) and "Traceback" not in ranks.output(0)
+        assert "Traceback" not in ranks.outputs()
+        assert "internal: RuntimeError: the failure that error@step_begin:1:4" in ranks.output(1)
+        assert f"(its trace: {run.run_dir / 'logs' / '0001' / 'rank-1.log'}, or again with --debug)" in ranks.output(1)
         assert "failed first, in step 4: RuntimeError: the failure that error@step_begin:1:4" in ranks.output(0)
     failure, status = run.first_failure(), run.status()
     assert (failure["rank"], failure["step"], failure["operation"], failure["exit_status"]) == (1, 3, "step 4", 70)

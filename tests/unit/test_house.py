@@ -19,7 +19,7 @@ from nvembed_mcore import config
 ROOT = Path(__file__).parents[2]
 LIBRARY = ("nvembed_mcore", "kernels")
 PROGRAMS = ("tools", "examples")
-CONFIGURATION = ("nvembed_mcore/config.py", "nvembed_mcore/config_data.py")
+CONFIGURATION = ("nvembed_mcore/config.py", "nvembed_mcore/config_data.py", "nvembed_mcore/config_eval.py")
 LONGEST_FUNCTION, LONGEST_FILE = 60, 400
 
 Breaches = Iterator[tuple[int, str]]

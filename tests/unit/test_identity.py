@@ -18,7 +18,7 @@ from transformers import PreTrainedTokenizerFast
 from nvembed_mcore import config as configuration
 from nvembed_mcore import resume
 from nvembed_mcore.checkpoint.store import Checkpoint, CheckpointError
-from nvembed_mcore.config import ConfigError, RunConfig
+from nvembed_mcore.config import ConfigError, EvalConfig, EvalSetConfig, RunConfig
 from nvembed_mcore.data.tokenizer import load_tokenizer, tokenizer_fingerprint
 from nvembed_mcore.identity import ARCHITECTURE, kind_of, logged_changes, refused_changes
 from nvembed_mcore.train import _prepare_run_dir
@@ -26,7 +26,9 @@ from tests.helpers import runs
 from tests.helpers.models import tiny_config
 
 ROOT = Path(__file__).parents[2]
-CONFIG = runs.run_config(Path("inputs"), Path("run"))
+CONFIG = dataclasses.replace(
+    runs.run_config(Path("inputs"), Path("run")), eval=EvalConfig(sets=[EvalSetConfig(name="set", path="beir")])
+)
 
 
 def fields(of: type, prefix: str = "") -> Iterator[str]:
@@ -82,6 +84,7 @@ IDENTITY: dict[str, tuple[Any, str]] = {
     "optim.betas": ((0.9, 0.98), "optim.betas: [0.9, 0.999] -> [0.9, 0.98]"),
     "optim.eps": (1e-6, "optim.eps: 1e-08 -> 1e-06"),
     "optim.clip_norm": (0.0, "optim.clip_norm: 1.0 -> 0.0"),
+    "optim.ema_decay": (0.999, "optim.ema_decay: None -> 0.999"),
 }
 RESUMABLE: dict[str, tuple[Any, str]] = {
     "optim.distributed": (False, "optim.distributed: True -> False"),

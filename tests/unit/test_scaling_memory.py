@@ -46,6 +46,7 @@ def workload(queries: int = 128, tokens: int = 512, **changes) -> Workload:
         fp8_attention=False,
         causal=False,
         exchange="auto",
+        averages=False,
         lengths=np.full((1, texts), tokens),
         query=owners[None],
         is_positive=(np.arange(texts) >= queries)[None] & ((np.arange(texts) - queries) % 8 == 0)[None],

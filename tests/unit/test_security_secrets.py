@@ -115,14 +115,19 @@ def test_messages_and_tracebacks(environment, tmp_path, capsys):
         assert "ValueError: no access with [redacted]" in text
 
 
-def test_an_error_that_nobody_foresaw(environment, monkeypatch, capsys):
+def test_an_error_that_nobody_foresaw(environment, monkeypatch, capsys, tmp_path):
     def fail(*arguments):
         raise RuntimeError(f"with {SECRETS['HF_TOKEN']}")
 
     monkeypatch.setattr("nvembed_mcore.cli.train", fail)
-    assert main(["train"]) == 70
-    shown = capsys.readouterr().err
-    assert "RuntimeError: with [redacted]" in shown and "Traceback" in shown and "CANARY" not in shown
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    for flags in ([], ["--debug"]):
+        assert main(["train", *flags]) == 70
+        shown = capsys.readouterr().err
+        assert "RuntimeError: with [redacted]" in shown and "CANARY" not in shown
+        assert ("Traceback" in shown) == bool(flags)
+    (trace,) = tmp_path.iterdir()
+    assert "Traceback" in trace.read_text() and "CANARY" not in trace.read_text()
 
 
 def secret_folder(root: Path) -> Path:
