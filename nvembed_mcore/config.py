@@ -216,6 +216,11 @@ class RunConfig:
             f"{self.parallel.pp}. Use 'auto' or 'cached'",
         )
         require(
+            self.loss.r_drop_weight == 0 or self.step.way != "single",
+            f"step.way 'single' keeps the graph of one pack, but with loss.r_drop_weight {self.loss.r_drop_weight} "
+            f"each pack is embedded twice. Use 'auto', 'retain' or 'cached'",
+        )
+        require(
             self.parallel.cp == 1 or self.precision.fp8_attention != "on",
             f"precision.fp8_attention is 'on', but texts that processes share are not attended to in FP8; parallel.cp "
             f"is {self.parallel.cp}. Use 'auto' or 'off'",
@@ -235,3 +240,8 @@ class RunConfig:
             f"step.gradient_exchange 'recompute' computes scores twice, and loss.false_negative_margin "
             f"{self.loss.false_negative_margin} could decide differently each time. Use 'auto' or 'reduce_scatter'",
         )
+
+    @property
+    def embeddings_of_a_text(self) -> int:
+        """How often a step embeds each text for its loss: twice with R-Drop, and all of that twice with FGM."""
+        return (2 if self.loss.r_drop_weight else 1) * (2 if self.step.fgm_epsilon else 1)

@@ -6,7 +6,7 @@ Letters: `N` texts, `n` texts of a pack, `D` embedding size, `W` data-parallel s
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 
 import numpy as np
 import torch
@@ -64,6 +64,7 @@ def run_schedule(
     on_output: Callable[[int, Tensor], Tensor],
     *,
     forward_only: bool,
+    reduces: bool = True,
     before_forward: Callable[[int, int], None] = lambda index, chunk: None,
 ) -> None:
     """Send packs through Megatron's pipeline schedule.
@@ -72,6 +73,7 @@ def run_schedule(
         on_output: called on the last stage with a pack's index and its embeddings; returns the scalar whose gradient
             is wanted. Results are keyed by index, because a schedule need not call in order.
         forward_only: no backward. This alone does not switch autograd off.
+        reduces: whether gradients are reduced over data-parallel ranks behind the last pack.
         before_forward: called with the index and the number of the chunk before each forward on every stage.
     """
 
@@ -82,15 +84,31 @@ def run_schedule(
 
     # Every chunk walks through the same packs.
     iterators = [iter(enumerate(packs)) for _ in chunks]
-    get_forward_backward_func()(
-        forward_step_func=forward_step,
-        data_iterator=iterators if len(chunks) > 1 else iterators[0],
-        model=chunks,
-        num_microbatches=len(packs),
-        seq_length=max(len(pack.token_ids) for pack in packs),
-        micro_batch_size=1,
-        forward_only=forward_only,
-    )
+    with nullcontext() if reduces else _unreduced(chunks):
+        get_forward_backward_func()(
+            forward_step_func=forward_step,
+            data_iterator=iterators if len(chunks) > 1 else iterators[0],
+            model=chunks,
+            num_microbatches=len(packs),
+            seq_length=max(len(pack.token_ids) for pack in packs),
+            micro_batch_size=1,
+            forward_only=forward_only,
+        )
+
+
+@contextmanager
+def _unreduced(chunks: list[DistributedDataParallel]) -> Iterator[None]:
+    """Gradients are added to those of this rank, and nothing is sent, whatever the schedule does at its end."""
+    config = chunks[0].config  # that which the schedule reads
+    kept = config.no_sync_func, config.finalize_model_grads_func
+    config.no_sync_func = config.finalize_model_grads_func = None
+    with ExitStack() as stack:
+        for chunk in chunks:
+            stack.enter_context(chunk.no_sync())
+        try:
+            yield
+        finally:
+            config.no_sync_func, config.finalize_model_grads_func = kept
 
 
 @torch.no_grad()

@@ -390,9 +390,8 @@ def _metrics(
         texts=len(batch.lengths),
         seconds=seconds,
         communication=output.communication,
-        flops=pack_flops(hf_config, config.model.pooling, batch.lengths.tolist(), **how),
+        flops=config.embeddings_of_a_text * pack_flops(hf_config, config.model.pooling, batch.lengths.tolist(), **how),
         peak_flops=None if peak is None else peak * groups.world_size,
     ).as_dict()
-    line |= {"accuracy": output.accuracy, "microbatches": output.num_microbatches}
-    line |= {} if output.divergence is None else {"divergence": output.divergence}
+    line |= {"accuracy": output.accuracy, "microbatches": output.num_microbatches, **output.terms}
     return line | ({"temperature": output.temperature} if config.loss.learn_temperature else {})
