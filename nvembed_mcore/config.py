@@ -19,6 +19,7 @@ from nvembed_mcore.config_model import LORA_TARGETS as LORA_TARGETS
 from nvembed_mcore.config_model import LoraConfig as LoraConfig
 from nvembed_mcore.config_model import ModelConfig, PrecisionConfig
 from nvembed_mcore.config_model import PoolingConfig as PoolingConfig
+from nvembed_mcore.config_step import DistillationConfig as DistillationConfig
 from nvembed_mcore.config_step import LossConfig, OptimConfig, StepConfig
 
 
@@ -248,6 +249,12 @@ class RunConfig:
         require(
             self.optim.distributed or not self.parallel.overlap_param_gather,
             "parallel.overlap_param_gather is true, which needs optim.distributed, and that is false",
+        )
+        require(
+            not self.loss.distillation.is_on
+            or any(one.distill and one.num_positives + one.num_negatives >= 2 for one in self.data.datasets),
+            f"loss.distillation.weight is {self.loss.distillation.weight}, but no data set has data.datasets.distill "
+            f"true and num_positives + num_negatives of at least 2: there is nothing to distil",
         )
         require(
             self.step.gradient_exchange != "recompute" or self.loss.false_negative_margin is None,
