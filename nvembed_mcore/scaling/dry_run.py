@@ -217,7 +217,7 @@ def _own_texts(config: RunConfig, hf_config: MistralConfig) -> tuple[_Texts | No
     if missing:
         more = f" (nor {len(missing) - 1} more of its files)" if missing[1:] else ""
         return None, [f"{missing[0]} is not on this machine{more}, so the run's own batches are not planned"]
-    source = batch_source(config, build_stores(data, tokenizer))
+    source = batch_source(config, build_stores(data, tokenizer, config.loss.distillation.is_on))
     steps = [source.batch(step).lengths for step in range(min(STEPS, config.steps))]
     return _Texts(steps, "the run's own batches"), []
 
