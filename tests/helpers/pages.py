@@ -93,8 +93,9 @@ def run(page: str, folder: Path, timeout: float) -> str:
     Raises:
         AssertionError: one failed; the message has the block and the end of the output.
     """
-    if not (folder / "examples").exists():
-        (folder / "examples").symlink_to(ROOT / "examples")
+    for name in ("examples", "tools"):
+        if not (folder / name).exists():
+            (folder / name).symlink_to(ROOT / name)
     environment = os.environ | {
         "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
         "PYTHONPATH": str(ROOT),

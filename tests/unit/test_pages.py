@@ -20,7 +20,7 @@ FIRST = "docs/tutorial/own-data.md"
 """The page whose folder others go on in."""
 QUICK = ("docs/tutorial/one-gpu.md",)
 """Pages that the default suite runs besides."""
-SLOW = ("docs/tutorial/eight-gpus.md", "docs/tutorial/slurm.md")
+SLOW = ("docs/tutorial/eight-gpus.md", "docs/tutorial/slurm.md", "examples/scaling/README.md")
 """Pages that `tools/test.sh --all` runs too: in an empty folder,"""
 SLOW_AFTER = tuple(f"docs/how-to/{name}.md" for name in ("fp8", "hard-negatives", "import-export", "lora"))
 """and in the folder that `FIRST` left."""
@@ -67,12 +67,15 @@ def unproven(block: Block) -> str:
 
 @lru_cache
 def words_of(path: str) -> set[str]:
-    """The words of a file's constants and the names that it uses."""
+    """The words of a file's constants and the names that it uses, and those of the tests' helpers that it imports."""
     found = set()
     for node in ast.walk(ast.parse((ROOT / path).read_text(encoding="utf-8"))):
         if isinstance(node, ast.Constant) and isinstance(node.value, str):
-            found.update(node.value.split(), map(str, map(_last, node.value.split())))
+            found.update(node.value.split(), map(_last, node.value.split()))
         found.update(value for _, value in ast.iter_fields(node) if isinstance(value, str))
+        if isinstance(node, ast.ImportFrom) and node.module:
+            file = node.module.replace(".", "/") + ".py"
+            found |= {_last(file)} | (words_of(file) if file.startswith("tests/helpers/") else set())
     return found
 
 
@@ -87,16 +90,19 @@ def imported(text: str) -> set[str]:
 
 
 def commanded(text: str) -> set[str]:
-    """Script, subcommands and options of each command."""
+    """Script, subcommands and options of each command; of `curl`, where it asks."""
     found = set()
     for line in text.replace("\\\n", " ").splitlines():
         words = [word for word in shlex.split(line, comments=True) if "=" not in word.partition("-")[0]]
         while words and words[0] in ("nvembed", "python", "bash", "&&"):
             words = words[1:]
+        if words[:1] == ["curl"]:
+            found.update(re.findall(r"localhost:\d+(\S+)", line))
+            continue
         if words and "/" in words[0]:
             words[0] = _last(words[0])
         verbs = [word for place, word in enumerate(words) if all(map(_is_verb, words[: place + 1]))]
-        found.update(verbs, (word for word in words if word.startswith("--")))
+        found.update(verbs, (word for word in words if word.startswith("--") and word != "--help"))
     return found - {"cd", "."}
 
 
