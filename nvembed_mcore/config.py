@@ -19,6 +19,7 @@ from nvembed_mcore.config_model import LORA_TARGETS as LORA_TARGETS
 from nvembed_mcore.config_model import LoraConfig as LoraConfig
 from nvembed_mcore.config_model import ModelConfig, PrecisionConfig
 from nvembed_mcore.config_model import PoolingConfig as PoolingConfig
+from nvembed_mcore.config_step import DistillationConfig as DistillationConfig
 from nvembed_mcore.config_step import LossConfig, OptimConfig, StepConfig
 
 
@@ -137,13 +138,34 @@ class CheckpointConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class WandbConfig:
+    """Weights & Biases (extra `track`). Nothing is imported or sent while it is off."""
+
+    mode: Literal["off", "online", "offline"] = "off"
+    """`online`: send while the run goes on; the variable WANDB_MODE may say otherwise. `offline`: write to
+    `run_dir/wandb` alone, for `wandb sync`."""
+    project: str = "nvembed"
+    """Project that the run stands in."""
+    entity: str | None = None
+    """User or team that the project belongs to; null: the default of whoever is logged in."""
+    name: str | None = None
+    """Name of the run; null: that of its folder."""
+
+    def __post_init__(self) -> None:
+        for name in ("project", "entity", "name"):
+            require(getattr(self, name) != "", f"log.wandb.{name} must not be empty")
+
+
+@dataclass(frozen=True, kw_only=True)
 class LogConfig:
     """What is printed and written."""
 
     every_steps: int = 1
-    """Steps between lines of `metrics.jsonl` and TensorBoard."""
+    """Steps between lines of `metrics.jsonl` and what the trackers get."""
     tensorboard: bool = True
     """Write TensorBoard events when the package is installed."""
+    wandb: WandbConfig = field(default_factory=WandbConfig)
+    """Weights & Biases."""
     progress: bool = True
     """Show a progress bar on rank 0."""
     straggler_window: int = 50
@@ -227,6 +249,12 @@ class RunConfig:
         require(
             self.optim.distributed or not self.parallel.overlap_param_gather,
             "parallel.overlap_param_gather is true, which needs optim.distributed, and that is false",
+        )
+        require(
+            not self.loss.distillation.is_on
+            or any(one.distill and one.num_positives + one.num_negatives >= 2 for one in self.data.datasets),
+            f"loss.distillation.weight is {self.loss.distillation.weight}, but no data set has data.datasets.distill "
+            f"true and num_positives + num_negatives of at least 2: there is nothing to distil",
         )
         require(
             self.step.gradient_exchange != "recompute" or self.loss.false_negative_margin is None,

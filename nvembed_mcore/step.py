@@ -32,7 +32,6 @@ from nvembed_mcore.adversarial import Adversary
 from nvembed_mcore.config import ConfigError, LossConfig, StepConfig
 from nvembed_mcore.data.batch import Batch
 from nvembed_mcore.data.packing import Pack, Plan
-from nvembed_mcore.distillation import is_distilled
 from nvembed_mcore.ema import update_average
 from nvembed_mcore.memory import retainable_tokens
 from nvembed_mcore.metrics import PhaseTimer
@@ -56,9 +55,8 @@ class StepOutput:
     `loss`: mean over the Q queries of all that is trained on. `accuracy`: share of queries whose positive scores
     highest among its candidates. `grad_norm`: norm of the whole gradient before clipping. `temperature`: that of this
     step. Tokens are those of all ranks. `communication`: seconds by group, where they were measured
-    (parallel/traffic.py). `divergence`: mean over the distilled queries, which the loss holds
-    `loss.distillation.weight` times; None without distillation. `terms`: of R-Drop and FGM, where they are on,
-    before their weights: `r_drop_divergence` and `moved_loss`, means over the queries.
+    (parallel/traffic.py). `terms`: of distillation, R-Drop and FGM, where they are on, before their weights:
+    `teacher_divergence`, `r_drop_divergence` and `moved_loss`, means over the queries.
     """
 
     loss: float
@@ -70,7 +68,6 @@ class StepOutput:
     num_microbatches: int
     way: str
     communication: dict[str, float]
-    divergence: float | None = None
     terms: dict[str, float] = field(default_factory=dict)
 
 
@@ -151,7 +148,8 @@ class ContrastiveStep:
         self.time_communication_every, self.ema_decay = time_communication_every, ema_decay
         self.scorer = Scorer(loss, groups, step.gradient_exchange, chunks[-1].module.backend.dtype)
         self.adversary = Adversary(chunks[0].module, groups, step.fgm_epsilon) if step.fgm_epsilon else None
-        self.terms = ["r_drop_divergence"] * bool(loss.r_drop_weight) + ["moved_loss"] * bool(step.fgm_epsilon)
+        terms = {"teacher_divergence": loss.distillation.is_on, "r_drop_divergence": loss.r_drop_weight}
+        self.terms = [name for name, is_on in (terms | {"moved_loss": step.fgm_epsilon}).items() if is_on]
         self._is_first = True
         self._logged: set[str] = set()
 
@@ -190,8 +188,6 @@ class ContrastiveStep:
         if self._is_first:
             self._is_first = False
             log.info("collectives of step %d on this rank (way %s):\n%s", step, way, traffic.table())
-        is_taught = self.loss_config.distillation.is_on
-        divergence = more.pop(0) / max(1, int(is_distilled(batch).sum())) if is_taught else None
         return StepOutput(
             loss=loss,
             accuracy=accuracy,
@@ -202,7 +198,6 @@ class ContrastiveStep:
             num_microbatches=plan.max_microbatches,
             way=way,
             communication=communication_of_all(traffic, clock) if is_timed else {},
-            divergence=divergence,
             terms={name: total / batch.num_queries for name, total in zip(self.terms, more, strict=True)},
         )
 

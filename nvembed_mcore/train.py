@@ -44,6 +44,7 @@ from nvembed_mcore.schedule import packs_of_rank, plan_texts
 from nvembed_mcore.step import ContrastiveStep, StepOutput
 from nvembed_mcore.stop import BAD_DATA, StopRequests, refuse_if_stopped
 from nvembed_mcore.stragglers import Stragglers
+from nvembed_mcore.trackers import check_installed
 from nvembed_mcore.watchdog import Watch
 
 log = logging.getLogger(__name__)
@@ -84,6 +85,7 @@ def train(config: RunConfig, stops: StopRequests | None = None) -> None:
                 total_steps=config.steps,
                 start_step=run.done,
                 description=f"stage {config.stage}",
+                facts=run.facts["config"],
             ) as metric_log:
                 _loop(run, metric_log, stops, attempt)
             attempt.used(_peak_memory(run.memory_before))
@@ -292,6 +294,7 @@ class _Data:
 def _prepare_run_dir(config: RunConfig, attempt: Attempt) -> Path:
     """Make the run folder and that of this attempt's logs; refuse what must not be mixed with an older run."""
     refuse_if_stopped(config)
+    check_installed(config.log)
     found = store.newest_step(config.run_dir)
     if config.checkpoint.resume == "never" and found is not None:
         raise ConfigError(f"checkpoint.resume is 'never', but {config.run_dir} has a checkpoint of step {found}")
@@ -332,8 +335,9 @@ def open_data(config: RunConfig, hf_config: MistralConfig) -> _Data:
     tokenizer = open_tokenizer(config.data, hf_config)
     # First what is short: tokenising may take hours.
     evaluation = RetrievalEvaluation(config.eval, config.data, tokenizer) if config.eval.test_sets else None
-    folders = first_rank_does(lambda: [str(store.folder) for store in build_stores(config.data, tokenizer)])
-    return _Data(batch_source(config, map(TokenStore.open, folders)), evaluation, tokenizer_fingerprint(tokenizer))
+    with_scores = config.loss.distillation.is_on
+    stores = first_rank_does(lambda: [str(one.folder) for one in build_stores(config.data, tokenizer, with_scores)])
+    return _Data(batch_source(config, map(TokenStore.open, stores)), evaluation, tokenizer_fingerprint(tokenizer))
 
 
 def open_tokenizer(data: DataConfig, hf_config: MistralConfig) -> PreTrainedTokenizerFast:
@@ -347,15 +351,18 @@ def open_tokenizer(data: DataConfig, hf_config: MistralConfig) -> PreTrainedToke
     return tokenizer
 
 
-def build_stores(data: DataConfig, tokenizer: PreTrainedTokenizerFast) -> list[TokenStore]:
-    """Tokenise what is not yet tokenised, on one process."""
+def build_stores(data: DataConfig, tokenizer: PreTrainedTokenizerFast, with_scores: bool) -> list[TokenStore]:
+    """Tokenise what is not yet tokenised, on one process; `with_scores`: for a run that distils."""
     how = dict(
         max_query_tokens=data.max_query_tokens,
         max_document_tokens=data.max_document_tokens,
         cache_dir=data.cache_dir,
         max_bad_records=data.max_bad_records,
     )
-    return [TokenStore.build(dataset, tokenizer, **how) for dataset in data.datasets]
+    return [
+        TokenStore.build(dataset, tokenizer, **how, with_scores=with_scores and dataset.distill)
+        for dataset in data.datasets
+    ]
 
 
 def batch_source(config: RunConfig, stores: Iterable[TokenStore]) -> BatchSource:
@@ -390,5 +397,4 @@ def _metrics(
         peak_flops=None if peak is None else peak * groups.world_size,
     ).as_dict()
     line |= {"accuracy": output.accuracy, "microbatches": output.num_microbatches, **output.terms}
-    line |= {} if output.divergence is None else {"divergence": output.divergence}
     return line | ({"temperature": output.temperature} if config.loss.learn_temperature else {})
