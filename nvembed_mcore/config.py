@@ -19,6 +19,7 @@ from nvembed_mcore.config_model import LORA_TARGETS as LORA_TARGETS
 from nvembed_mcore.config_model import LoraConfig as LoraConfig
 from nvembed_mcore.config_model import ModelConfig, PrecisionConfig
 from nvembed_mcore.config_model import PoolingConfig as PoolingConfig
+from nvembed_mcore.config_step import DistillationConfig as DistillationConfig
 from nvembed_mcore.config_step import LossConfig, OptimConfig, StepConfig
 
 
@@ -236,6 +237,11 @@ class RunConfig:
             f"{self.parallel.pp}. Use 'auto' or 'cached'",
         )
         require(
+            self.loss.r_drop_weight == 0 or self.step.way != "single",
+            f"step.way 'single' keeps the graph of one pack, but with loss.r_drop_weight {self.loss.r_drop_weight} "
+            f"each pack is embedded twice. Use 'auto', 'retain' or 'cached'",
+        )
+        require(
             self.parallel.cp == 1 or self.precision.fp8_attention != "on",
             f"precision.fp8_attention is 'on', but texts that processes share are not attended to in FP8; parallel.cp "
             f"is {self.parallel.cp}. Use 'auto' or 'off'",
@@ -245,7 +251,18 @@ class RunConfig:
             "parallel.overlap_param_gather is true, which needs optim.distributed, and that is false",
         )
         require(
+            not self.loss.distillation.is_on
+            or any(one.distill and one.num_positives + one.num_negatives >= 2 for one in self.data.datasets),
+            f"loss.distillation.weight is {self.loss.distillation.weight}, but no data set has data.datasets.distill "
+            f"true and num_positives + num_negatives of at least 2: there is nothing to distil",
+        )
+        require(
             self.step.gradient_exchange != "recompute" or self.loss.false_negative_margin is None,
             f"step.gradient_exchange 'recompute' computes scores twice, and loss.false_negative_margin "
             f"{self.loss.false_negative_margin} could decide differently each time. Use 'auto' or 'reduce_scatter'",
         )
+
+    @property
+    def embeddings_of_a_text(self) -> int:
+        """How often a step embeds each text for its loss: twice with R-Drop, and all of that twice with FGM."""
+        return (2 if self.loss.r_drop_weight else 1) * (2 if self.step.fgm_epsilon else 1)

@@ -55,6 +55,7 @@ def retainable_tokens(
     parameters: list[torch.nn.Parameter],
     optimizer: MegatronOptimizer,
     averages: bool = False,
+    besides: float = 0.0,
 ) -> int:
     """Tokens a rank whose graphs fit into its free memory; the same on every rank, which all call this.
 
@@ -66,8 +67,9 @@ def retainable_tokens(
         parameters: the model's.
         optimizer: its two moments are about to be allocated, where they are not there yet.
         averages: so is an average of the weights.
+        besides: bytes that are kept for each token of the batch, whatever graphs are.
     """
-    measured = graph_bytes(forward, parameters) / num_tokens if num_tokens else 0.0
+    measured = graph_bytes(forward, parameters) / num_tokens + besides if num_tokens else 0.0
     state = _state_to_come(optimizer, averages)
     per_token = max(1.0, -smallest_on_all(-measured, device.current()))
     free = max(0.0, smallest_on_all(float(device.free_memory_bytes() - state), device.current()))

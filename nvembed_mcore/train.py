@@ -335,8 +335,9 @@ def open_data(config: RunConfig, hf_config: MistralConfig) -> _Data:
     tokenizer = open_tokenizer(config.data, hf_config)
     # First what is short: tokenising may take hours.
     evaluation = RetrievalEvaluation(config.eval, config.data, tokenizer) if config.eval.test_sets else None
-    folders = first_rank_does(lambda: [str(store.folder) for store in build_stores(config.data, tokenizer)])
-    return _Data(batch_source(config, map(TokenStore.open, folders)), evaluation, tokenizer_fingerprint(tokenizer))
+    with_scores = config.loss.distillation.is_on
+    stores = first_rank_does(lambda: [str(one.folder) for one in build_stores(config.data, tokenizer, with_scores)])
+    return _Data(batch_source(config, map(TokenStore.open, stores)), evaluation, tokenizer_fingerprint(tokenizer))
 
 
 def open_tokenizer(data: DataConfig, hf_config: MistralConfig) -> PreTrainedTokenizerFast:
@@ -350,15 +351,18 @@ def open_tokenizer(data: DataConfig, hf_config: MistralConfig) -> PreTrainedToke
     return tokenizer
 
 
-def build_stores(data: DataConfig, tokenizer: PreTrainedTokenizerFast) -> list[TokenStore]:
-    """Tokenise what is not yet tokenised, on one process."""
+def build_stores(data: DataConfig, tokenizer: PreTrainedTokenizerFast, with_scores: bool) -> list[TokenStore]:
+    """Tokenise what is not yet tokenised, on one process; `with_scores`: for a run that distils."""
     how = dict(
         max_query_tokens=data.max_query_tokens,
         max_document_tokens=data.max_document_tokens,
         cache_dir=data.cache_dir,
         max_bad_records=data.max_bad_records,
     )
-    return [TokenStore.build(dataset, tokenizer, **how) for dataset in data.datasets]
+    return [
+        TokenStore.build(dataset, tokenizer, **how, with_scores=with_scores and dataset.distill)
+        for dataset in data.datasets
+    ]
 
 
 def batch_source(config: RunConfig, stores: Iterable[TokenStore]) -> BatchSource:
@@ -389,9 +393,8 @@ def _metrics(
         texts=len(batch.lengths),
         seconds=seconds,
         communication=output.communication,
-        flops=pack_flops(hf_config, config.model.pooling, batch.lengths.tolist(), **how),
+        flops=config.embeddings_of_a_text * pack_flops(hf_config, config.model.pooling, batch.lengths.tolist(), **how),
         peak_flops=None if peak is None else peak * groups.world_size,
     ).as_dict()
-    line |= {"accuracy": output.accuracy, "microbatches": output.num_microbatches}
-    line |= {} if output.divergence is None else {"divergence": output.divergence}
+    line |= {"accuracy": output.accuracy, "microbatches": output.num_microbatches, **output.terms}
     return line | ({"temperature": output.temperature} if config.loss.learn_temperature else {})

@@ -5,7 +5,15 @@ from __future__ import annotations
 import argparse
 import dataclasses
 
-from nvembed_mcore.cli import data_check, data_convert, data_decontaminate, data_plan, data_prompts
+from nvembed_mcore.cli import (
+    data_check,
+    data_convert,
+    data_decontaminate,
+    data_plan,
+    data_prompts,
+    data_score,
+    data_split,
+)
 from nvembed_mcore.cli.results import add_json, give, print_tables
 
 
@@ -33,7 +41,9 @@ def add(commands: argparse._SubParsersAction) -> None:
     data_convert.add(kinds)
     data_decontaminate.add(kinds)
     data_prompts.add(kinds)
+    data_split.add(kinds)
     data_check.add(kinds)
+    data_score.add(kinds)
 
 
 def _data_tokenizer(arguments: argparse.Namespace) -> None:

@@ -108,6 +108,7 @@ def _what(arguments: argparse.Namespace) -> dict[str, Any]:
             "tokenizer": data.tokenizer,
             "max_query_tokens": data.max_query_tokens,
             "max_document_tokens": data.max_document_tokens,
+            "needs_scores": config.loss.distillation.is_on,
         }
     for name in of_data[1:]:
         if getattr(arguments, name) is not None and arguments.tokenizer is None:

@@ -44,6 +44,11 @@ def add_embedder(command: argparse.ArgumentParser) -> None:
         help="run, checkpoint or export folder, any Mistral or NV-Embed folder, or st:NAME[@REVISION] for "
         "sentence-transformers",
     )
+    add_embedder_options(command)
+
+
+def add_embedder_options(command: argparse.ArgumentParser) -> None:
+    """How it embeds."""
     command.add_argument("--instruction", help="task of the queries; default: the one the model was trained with")
     command.add_argument("--max-length", type=int, metavar="N", help="longest text in tokens; default: the model's")
     command.add_argument("--tokenizer", metavar="DIR", help="where the model's tokenizer lies; default: as recorded")

@@ -79,7 +79,7 @@ class RetrievalEvaluation:
             for row, one in zip(values, self._sets.values(), strict=True):
                 scores = one.score_queries(chunks, groups, token_budget)
                 if scores is not None:
-                    row.copy_(torch.tensor([*mean_metrics(scores).values()]))
+                    row.copy_(torch.tensor([*mean_metrics(scores).values()], dtype=torch.float64))
         values = share_from_last_stage(values, groups).cpu()
         found = dict(zip(METRICS, values.mean(0).tolist(), strict=True))
         if self._has_names:

@@ -149,6 +149,17 @@ def sum_over_context(values: torch.Tensor, groups: Groups) -> torch.Tensor:
     return _SummedOverContext.apply(values, groups.cp) if groups.cp_size > 1 else values
 
 
+def sum_over_token_parts(values: torch.Tensor, groups: Groups, *, is_split: bool) -> torch.Tensor:
+    """Sum a vector (in place) over the ranks that have parts of the same packs' tokens; returns it.
+
+    Args:
+        is_split: whether tensor ranks have a part each (sequence parallelism), besides context-parallel ones.
+    """
+    if is_split or groups.cp_size > 1:
+        dist.all_reduce(values, group=groups.tp_cp if is_split else groups.cp)
+    return values
+
+
 def sum_over_data_ranks(values: torch.Tensor, groups: Groups) -> torch.Tensor:
     """Sum a vector over the data-parallel ranks (in place); returns it."""
     dist.all_reduce(values, group=groups.dp)

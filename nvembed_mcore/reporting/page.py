@@ -92,8 +92,7 @@ def _results(runs: Sequence[RunFolder]) -> list[str]:
         [
             run.status.state if run.status else "not known",
             _count(one["step"], one["steps"]),
-            one["loss_last"],
-            one["loss_mean_of_end"],
+            *(None if one[name] is None else f"{one[name]:.4f}" for name in ("loss_last", "loss_mean_of_end")),
         ]
         for run, one in zip(runs, found, strict=True)
     ]

@@ -34,6 +34,7 @@ class Workload:
         num_queries: Q.
         steps: of the whole run.
         max_length: the longest text that the configuration allows.
+        walks: how often a step walks through its packs: with `step.fgm_epsilon` twice.
     """
 
     architecture: Architecture
@@ -55,6 +56,7 @@ class Workload:
     num_queries: int
     steps: int
     max_length: int
+    walks: int = 1
 
     @classmethod
     def of(
@@ -90,7 +92,13 @@ class Workload:
             num_queries=config.batch_size,
             steps=config.steps,
             max_length=max(config.data.max_query_tokens, config.data.max_document_tokens),
+            walks=2 if config.step.fgm_epsilon else 1,
         )
+
+    @property
+    def views(self) -> int:
+        """How often a walk embeds each text: with `loss.r_drop_weight` twice."""
+        return 2 if self.loss.r_drop_weight else 1
 
     @property
     def element(self) -> int:

@@ -73,7 +73,8 @@ def is_within(name: str, *modules: str) -> bool:
 
 
 def no_collectives_in_pure_rooms(path: str, tree: ast.AST) -> Breaches:
-    pure = path in ("nvembed_mcore/loss.py", "nvembed_mcore/model/pooling.py") or path.startswith("kernels/")
+    rooms = ("nvembed_mcore/loss.py", "nvembed_mcore/r_drop.py", "nvembed_mcore/model/pooling.py")
+    pure = path in rooms or path.startswith("kernels/")
     collectives = (
         "torch.distributed",
         "nvembed_mcore.parallel",

@@ -23,9 +23,9 @@ ORDERS = {
     "two_stages": ("retrieval", "blend"),
     "reversed": ("blend", "retrieval"),
 }
-"""What the stages of a recipe train on: `retrieval` with in-batch negatives; `blend`, retrieval and topics in the same
-batches, without them; `blend_in_batch`, the same with them."""
-STEPS, BATCH, TEMPERATURE = 240, 128, 0.05
+"""What the stages of a recipe train on: `retrieval` with in-batch negatives alone; `blend`, retrieval and topics in
+the same batches, with one hard negative each and none of the batch's; `blend_in_batch`, the same with both."""
+STEPS, BATCH, TEMPERATURE = 200, 128, 0.05
 """Optimizer steps of the whole recipe; queries in a step."""
 RATES, WARMUP = (8e-3, 2e-3), 0.1
 MAX_QUERY_TOKENS, MAX_DOCUMENT_TOKENS = 40, 32
@@ -64,11 +64,11 @@ def orders(seed: int) -> Iterator[Recipe]:
         yield Recipe(order=order, seed=seed)
 
 
-def architecture(mistral: dict[str, Any]) -> dict[str, Any]:
+def architecture(mistral: dict[str, Any], layers: int) -> dict[str, Any]:
     """The quick start's `mistral.json`, half as wide."""
     heads = HIDDEN // HEAD
     shape = {"hidden_size": HIDDEN, "intermediate_size": 2 * HIDDEN, "num_attention_heads": heads}
-    return mistral | shape | {"num_key_value_heads": heads // 2, "head_dim": HEAD, "num_hidden_layers": LAYERS}
+    return mistral | shape | {"num_key_value_heads": heads // 2, "head_dim": HEAD, "num_hidden_layers": layers}
 
 
 def data_tree(quickstart: Path, cache: Path) -> dict[str, Any]:
@@ -84,15 +84,16 @@ def data_tree(quickstart: Path, cache: Path) -> dict[str, Any]:
 def datasets(content: str, quickstart: Path) -> list[dict[str, Any]]:
     """The blend of a stage; shares are by records, which the paper samples uniformly."""
     in_batch = content != "blend"
-    retrieval = {"path": str(quickstart / "data" / "train.jsonl"), "instruction": RETRIEVE, "num_negatives": 1}
+    retrieval = {"path": str(quickstart / "data" / "train.jsonl"), "instruction": RETRIEVE}
     topics = {
         "path": str(quickstart / "data" / "stage2_topics.jsonl"),
         "instruction": IDENTIFY,
         "task": "classification",
-        "num_negatives": 2,
     }
     used = [retrieval] if content == "retrieval" else [retrieval, topics]
-    return [one | {"in_batch_negatives": in_batch} for one in used]
+    # In-batch negatives are many, and a hard one more makes the step half as long again.
+    hard = 0 if content == "retrieval" else 1
+    return [one | {"in_batch_negatives": in_batch, "num_negatives": hard} for one in used]
 
 
 def trees(recipe: Recipe, folder: Path, quickstart: Path) -> list[dict[str, Any]]:

@@ -117,7 +117,7 @@ def embedding_with(model: str) -> Iterator[Embed]:
 def recipe_identity(recipe: recipes.Recipe, study: Study) -> str:
     """Of the configuration of all its stages."""
     trees = recipes.trees(recipe, _folder(recipe, study), study.quickstart)
-    return study.identity([trees, recipes.architecture(study.mistral)])
+    return study.identity([trees, recipes.architecture(study.mistral, recipes.LAYERS)])
 
 
 def train_recipe(recipe: recipes.Recipe, study: Study) -> Result:
@@ -126,7 +126,7 @@ def train_recipe(recipe: recipes.Recipe, study: Study) -> Result:
     if (found := done(folder, identity)) is not None:
         return found
     folder.mkdir(parents=True, exist_ok=True)
-    architecture = recipes.architecture(study.mistral)
+    architecture = recipes.architecture(study.mistral, recipes.LAYERS)
     (folder / "architecture.json").write_text(json.dumps(architecture, indent=1) + "\n", encoding="utf-8")
     stages = []
     for tree in recipes.trees(recipe, folder, study.quickstart):
