@@ -138,13 +138,34 @@ class CheckpointConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class WandbConfig:
+    """Weights & Biases (extra `track`). Nothing is imported or sent while it is off."""
+
+    mode: Literal["off", "online", "offline"] = "off"
+    """`online`: send while the run goes on; the variable WANDB_MODE may say otherwise. `offline`: write to
+    `run_dir/wandb` alone, for `wandb sync`."""
+    project: str = "nvembed"
+    """Project that the run stands in."""
+    entity: str | None = None
+    """User or team that the project belongs to; null: the default of whoever is logged in."""
+    name: str | None = None
+    """Name of the run; null: that of its folder."""
+
+    def __post_init__(self) -> None:
+        for name in ("project", "entity", "name"):
+            require(getattr(self, name) != "", f"log.wandb.{name} must not be empty")
+
+
+@dataclass(frozen=True, kw_only=True)
 class LogConfig:
     """What is printed and written."""
 
     every_steps: int = 1
-    """Steps between lines of `metrics.jsonl` and TensorBoard."""
+    """Steps between lines of `metrics.jsonl` and what the trackers get."""
     tensorboard: bool = True
     """Write TensorBoard events when the package is installed."""
+    wandb: WandbConfig = field(default_factory=WandbConfig)
+    """Weights & Biases."""
     progress: bool = True
     """Show a progress bar on rank 0."""
     straggler_window: int = 50

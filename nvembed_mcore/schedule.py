@@ -18,6 +18,7 @@ from nvembed_mcore.data.packing import Pack, Plan, Split, Text, make_pack, make_
 from nvembed_mcore.model.encoder import Encoder
 from nvembed_mcore.parallel.gather import gather_rows
 from nvembed_mcore.parallel.groups import Groups
+from nvembed_mcore.progress import progress, show_each
 
 Chunks = list[DistributedDataParallel] | list[Encoder]
 """The model chunks of this pipeline stage: one, or several where stages are interleaved. Bare ones can only embed."""
@@ -146,8 +147,9 @@ def embed_texts(chunks: Chunks, groups: Groups, texts: list[Text], token_budget:
         float32 [N, D] in the given order on the last pipeline stage, None elsewhere.
     """
     plan = plan_texts([len(text) for text in texts], chunks, groups, token_budget)
-    with inference(chunks):
-        embeddings = embed_packs(chunks, packs_of_rank(texts, plan, chunks, groups))
+    own = packs_of_rank(texts, plan, chunks, groups)
+    with inference(chunks), progress("embed", len(own), "packs") as shown:
+        embeddings = embed_packs(chunks, own, lambda index, chunk: shown.update(index))
     return gather_rows(torch.cat(embeddings), plan.owned(), groups.dp) if groups.is_last_stage else None
 
 
@@ -169,7 +171,7 @@ def embed_share(
     multiple = groups.pp_size if len(chunks) > 1 else 1
     block: list[np.ndarray] = []
     packs = plan.packs[groups.dp_rank]
-    for place, pack in enumerate(packs, 1):
+    for place, pack in enumerate(show_each(packs, "embed", "packs"), 1):
         block.append(pack)
         if place == len(packs) or (sum(map(len, block)) >= rows and len(block) % multiple == 0):
             found = embed_packs(chunks, packs_of_rank(texts, Plan([block]), chunks, groups, rank=0))

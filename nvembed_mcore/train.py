@@ -44,6 +44,7 @@ from nvembed_mcore.schedule import packs_of_rank, plan_texts
 from nvembed_mcore.step import ContrastiveStep, StepOutput
 from nvembed_mcore.stop import BAD_DATA, StopRequests, refuse_if_stopped
 from nvembed_mcore.stragglers import Stragglers
+from nvembed_mcore.trackers import check_installed
 from nvembed_mcore.watchdog import Watch
 
 log = logging.getLogger(__name__)
@@ -84,6 +85,7 @@ def train(config: RunConfig, stops: StopRequests | None = None) -> None:
                 total_steps=config.steps,
                 start_step=run.done,
                 description=f"stage {config.stage}",
+                facts=run.facts["config"],
             ) as metric_log:
                 _loop(run, metric_log, stops, attempt)
             attempt.used(_peak_memory(run.memory_before))
@@ -292,6 +294,7 @@ class _Data:
 def _prepare_run_dir(config: RunConfig, attempt: Attempt) -> Path:
     """Make the run folder and that of this attempt's logs; refuse what must not be mixed with an older run."""
     refuse_if_stopped(config)
+    check_installed(config.log)
     found = store.newest_step(config.run_dir)
     if config.checkpoint.resume == "never" and found is not None:
         raise ConfigError(f"checkpoint.resume is 'never', but {config.run_dir} has a checkpoint of step {found}")

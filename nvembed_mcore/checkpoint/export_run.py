@@ -8,7 +8,7 @@ from transformers import MistralConfig
 
 from nvembed_mcore.checkpoint import store
 from nvembed_mcore.checkpoint.adapters import merged
-from nvembed_mcore.checkpoint.averages import Weights, takes_averages
+from nvembed_mcore.checkpoint.averages import Weights, has_averages, takes_averages
 from nvembed_mcore.checkpoint.hf_export import ExportError, export
 from nvembed_mcore.checkpoint.peft import export_peft
 from nvembed_mcore.config import LoraConfig, PoolingConfig
@@ -128,10 +128,11 @@ def _card_facts(found: store.Checkpoint, weights: Weights | None) -> dict[str, A
     config = found.facts["config"]
     if "imported_from" in found.facts:
         return {"Imported from": found.facts["imported_from"]}
+    is_averaged = takes_averages(found, weights)
     facts: dict[str, Any] = {
         "Training": {
             "step": found.step,
-            "weights": "exponential moving average" if takes_averages(found, weights) else "of the last step",
+            "weights": "exponential moving average" if is_averaged else "of the last step",
             **{key: config[key] for key in ("stage", "seed", "steps", "batch_size", "model", "loss", "optim")},
         },
         "Data": {
@@ -143,6 +144,6 @@ def _card_facts(found: store.Checkpoint, weights: Weights | None) -> dict[str, A
     metrics = found.path.parent.parent / "metrics.jsonl"
     lines = read_metrics(metrics) if metrics.is_file() else []
     evaluations = [line for line in lines if "loss" not in line and line["step"] == found.step]
-    if evaluations:
+    if evaluations and is_averaged == has_averages(found):
         facts["Evaluation"] = evaluations[-1]
     return facts

@@ -33,12 +33,12 @@ from nvembed_mcore.data.prompts import EncodedTexts, encode_texts, prompt_tokens
 from nvembed_mcore.data.records import Parsed, Record, parse_block
 from nvembed_mcore.data.sources import blocks, source_fingerprint
 from nvembed_mcore.data.workers import ordered_map
+from nvembed_mcore.progress import progress
 
 _LOG = logging.getLogger(__name__)
 # A batch of rows ends at the first of these: Arrow's 32-bit offsets and the memory of a worker stay small.
 _BATCH_RECORDS = 8192
 _BATCH_CHARACTERS = 1 << 22
-_PROGRESS_SECONDS = 10.0
 _LOCK = "lock"
 
 _TOKENS = pyarrow.list_(pyarrow.int32())
@@ -266,14 +266,13 @@ class _Build:
         return ordered_map(_tokenise, blocks(self.source), **how)
 
     def _with_progress(self, blocks_done: Iterator[_Tokenised]) -> Iterator[_Tokenised]:
-        begin = shown = time.monotonic()
-        for one in blocks_done:
-            yield one
-            now = time.monotonic()
-            if now - shown >= _PROGRESS_SECONDS:
-                shown = now
-                rate = self.statistics.records / (now - begin)
-                _LOG.info("%s: %d records, %.0f records/s", self.source, self.statistics.records, rate)
+        """What is left to do says the reading of the file; this says how fast."""
+        begin = time.monotonic()
+        with progress(f"tokenise {Path(self.source).name}", None, "records") as shown:
+            for one in blocks_done:
+                yield one
+                rate = self.statistics.records / max(time.monotonic() - begin, 1e-9)
+                shown.update(self.statistics.records, f"{rate:,.0f} records/s")
 
     def _note(self, tokenised: _Tokenised) -> None:
         """Count a block's bad lines, each by its file's place among the files: their names are not the data's."""

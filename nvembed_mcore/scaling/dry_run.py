@@ -25,6 +25,7 @@ from nvembed_mcore.model.backend import Backend, choose
 from nvembed_mcore.model.mistral import check_fp8, head_dim
 from nvembed_mcore.parallel import groups as process_groups
 from nvembed_mcore.parallel.groups import Groups
+from nvembed_mcore.progress import show_each
 from nvembed_mcore.scaling.flops import pack_flops
 from nvembed_mcore.scaling.lengths import sample_lengths
 from nvembed_mcore.scaling.pipeline import even_layers
@@ -140,7 +141,7 @@ def dry_run(
         warnings = _check_start(config, hf_config)
         here = _as_built(config, device_type)
         found = []
-        for rank in _chosen(config, gpus, ranks):
+        for rank in show_each(_chosen(config, gpus, ranks), "build", "ranks"):
             groups = process_groups.pretend(config.parallel, rank, gpus)
             with FakeTensorMode():
                 chunks = build.build_empty_model(here, hf_config, groups)
