@@ -25,6 +25,8 @@ from types import TracebackType
 from typing import Any, TextIO
 
 from nvembed_mcore import goodput, redact
+from nvembed_mcore.checkpoint.best import read_best
+from nvembed_mcore.checkpoint.folders import folder_of
 from nvembed_mcore.config import RunConfig
 from nvembed_mcore.data.faults import DataError
 from nvembed_mcore.exits import Exit, Preempted, exit_of
@@ -60,7 +62,8 @@ class Attempt(AbstractContextManager):
     """One attempt at a run as one rank sees it, from the start of its process to its end.
 
     On the way out it records how the attempt ended. The rank that fails first says so for all. An error on another
-    rank gets the first one's exit status, and an attribute `follows`: which rank it was, and why.
+    rank gets the first one's exit status, and an attribute `follows`: which rank it was, and why. Both get one more,
+    `log`: the file of this rank that has the trace.
 
     Attributes:
         folder: of this attempt's logs; None before it has begun.
@@ -191,6 +194,7 @@ class Attempt(AbstractContextManager):
             self.folder = next_folder(self._run_dir)
             self._go_on_from_status()
         status = exit_of(error)
+        error.log = str(self.folder / f"rank-{self._rank}.log")
         first = _claim(self.folder / FIRST_FAILURE, self._failure(error, status))
         if first["rank"] == self._rank:
             log.error("this rank fails first, with status %d", status, exc_info=error, extra=TO_FILE_ONLY)
@@ -228,6 +232,9 @@ class Attempt(AbstractContextManager):
             self._record.close(self._ledger, step, self._saves, state, status)
 
     def _write_status(self, state: str, exit_status: Exit | None, reason: str = "") -> None:
+        best = None
+        with suppress(ValueError):  # what others made of the file is told where it is needed
+            best = read_best(folder_of(self._run_dir))
         status = Status(
             state=state,
             exit_status=None if exit_status is None else int(exit_status),
@@ -235,6 +242,8 @@ class Attempt(AbstractContextManager):
             steps=self._config.steps,
             samples_seen=self._step * self._config.batch_size,
             checkpoint_step=self._saved,
+            best_step=best and best.step,
+            best_value=best and best.value,
             reason=reason,
             attempt=int(self.folder.name),
             host=socket.gethostname(),

@@ -81,6 +81,13 @@ def _of_training(config: RunConfig, hf_config: MistralConfig) -> dict[str, Any]:
             f"loss.matryoshka_dims must be below the model's hidden_size {hf_config.hidden_size}, got "
             f"{config.loss.matryoshka_dims}"
         )
+    dropout = config.model.adapters.dropout if config.model.adapters else 0.0
+    if config.loss.r_drop_weight and not dropout and not hf_config.attention_dropout:
+        raise ConfigError(
+            f"loss.r_drop_weight = {config.loss.r_drop_weight} compares embeddings under different dropout, but "
+            f"nothing is dropped: model.lora.rank is {config.model.lora.rank}, model.lora.dropout "
+            f"{config.model.lora.dropout} and the model's attention_dropout {hf_config.attention_dropout}"
+        )
     temperature = config.loss.temperature if config.loss.learn_temperature else None
     return {"precision": config.precision, "temperature": temperature}
 

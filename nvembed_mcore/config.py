@@ -13,10 +13,13 @@ from typing import Literal
 from nvembed_mcore.config_data import ConfigError as ConfigError
 from nvembed_mcore.config_data import DataConfig, require
 from nvembed_mcore.config_data import DatasetConfig as DatasetConfig
+from nvembed_mcore.config_eval import EvalConfig
+from nvembed_mcore.config_eval import EvalSetConfig as EvalSetConfig
 from nvembed_mcore.config_model import LORA_TARGETS as LORA_TARGETS
 from nvembed_mcore.config_model import LoraConfig as LoraConfig
 from nvembed_mcore.config_model import ModelConfig, PrecisionConfig
 from nvembed_mcore.config_model import PoolingConfig as PoolingConfig
+from nvembed_mcore.config_step import DistillationConfig as DistillationConfig
 from nvembed_mcore.config_step import LossConfig, OptimConfig, StepConfig
 
 
@@ -111,6 +114,9 @@ class CheckpointConfig:
     is stopped takes its steps again."""
     keep: int = 2
     """Complete checkpoints kept; older ones are removed after a new one is complete."""
+    keep_best: bool = True
+    """Keep that of the best evaluation (`eval.metric`) beyond these. An evaluation that beats all before it is saved
+    even at a step where no save is due; that before the first step does not count."""
     resume: Literal["auto", "must", "never"] = "auto"
     """`auto`: go on from the newest complete checkpoint, or start. `must`: end with an error when there is none.
     `never`: end with an error when there is one."""
@@ -132,18 +138,22 @@ class CheckpointConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class EvalConfig:
-    """Retrieval evaluation while training, by all ranks."""
+class WandbConfig:
+    """Weights & Biases (extra `track`). Nothing is imported or sent while it is off."""
 
-    path: str | None = None
-    """Folder of a BEIR-format test set (`corpus.jsonl`, `queries.jsonl`, `qrels/test.tsv`); null: no evaluation."""
-    instruction: str = ""
-    """Instruction of its queries."""
-    every_steps: int = 0
-    """Steps between evaluations; 0 means before the first and after the last step only."""
+    mode: Literal["off", "online", "offline"] = "off"
+    """`online`: send while the run goes on; the variable WANDB_MODE may say otherwise. `offline`: write to
+    `run_dir/wandb` alone, for `wandb sync`."""
+    project: str = "nvembed"
+    """Project that the run stands in."""
+    entity: str | None = None
+    """User or team that the project belongs to; null: the default of whoever is logged in."""
+    name: str | None = None
+    """Name of the run; null: that of its folder."""
 
     def __post_init__(self) -> None:
-        require(self.every_steps >= 0, f"eval.every_steps must not be negative, got {self.every_steps}")
+        for name in ("project", "entity", "name"):
+            require(getattr(self, name) != "", f"log.wandb.{name} must not be empty")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -151,9 +161,11 @@ class LogConfig:
     """What is printed and written."""
 
     every_steps: int = 1
-    """Steps between lines of `metrics.jsonl` and TensorBoard."""
+    """Steps between lines of `metrics.jsonl` and what the trackers get."""
     tensorboard: bool = True
     """Write TensorBoard events when the package is installed."""
+    wandb: WandbConfig = field(default_factory=WandbConfig)
+    """Weights & Biases."""
     progress: bool = True
     """Show a progress bar on rank 0."""
     straggler_window: int = 50
@@ -225,6 +237,11 @@ class RunConfig:
             f"{self.parallel.pp}. Use 'auto' or 'cached'",
         )
         require(
+            self.loss.r_drop_weight == 0 or self.step.way != "single",
+            f"step.way 'single' keeps the graph of one pack, but with loss.r_drop_weight {self.loss.r_drop_weight} "
+            f"each pack is embedded twice. Use 'auto', 'retain' or 'cached'",
+        )
+        require(
             self.parallel.cp == 1 or self.precision.fp8_attention != "on",
             f"precision.fp8_attention is 'on', but texts that processes share are not attended to in FP8; parallel.cp "
             f"is {self.parallel.cp}. Use 'auto' or 'off'",
@@ -234,7 +251,18 @@ class RunConfig:
             "parallel.overlap_param_gather is true, which needs optim.distributed, and that is false",
         )
         require(
+            not self.loss.distillation.is_on
+            or any(one.distill and one.num_positives + one.num_negatives >= 2 for one in self.data.datasets),
+            f"loss.distillation.weight is {self.loss.distillation.weight}, but no data set has data.datasets.distill "
+            f"true and num_positives + num_negatives of at least 2: there is nothing to distil",
+        )
+        require(
             self.step.gradient_exchange != "recompute" or self.loss.false_negative_margin is None,
             f"step.gradient_exchange 'recompute' computes scores twice, and loss.false_negative_margin "
             f"{self.loss.false_negative_margin} could decide differently each time. Use 'auto' or 'reduce_scatter'",
         )
+
+    @property
+    def embeddings_of_a_text(self) -> int:
+        """How often a step embeds each text for its loss: twice with R-Drop, and all of that twice with FGM."""
+        return (2 if self.loss.r_drop_weight else 1) * (2 if self.step.fgm_epsilon else 1)

@@ -24,12 +24,20 @@ class StepConfig:
     gradient_exchange: Literal["auto", "reduce_scatter", "recompute"] = "auto"
     """How the gradient of a text reaches the rank that holds it. `reduce_scatter`: the sum of what all ranks say of
     it. `recompute`: its rank makes it alone, from all queries and their log-sum-exp. `auto`: the cheaper one."""
+    fgm_epsilon: float = 0.0
+    """Adversarial training (FGM, arXiv 1605.07725): behind the step's walk through its packs a second one, over texts
+    whose embedded tokens, all of a text together, are moved by so much to where the loss grows; one update for both.
+    0: no second walk."""
+    fgm_weight: float = 1.0
+    """Weight of the moved texts' loss, which is added to the loss of the texts as they are."""
 
     def __post_init__(self) -> None:
         require(
             self.tokens_per_microbatch >= 1,
             f"step.tokens_per_microbatch must be at least 1, got {self.tokens_per_microbatch}",
         )
+        require(self.fgm_epsilon >= 0, f"step.fgm_epsilon must not be negative, got {self.fgm_epsilon}")
+        require(self.fgm_weight > 0, f"step.fgm_weight must be above 0, got {self.fgm_weight}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -84,6 +92,10 @@ class LossConfig:
     matryoshka_dims: list[int] = field(default_factory=list)
     """Also train the first so many dimensions as embeddings of their own (arXiv 2205.13147): the loss is the mean over
     these and the whole vector."""
+    r_drop_weight: float = 0.0
+    """R-Drop (arXiv 2106.14448): each text is embedded twice under different dropout; the loss is the mean of both,
+    plus so many times the symmetric KL divergence (the mean of both directions) of the two distributions of scores.
+    Half of the paper's alpha, which adds both losses up. Needs a dropout, such as `model.lora.dropout`. 0: off."""
     distillation: DistillationConfig = field(default_factory=DistillationConfig)
     """What the loss takes from a teacher's scores."""
 
@@ -99,6 +111,7 @@ class LossConfig:
             and all(dim >= 1 for dim in self.matryoshka_dims),
             f"loss.matryoshka_dims must be different numbers of at least 1, got {self.matryoshka_dims}",
         )
+        require(self.r_drop_weight >= 0, f"loss.r_drop_weight must not be negative, got {self.r_drop_weight}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -121,9 +134,22 @@ class OptimConfig:
     """Largest norm of the whole gradient; 0 turns clipping off."""
     distributed: bool = True
     """Shard the optimizer's state over data-parallel ranks (Megatron's distributed optimizer)."""
+    ema_decay: float | None = None
+    """Keep an exponential moving average of the trained weights with this decay a step, from which the run is
+    evaluated and exported (ema.py); 0 or null: none. It begins with the weights after the first step, and step `t`
+    has `(1 + t) / (10 + t)` where that is less."""
+
+    @property
+    def averages(self) -> bool:
+        """Whether the weights are averaged."""
+        return bool(self.ema_decay)
 
     def __post_init__(self) -> None:
         require(self.lr > 0, f"optim.lr must be above 0, got {self.lr}")
         require(0 <= self.min_lr <= self.lr, f"optim.min_lr must be between 0 and lr {self.lr}, got {self.min_lr}")
         for name in ("warmup_steps", "weight_decay", "clip_norm"):
             require(getattr(self, name) >= 0, f"optim.{name} must not be negative, got {getattr(self, name)}")
+        require(
+            self.ema_decay is None or 0 <= self.ema_decay < 1,
+            f"optim.ema_decay must be between 0 and below 1, got {self.ema_decay}",
+        )

@@ -21,8 +21,8 @@ _KINDS: dict[Kind, str] = {
         stage seed steps batch_size loss optim
         data.blend_temperature data.one_dataset_batches data.max_query_tokens data.max_document_tokens
         data.datasets.task data.datasets.weight data.datasets.max_records data.datasets.in_batch_negatives
-        data.datasets.num_positives data.datasets.num_negatives
-        model.attention_mask model.pooling
+        data.datasets.num_positives data.datasets.num_negatives data.datasets.distill
+        model.attention_mask model.pooling step.fgm_epsilon step.fgm_weight
     """,
     "content": """
         data.tokenizer data.max_bad_records

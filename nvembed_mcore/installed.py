@@ -18,7 +18,7 @@ from nvembed_mcore import device
 PACKAGES = (
     *("megatron-core", "transformer-engine", "transformer-engine-cu12", "transformer-engine-cu13"),
     *("transformer-engine-torch", "triton", "flash-attn", "transformers", "tokenizers", "datasets", "psutil"),
-    *("sentence-transformers", "peft", "faiss-cpu", "tensorboard"),
+    *("sentence-transformers", "peft", "faiss-cpu", "tensorboard", "wandb"),
 )
 
 Apex = Literal["none", "another package", "without kernels", "with kernels"]

@@ -1,4 +1,4 @@
-"""What a run says and keeps: log messages by rank, `metrics.jsonl`, TensorBoard, progress."""
+"""What a run says and keeps: log messages by rank, `metrics.jsonl`, progress; trackers get the same numbers."""
 
 from __future__ import annotations
 
@@ -10,17 +10,14 @@ from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from pathlib import Path
 from types import TracebackType
-from typing import TextIO
+from typing import Any, TextIO
 
 from rich.logging import RichHandler
 
 from nvembed_mcore import progress, redact
 from nvembed_mcore.config import LogConfig
-
-try:
-    from torch.utils.tensorboard import SummaryWriter
-except ImportError:  # the extra `track` is not installed
-    SummaryWriter = None
+from nvembed_mcore.exits import Exit, exit_of
+from nvembed_mcore.trackers import Tracker, open_trackers
 
 logger = logging.getLogger(__name__)
 
@@ -32,8 +29,8 @@ TO_FILE_ONLY = {"to_file_only": True}
 def setup_logging(rank: int, log_dir: str | Path | None = None) -> logging.Logger:
     """Send the messages of `nvembed_mcore` where this rank's messages go; calling it again replaces the handlers.
 
-    Rank 0 writes from INFO on to stderr (through rich on a terminal, plain lines elsewhere). Every rank writes from
-    INFO on to `log_dir/rank-{rank}.log`, appending.
+    Rank 0 writes from INFO on to stderr (through rich on a terminal, plain lines elsewhere), with --quiet only errors.
+    Every rank writes from INFO on to `log_dir/rank-{rank}.log`, appending.
 
     Args:
         rank: of this process in the whole job.
@@ -50,6 +47,7 @@ def setup_logging(rank: int, log_dir: str | Path | None = None) -> logging.Logge
     if rank == 0:
         root.addHandler(_stderr_handler())
         root.handlers[-1].addFilter(lambda record: not hasattr(record, "to_file_only"))
+        root.handlers[-1].setLevel(logging.ERROR if progress.is_quiet() else logging.INFO)
     if log_dir is not None:
         Path(log_dir).mkdir(parents=True, exist_ok=True)
         handler = logging.FileHandler(Path(log_dir) / f"rank-{rank}.log", encoding="utf-8")
@@ -110,7 +108,7 @@ def _is_evaluation(line: Mapping[str, float]) -> bool:
 
 
 class MetricLog:
-    """The numbers of one run: `metrics.jsonl`, TensorBoard, and progress on the screen.
+    """The numbers of one run: `metrics.jsonl`, trackers (trackers.py), and progress on the screen.
 
         with MetricLog(run_dir, config.log, is_writer=rank == 0, total_steps=500, start_step=0,
                        description="stage 1") as metrics:
@@ -131,24 +129,26 @@ class MetricLog:
         total_steps: int,
         start_step: int,
         description: str,
+        facts: Mapping[str, Any] | None = None,
     ) -> None:
         """Nothing is opened or shown before the `with` block is entered.
 
         Args:
-            run_dir: where `metrics.jsonl` and `tensorboard/` live.
-            config: whether to write TensorBoard events and to show a bar.
+            run_dir: where `metrics.jsonl` and what trackers write live.
+            config: which trackers to open, and whether to show a bar.
             is_writer: whether this rank writes; all others do nothing.
             total_steps: steps of the whole run, the length of the bar.
             start_step: steps already done, 0 for a fresh run.
             description: what the progress calls this run.
+            facts: the whole configuration without secrets, as JSON values, for trackers.
         """
         self._path = Path(run_dir) / METRICS_FILE
         self._config = config
         self._is_writer = is_writer
         self._total_steps, self._start_step = total_steps, start_step
-        self._description = description
+        self._description, self._facts = description, facts or {}
         self._file: TextIO | None = None
-        self._tensorboard: SummaryWriter | None = None
+        self._trackers: list[Tracker] = []
         self._showing = ExitStack()
         self._progress: progress.Progress | None = None
         self._evaluated: set[int] = set()
@@ -159,12 +159,7 @@ class MetricLog:
             return self
         self._path.parent.mkdir(parents=True, exist_ok=True)
         self._rewrite(lambda line: 0 < self._start_step and line["step"] <= self._start_step)
-        if self._config.tensorboard and SummaryWriter is None:
-            logger.info("TensorBoard is not installed; metrics go to %s alone", self._path)
-        elif self._config.tensorboard:
-            # Purging hides what an earlier, cut-off attempt wrote after the step that this one resumes from.
-            purge_from = self._start_step + 1 if self._start_step else 0
-            self._tensorboard = SummaryWriter(str(self._path.parent / "tensorboard"), purge_step=purge_from)
+        self._trackers = open_trackers(self._path.parent, self._config, self._facts, self._start_step)
         what, how = (self._description, self._total_steps, "steps"), {"bar": self._config.progress, "eager": True}
         self._progress = self._showing.enter_context(progress.progress(*what, start=self._start_step, **how))
         return self
@@ -172,11 +167,12 @@ class MetricLog:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        for part in (self._file, self._tensorboard):
-            if part is not None:
-                part.close()
+        if self._file is not None:
+            self._file.close()
         self._showing.close()
-        self._file = self._tensorboard = self._progress = None
+        for tracker in self._trackers:
+            tracker.close(Exit.DONE if error is None else exit_of(error))
+        self._file, self._progress, self._trackers = None, None, []
 
     def log(self, step: int, values: Mapping[str, float]) -> None:
         """A training step's numbers, `loss` among them: one line of the file, and the progress."""
@@ -206,10 +202,8 @@ class MetricLog:
         line = {"step": step} | {name: _plain_number(value) for name, value in values.items() if name != "step"}
         self._file.write(json.dumps(line) + "\n")
         self._file.flush()
-        if self._tensorboard is not None:
-            for name, value in line.items():
-                if name != "step":
-                    self._tensorboard.add_scalar(f"{group}/{name}", value, step)
+        for tracker in self._trackers:
+            tracker.log(step, {f"{group}/{name}": value for name, value in line.items() if name != "step"})
 
     def _show(self, step: int, values: Mapping[str, float]) -> None:
         self._shown.update({name: float(values[name]) for name in _SHOWN if name in values})

@@ -145,13 +145,13 @@ class _Block:
     gradient: Tensor
 
 
-def _blocks(anchors: Tensor, candidates: Tensor, scale: float) -> Iterator[_Block]:
-    """Blocks of rows with their scores.
+def _blocks(anchors: Tensor, candidates: Tensor, scale: float, *, matrices: int = 1) -> Iterator[_Block]:
+    """Blocks of rows with their scores; lower by so much that `matrices` of them take the memory of one.
 
     All scores lie in the same memory: that of a new block would first have to be mapped, and the small tensors that a
     loop keeps would break up the one just freed.
     """
-    height = _height(anchors, len(candidates))
+    height = _height(anchors, matrices * len(candidates))
     wide = torch.promote_types(anchors.dtype, torch.float32)
     is_half = anchors.dtype != wide
     # Tensor cores want rows that begin at multiples of 16 bytes, and the kernel's loads at multiples of 16 numbers.

@@ -36,9 +36,10 @@ def graph_bytes(forward: Callable[[], torch.Tensor], parameters: list[torch.nn.P
     return sum(kept.values())
 
 
-def _moments_to_come(optimizer: MegatronOptimizer) -> int:
-    """Bytes of the moments, 8 a parameter of this rank's shard, that the first step of a parameter allocates."""
-    return 8 * sum(
+def _state_to_come(optimizer: MegatronOptimizer, averages: bool) -> int:
+    """Bytes of the moments, 8 a parameter of this rank's shard, that the first step of a parameter allocates, and 4 of
+    its average."""
+    return (12 if averages else 8) * sum(
         parameter.numel()
         for chained in getattr(optimizer, "chained_optimizers", [optimizer])
         if chained.optimizer is not None
@@ -53,6 +54,8 @@ def retainable_tokens(
     num_tokens: int,
     parameters: list[torch.nn.Parameter],
     optimizer: MegatronOptimizer,
+    averages: bool = False,
+    besides: float = 0.0,
 ) -> int:
     """Tokens a rank whose graphs fit into its free memory; the same on every rank, which all call this.
 
@@ -63,11 +66,13 @@ def retainable_tokens(
         num_tokens: real tokens of that pack; 0 where it holds none, whose measurement does not count.
         parameters: the model's.
         optimizer: its two moments are about to be allocated, where they are not there yet.
+        averages: so is an average of the weights.
+        besides: bytes that are kept for each token of the batch, whatever graphs are.
     """
-    measured = graph_bytes(forward, parameters) / num_tokens if num_tokens else 0.0
-    moments = _moments_to_come(optimizer)
+    measured = graph_bytes(forward, parameters) / num_tokens + besides if num_tokens else 0.0
+    state = _state_to_come(optimizer, averages)
     per_token = max(1.0, -smallest_on_all(-measured, device.current()))
-    free = max(0.0, smallest_on_all(float(device.free_memory_bytes() - moments), device.current()))
+    free = max(0.0, smallest_on_all(float(device.free_memory_bytes() - state), device.current()))
     tokens = int(SHARE_OF_FREE * free / per_token)
     log.info(
         "a graph keeps %.1f KB a token (measured), %.1f GB are free: graphs of up to %d tokens a rank can be kept",

@@ -24,6 +24,7 @@ from nvembed_mcore.config import ConfigError, RunConfig
 from nvembed_mcore.exits import Exit
 from nvembed_mcore.parallel import rendezvous
 from nvembed_mcore.preflight_rank import Rank, look_around, remove_probe
+from nvembed_mcore.progress import progress
 
 LARGEST_SKEW_SECONDS = 5.0
 _SHARED_SECONDS = 5.0  # a network file system may show a new file late
@@ -182,13 +183,13 @@ class _Exchange:
         wanted = set(range(self.world_size) if among is None else among) - ({0} if name == "bye" else set())
         found: dict[int, str] = {}
         deadline = time.monotonic() + seconds
-        while wanted - found.keys():
-            for rank in sorted(wanted - found.keys()):
-                if store.check([f"{name}/{rank}"]):
-                    found[rank] = store.get(f"{name}/{rank}").decode()
-            if time.monotonic() > deadline:
-                break
-            time.sleep(_POLL_SECONDS)
+        with progress("hear from", len(wanted), "ranks") as shown:
+            while wanted - found.keys() and time.monotonic() <= deadline:
+                for rank in sorted(wanted - found.keys()):
+                    if store.check([f"{name}/{rank}"]):
+                        found[rank] = store.get(f"{name}/{rank}").decode()
+                shown.update(len(found))
+                time.sleep(_POLL_SECONDS if wanted - found.keys() else 0)
         return {rank: found[rank] for rank in sorted(found)}
 
     def _silent(self, ranks: list[int], what: str) -> str:

@@ -80,6 +80,7 @@ def missing_paths(config: RunConfig) -> list[str]:
         "eval.path": config.eval.path,
     }
     named |= {f"data.datasets.{i}.path": one.path for i, one in enumerate(config.data.datasets)}
+    named |= {f"eval.sets.{i}.path": one.path for i, one in enumerate(config.eval.sets)}
     return [
         f"{field}: there is no {path}"
         for field, path in named.items()

@@ -68,13 +68,14 @@ def progress(
         unit: what is counted, as `records`. Whole numbers are shown as such, others with two decimals.
         start: what an earlier attempt has done; the pace is that of the rest.
         bar: lines instead, even on a terminal, where false.
-        eager: lines for the first and the last update too; otherwise work under ten seconds says nothing.
+        eager: lines for the first and the last update too, and the bar stays on the screen; otherwise work under ten
+            seconds leaves nothing.
     """
     count = _Count(total, unit)
     if os.environ.get("RANK", "0") != "0":
         yield _Nothing()
     elif bar and not is_quiet() and _is_screen():
-        with _display() as bars, closing(_Bar(bars, description, count, start)) as shown:
+        with _on_screen(description, count, start, stays=eager) as shown:
             yield shown
     else:
         with closing(_Lines(description, count, start, eager)) as shown:
@@ -82,7 +83,10 @@ def progress(
 
 
 def show_each(items: Iterable[Item], description: str, unit: str, total: int | None = None) -> Iterator[Item]:
-    """The items, and the progress through them; `total` where they have no length of their own."""
+    """The items, and the progress through them; `total` where they have no length of their own.
+
+    An item is kept until the next one is asked for.
+    """
     with progress(description, len(items) if isinstance(items, Sized) else total, unit) as shown:
         for done, item in enumerate(items, 1):
             yield item
@@ -94,31 +98,36 @@ def _is_screen() -> bool:
     return console.is_interactive and console.file.isatty()
 
 
-_running: Bars | None = None
-"""Bars on the screen: rich draws one display at a time, so nested work shares it."""
+_bars: Bars | None = None
+"""On the screen now: rich draws one display at a time, so works that overlap share it."""
 
 
 @contextmanager
-def _display() -> Iterator[Bars]:
-    """The display, which the outermost work begins and ends; nested work takes its bars away when it is done."""
-    global _running
-    if _running is not None:
-        before = set(_running.task_ids)
-        try:
-            yield _running
-        finally:
-            for task in set(_running.task_ids) - before:
-                _running.remove_task(task)
-        return
+def _on_screen(description: str, count: _Count, start: float, *, stays: bool) -> Iterator[_Bar]:
+    """A bar of the display, which lasts as long as any of its bars; the last one may stay on the screen."""
+    global _bars
+    if _bars is None:
+        _bars = _display()
+        _bars.start()
+    bar = _Bar(_bars, description, count, start)
+    try:
+        with closing(bar):
+            yield bar
+    finally:
+        if len(_bars.task_ids) > 1:
+            _bars.remove_task(bar.task)
+        else:
+            _bars.live.transient = not stays
+            _bars.stop()
+            _bars = None
+
+
+def _display() -> Bars:
     texts = ("{task.description}", "{task.fields[count]}", "{task.fields[status]}")
     description, count, status = (TextColumn(text, markup=False) for text in texts)
     columns = (description, BarColumn(), count, status, TimeRemainingColumn())
     # What is printed meanwhile goes above the bar, but never from a stdout that is a file to the screen.
-    with Bars(*columns, console=console, redirect_stdout=sys.stdout.isatty()) as _running:
-        try:
-            yield _running
-        finally:
-            _running = None
+    return Bars(*columns, console=console, redirect_stdout=sys.stdout.isatty())
 
 
 @dataclass
@@ -143,7 +152,7 @@ class _Nothing:
 class _Bar:
     def __init__(self, bars: Bars, description: str, count: _Count, start: float) -> None:
         self._bars, self._count = bars, count
-        self._task = bars.add_task(description, total=count.total, completed=start, count=count.text(start), status="")
+        self.task = bars.add_task(description, total=count.total, completed=start, count=count.text(start), status="")
         self._drawn_at = 0.0
         self._waiting: tuple[float, str] | None = None
 
@@ -160,7 +169,7 @@ class _Bar:
     def _draw(self) -> None:
         done, status = self._waiting
         count = self._count.text(done)
-        self._bars.update(self._task, completed=done, total=self._count.total, count=count, status=status)
+        self._bars.update(self.task, completed=done, total=self._count.total, count=count, status=status)
         self._waiting, self._drawn_at = None, time.monotonic()
 
 

@@ -1,7 +1,8 @@
 """The second phase of a step: gather all embeddings, score them, and hand each rank `dL/dE` of its own.
 
 Letters: `Q` queries, `M` passages, `N = Q + M` texts of the global batch (queries first), `n` texts of this rank, `R`
-pairs of a query and a positive, `D` embedding size, `W` data-parallel size.
+pairs of a query and a positive, `D` embedding size, `W` data-parallel size, `V` embeddings of each text (one, or with
+R-Drop two).
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from nvembed_mcore.kernels.reference import Columns, Masks, Rows, Softmax
 from nvembed_mcore.loss import make_targets, score_columns, score_rows
 from nvembed_mcore.parallel.gather import gather_rows, scatter_sum
 from nvembed_mcore.parallel.groups import Groups
+from nvembed_mcore.r_drop import diverge_columns, diverge_rows
 
 FLOPS_PER_BYTE = {("cuda", torch.float32): 500, ("cuda", torch.bfloat16): 7000, ("cpu", torch.float32): 50}
 """Operations of a device in the time in which a byte crosses the network: 25 to 50 TFLOP/s of a GPU in float32 and 500
@@ -33,9 +35,10 @@ class Scores:
     """What scoring gives a rank.
 
     Attributes:
-        totals: float32: sum of the losses of its rows, and of the weights of queries whose positive is first; where
-            there is distillation also the sum of its queries' divergences.
-        grad: float32 [n, D]: gradient of each of its texts' embeddings, in the order of `plan.owned()`.
+        totals: float32: sum of the losses of its rows, and of the weights of queries whose positive is first; then,
+            where there is distillation, the sum of its queries' divergences from the teacher, and with R-Drop that of
+            its rows' divergences.
+        grad: float32 [V, n, D]: gradient of each of its texts' embeddings, in the order of `plan.owned()`.
         grad_log_scale: float32 scalar: its rows' part of the gradient to the log of one over the temperature.
     """
 
@@ -149,6 +152,7 @@ class Scorer:
             weights: dtype of the model's weights.
         """
         self.config, self.groups, self.exchange = config, groups, gradient_exchange
+        self.views = 2 if config.r_drop_weight else 1
         # Where the model computes in bfloat16, `dL/dE` is rounded to it right behind the last norm. On CUDA, products
         # of float32 would take over ten times as long for what that leaves of them; on a CPU there is nothing to gain.
         self.products = weights if device.has_cuda() else torch.float32
@@ -157,7 +161,7 @@ class Scorer:
             same_dataset_only=config.in_batch_from == "dataset",
             margin=config.false_negative_margin,
         )
-        self.num_totals = 3 if config.distillation.is_on else 2
+        self.num_totals = 2 + config.distillation.is_on + (self.views == 2)
 
     @torch.no_grad()
     def __call__(self, batch: Batch, owned: list[np.ndarray], local: Tensor, temperature: float) -> Scores:
@@ -165,49 +169,71 @@ class Scorer:
 
         Args:
             owned: for each rank the numbers of its texts, in the order in which it embedded them.
-            local: float32 [n, D], unit vectors of this rank's texts.
+            local: float32 [V, n, D], unit vectors of this rank's texts.
             temperature: cosines are divided by this.
         """
-        everything = gather_rows(local, owned, self.groups.dp)
-        recompute = self._recomputes(batch, owned, local.size(1))
+        width = local.size(2)
+        everything = gather_rows(local.transpose(0, 1).flatten(1), owned, self.groups.dp).split(width, dim=1)
+        recompute = self._recomputes(batch, owned, width)
         directions = [
-            self._share(direction, owned, len(everything), recompute) for direction in _directions(batch, self.config)
+            self._share(direction, owned, len(batch.texts), recompute) for direction in _directions(batch, self.config)
         ]
         teacher, distilled = self.config.distillation, None
         if teacher.is_on:  # its weight undoes the division by the number of directions: it belongs to one of them
             how = dict(alone=recompute, weight=teacher.weight * len(directions))
             distilled = share_of(batch, owned, self.groups.dp_rank, teacher, **how)
-        sizes = [*self.config.matryoshka_dims, local.size(1)]
-        # The one place where W appears (docs/design.md): data parallelism divides by it.
-        factor = self.groups.dp_size / (batch.num_queries * len(directions) * len(sizes))
+        sizes, scale = [*self.config.matryoshka_dims, width], 1.0 / temperature
+        terms = self.views * len(directions) * len(sizes)
         total, grad_log_scale = local.new_zeros(self.num_totals), local.new_zeros(())
         # Of all texts, to be summed over ranks; or complete, of this rank's texts.
-        grad = torch.zeros_like(local if recompute else everything)
+        grads = [torch.zeros_like(local[0] if recompute else view) for view in everything]
+        mine = torch.as_tensor(owned[self.groups.dp_rank], device=local.device) if recompute else slice(None)
         for size in sizes:
-            vectors, norms = _leading(everything, size)
-            grad_vectors = vectors.new_zeros(len(grad), size)
+            leading = [_leading(view, size) for view in everything]
+            vectors = [one for one, _ in leading]
+            grad_vectors = [one.new_zeros(len(grads[0]), size) for one in vectors]
             for number, direction in enumerate(directions):
-                loss, correct, of_log_scale = self._score(direction, vectors, 1.0 / temperature, grad_vectors)
-                total[0] += loss / (len(directions) * len(sizes))
-                if number == 0 and size == local.size(1):
-                    total[1] += correct
+                loss, correct, apart, of_log_scale = self._score_views(direction, vectors, scale, grad_vectors)
+                total[0] += loss / terms
+                if number == 0 and size == width:
+                    total[1] += correct / self.views
+                if apart is not None:
+                    total[-1] += apart * self.views / terms
                 grad_log_scale += of_log_scale
-            if distilled is not None:
-                loss, of_log_scale = distilled.score_(vectors, 1.0 / temperature, grad_vectors)
-                total[0] += teacher.weight * loss / len(sizes)
-                total[2] += loss / len(sizes)
+            for one, part in zip(vectors, grad_vectors, strict=True) if distilled is not None else ():
+                loss, of_log_scale = distilled.score_(one, scale, part)
+                total[0] += teacher.weight * loss * len(directions) / terms
+                total[2] += loss * len(directions) / terms
                 grad_log_scale += of_log_scale
-            if size < local.size(1):
-                mine = torch.as_tensor(owned[self.groups.dp_rank], device=local.device) if recompute else slice(None)
-                grad_vectors = _through_norm(grad_vectors, vectors[mine], norms[mine])
-            grad[:, :size] += grad_vectors
+            for view, (unit, norms) in enumerate(leading):
+                grad = grad_vectors[view]
+                grads[view][:, :size] += grad if size == width else _through_norm(grad, unit[mine], norms[mine])
         if not recompute:
-            grad = (
-                scatter_sum(grad, owned, self.groups.dp)
-                if self.groups.dp_size > 1
-                else grad[torch.as_tensor(owned[0], device=local.device)]
-            )
-        return Scores(total, grad * factor, grad_log_scale * factor)
+            grads = [self._to_owners(grad, owned) for grad in grads]
+        # The one place where W appears (docs/design.md): data parallelism divides by it.
+        factor = self.groups.dp_size / (batch.num_queries * terms)
+        return Scores(total, torch.stack(grads).mul_(factor), grad_log_scale * factor)
+
+    def _to_owners(self, grad: Tensor, owned: list[np.ndarray]) -> Tensor:
+        """What all ranks say of their texts' embeddings [N, D], summed, of this rank's [n, D]."""
+        if self.groups.dp_size > 1:
+            return scatter_sum(grad, owned, self.groups.dp)
+        return grad[torch.as_tensor(owned[0], device=grad.device)]
+
+    def _score_views(
+        self, share: _Share, vectors: list[Tensor], scale: float, grads: list[Tensor]
+    ) -> tuple[Tensor, Tensor, Tensor | None, Tensor]:
+        """Sums of `_score` over the embeddings of a text: losses, correct rows, and the gradient to log(scale).
+
+        Behind the correct rows, with R-Drop, how far both disagree, which is in the losses with its weight.
+        """
+        sums = [self._score(share, one, scale, grad) for one, grad in zip(vectors, grads, strict=True)]
+        loss, correct, grad_log_scale = map(sum, zip(*sums, strict=True))
+        if self.views == 1:
+            return loss, correct, None, grad_log_scale
+        weight = self.config.r_drop_weight * self.views  # losses are divided by the number of views
+        apart, of_log_scale = self._diverge(share, vectors, scale, grads, weight)
+        return loss + weight * apart, correct, apart, grad_log_scale + weight * of_log_scale
 
     def _share(self, direction: _Direction, owned: list[np.ndarray], num_texts: int, recompute: bool) -> _Share:
         """This rank's part of a direction."""
@@ -262,6 +288,28 @@ class Scorer:
             columns = score_columns(anchors, candidates, *own.targets, self.masks, scale, softmax)
             grad.index_add_(0, own.places, columns)
         return found.loss, found.correct, found.grad_log_scale
+
+    def _diverge(
+        self, share: _Share, vectors: list[Tensor], scale: float, grads: list[Tensor], weight: float
+    ) -> tuple[Tensor, Tensor]:
+        """Divergence of this rank's rows of one direction, and its gradient to log(scale); adds `weight` times the
+        gradients to both of `grads`. Arguments as those of `_score`, of both views."""
+        own, masks = share.columns, self.masks
+        pair = [one.to(self.products) for one in vectors]
+        anchors, candidates = ([one[numbers] for one in pair] for numbers in (share.anchors, share.candidates))
+        found = diverge_rows(anchors, candidates, *share.targets, masks, scale, with_columns=own is None)
+        for grad, part in zip(grads, found.grad_rows, strict=True):
+            grad.index_add_(0, share.places, part, alpha=weight)
+        if own is None:
+            for grad, part in zip(grads, found.grad_columns, strict=True):
+                grad[share.candidates].add_(part, alpha=weight)
+        else:
+            of_rows = gather_rows(found.of_rows, share.rows_of, self.groups.dp)
+            anchors, candidates = ([one[numbers] for one in pair] for numbers in (own.anchors, own.candidates))
+            columns = diverge_columns(anchors, candidates, *own.targets, masks, scale, of_rows)
+            for grad, part in zip(grads, columns, strict=True):
+                grad.index_add_(0, own.places, part, alpha=weight)
+        return found.total, found.grad_log_scale
 
     def _recomputes(self, batch: Batch, owned: list[np.ndarray], size: int) -> bool:
         """Whether each rank makes its texts' gradients alone; every rank decides alike, because all know the plan."""

@@ -39,6 +39,10 @@ class Status:
     """Of the rank that wrote this."""
     time: str
     """When it was written, in UTC."""
+    best_step: int | None = None
+    """Step of the checkpoint of the best evaluation (`eval.metric`); null where there is none."""
+    best_value: float | None = None
+    """That metric of it."""
 
 
 def read_status(run_dir: str | Path) -> Status | None:

@@ -6,6 +6,9 @@ packs (`single` is its case of one pack). `cached` keeps that of one pack, and e
 phase: the exact gradient of a batch of any size in the memory of one pack. With pipeline stages, where only `cached`
 works, nothing is kept.
 
+With R-Drop (r_drop.py) a rank's packs stand in the list twice: seeds of dropout go by number, so the second half draws
+others. With FGM (adversarial.py) the three phases come twice before the one update.
+
 Letters: `N` texts of the global batch, `Q` queries among them, `n` texts of this rank, `D` embedding size, `W`
 data-parallel size.
 """
@@ -16,7 +19,7 @@ import hashlib
 import logging
 import math
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import torch
@@ -25,10 +28,11 @@ from megatron.core.optimizer import ChainedOptimizer
 from torch import Tensor
 
 from nvembed_mcore import device, nonfinite
+from nvembed_mcore.adversarial import Adversary
 from nvembed_mcore.config import ConfigError, LossConfig, StepConfig
 from nvembed_mcore.data.batch import Batch
 from nvembed_mcore.data.packing import Pack, Plan
-from nvembed_mcore.distillation import is_distilled
+from nvembed_mcore.ema import update_average
 from nvembed_mcore.memory import retainable_tokens
 from nvembed_mcore.metrics import PhaseTimer
 from nvembed_mcore.model import fp8_step
@@ -39,7 +43,7 @@ from nvembed_mcore.parallel.groups import Groups, seed_everything
 from nvembed_mcore.parallel.stage_clock import communication_of_all, stage_clock
 from nvembed_mcore.parallel.traffic import Traffic
 from nvembed_mcore.schedule import Chunks, embed_packs, packs_of_rank, plan_texts, run_schedule
-from nvembed_mcore.score import Scorer, Scores
+from nvembed_mcore.score import Scorer
 
 log = logging.getLogger(__name__)
 
@@ -48,10 +52,11 @@ log = logging.getLogger(__name__)
 class StepOutput:
     """What a step reports, the same on every rank.
 
-    `loss`: mean over the Q queries. `accuracy`: share of queries whose positive scores highest among its candidates.
-    `grad_norm`: norm of the whole gradient before clipping. `temperature`: that of this step. Tokens are those of all
-    ranks. `communication`: seconds by group, where they were measured (parallel/traffic.py). `divergence`: mean over
-    the distilled queries, which the loss holds `loss.distillation.weight` times; None without distillation.
+    `loss`: mean over the Q queries of all that is trained on. `accuracy`: share of queries whose positive scores
+    highest among its candidates. `grad_norm`: norm of the whole gradient before clipping. `temperature`: that of this
+    step. Tokens are those of all ranks. `communication`: seconds by group, where they were measured
+    (parallel/traffic.py). `terms`: of distillation, R-Drop and FGM, where they are on, before their weights:
+    `teacher_divergence`, `r_drop_divergence` and `moved_loss`, means over the queries.
     """
 
     loss: float
@@ -63,7 +68,39 @@ class StepOutput:
     num_microbatches: int
     way: str
     communication: dict[str, float]
-    divergence: float | None = None
+    terms: dict[str, float] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class _Walk:
+    """One walk of a step through its packs.
+
+    Attributes:
+        packs: of this rank; with R-Drop each stands in both halves of the list.
+        weight: of its loss.
+        is_last: gradients are reduced behind it, and the temperature gets its own.
+        pull_before: what the walks before say of a learned temperature.
+    """
+
+    batch: Batch
+    plan: Plan
+    packs: list[Pack]
+    step: int
+    timer: PhaseTimer
+    way: str
+    weight: float = 1.0
+    is_last: bool = True
+    pull_before: Tensor | float = 0.0
+
+
+@dataclass(frozen=True)
+class _Sums:
+    """What a walk found on this rank: `Scores.totals` (zeros off the last stage), the temperature, and the gradient to
+    log(1 / temperature) with that of the walks before."""
+
+    totals: Tensor
+    temperature: float
+    grad_log_scale: Tensor | float
 
 
 def microbatch_seed(seed: int, step: int, microbatch: int, chunk: int, groups: Groups) -> int:
@@ -96,18 +133,23 @@ class ContrastiveStep:
         seed: int,
         retain_tokens: int | None = None,
         time_communication_every: int = 0,
+        ema_decay: float | None = None,
     ) -> None:
         """
         Args:
             chunks: this stage's model.
             retain_tokens: tokens of a rank whose graphs `auto` keeps; None: measured when it is first needed.
             time_communication_every: steps; 0: never.
+            ema_decay: of the average of the weights; None or 0: none is kept.
         """
         self.chunks, self.optimizer, self.groups = chunks, optimizer, groups
         self.config, self.loss_config, self.seed = step, loss, seed
         self.retain_tokens = retain_tokens
-        self.time_communication_every = time_communication_every
+        self.time_communication_every, self.ema_decay = time_communication_every, ema_decay
         self.scorer = Scorer(loss, groups, step.gradient_exchange, chunks[-1].module.backend.dtype)
+        self.adversary = Adversary(chunks[0].module, groups, step.fgm_epsilon) if step.fgm_epsilon else None
+        terms = {"teacher_divergence": loss.distillation.is_on, "r_drop_divergence": loss.r_drop_weight}
+        self.terms = [name for name, is_on in (terms | {"moved_loss": step.fgm_epsilon}).items() if is_on]
         self._is_first = True
         self._logged: set[str] = set()
 
@@ -130,12 +172,8 @@ class ContrastiveStep:
         is_timed = every > 0 and step % every == 0
         traffic = Traffic(self.groups, is_timed) if self._is_first or is_timed else nullcontext()
         with traffic, stage_clock(self.chunks) if is_timed else nullcontext() as clock:
-            if self.groups.pp_size > 1:
-                totals, temperature = self._pipelined(batch, plan, packs, step, timer)
-            else:
-                num_kept = 1 if way == "cached" else len(packs)
-                totals, temperature = self._one_stage(batch, plan, packs, step, timer, num_kept)
-            loss, accuracy, *more, real, padded, temperature = self._share(totals, packs, temperature)
+            sums = self._walks(_Walk(batch, plan, packs * self.scorer.views, step, timer, way))
+            loss, accuracy, *more, real, padded, temperature = self._share(sums, packs)
             loss, accuracy = loss / batch.num_queries, accuracy / batch.num_queries
             with timer("optimizer"):
                 grad_norm = gradient_norm(self.optimizer)
@@ -144,6 +182,8 @@ class ContrastiveStep:
                 if not (math.isfinite(loss) and math.isfinite(grad_norm)):
                     raise NonFiniteLossError(self._finding(step, loss, grad_norm, batch, plan, packs))
                 update(self.optimizer, grad_norm)
+                if self.ema_decay:
+                    update_average(self.optimizer, self.ema_decay, step)
                 fp8_step.end_step(encoders, [self.groups.tp, self.groups.dp_cp])
         if self._is_first:
             self._is_first = False
@@ -158,15 +198,29 @@ class ContrastiveStep:
             num_microbatches=plan.max_microbatches,
             way=way,
             communication=communication_of_all(traffic, clock) if is_timed else {},
-            divergence=more[0] / max(1, int(is_distilled(batch).sum())) if more else None,
+            terms={name: total / batch.num_queries for name, total in zip(self.terms, more, strict=True)},
         )
 
-    def _share(self, totals: Tensor, packs: list[Pack], temperature: float) -> list[float]:
+    def _walks(self, whole: _Walk) -> _Sums:
+        """One walk, or with FGM a second one over the moved texts, whose loss is the last of the totals."""
+        walk = self._pipelined if self.groups.pp_size > 1 else self._one_stage
+        if self.adversary is None:
+            return walk(whole)
+        weight = self.config.fgm_weight
+        with self.adversary.keeps_gradients():
+            found = walk(replace(whole, is_last=False))
+        with self.adversary.moves_texts():
+            moved = walk(replace(whole, weight=weight, pull_before=found.grad_log_scale))
+        loss, others = found.totals[:1] + weight * moved.totals[:1], found.totals[1:]
+        return replace(moved, totals=torch.cat([loss, others, moved.totals[:1]]))
+
+    def _share(self, found: _Sums, packs: list[Pack]) -> list[float]:
         """Sums over data-parallel ranks and the last stage's temperature, on every rank."""
         tokens = [float(sum(pack.real_tokens for pack in packs)), float(sum(pack.padded_tokens for pack in packs))]
-        sums = torch.cat([totals.double(), torch.tensor(tokens, dtype=torch.float64, device=totals.device)])
+        totals = found.totals.double()
+        sums = torch.cat([totals, torch.tensor(tokens, dtype=torch.float64, device=totals.device)])
         sums = sum_over_data_ranks(sums, self.groups)
-        last = torch.tensor([temperature], dtype=torch.float64, device=totals.device)
+        last = torch.tensor([found.temperature], dtype=torch.float64, device=totals.device)
         return share_from_last_stage(torch.cat([sums, last]), self.groups).tolist()
 
     def _finding(
@@ -179,7 +233,7 @@ class ContrastiveStep:
             grad_norm,
             batch=batch,
             plan=plan,
-            embeddings=embed_packs(self.chunks, packs, lambda index, chunk: self._reseed(step, index, chunk)),
+            embeddings=embed_packs(self.chunks, packs, lambda index, chunk: self._begin(step, index, chunk)),
             parameters=[named for chunk in self.chunks for named in chunk.module.named_parameters()],
             groups=self.groups,
         )
@@ -187,12 +241,13 @@ class ContrastiveStep:
     def _way(self, plan: Plan, lengths: np.ndarray, packs: list[Pack], step: int) -> str:
         """`single`, `retain` or `cached`; every rank decides alike, because all know the whole plan."""
         way, stages = self.config.way, self.groups.pp_size
-        is_single = plan.max_microbatches == 1 and stages == 1
+        views = self.scorer.views
+        is_single = plan.max_microbatches * views == 1 and stages == 1
         assert stages == 1 or way in ("auto", "cached"), (stages, way)
         check_packs(self.config, plan, step)
         if way != "auto":
             return way
-        most = int(plan.tokens_per_rank(lengths).max())
+        most = views * int(plan.tokens_per_rank(lengths).max())
         if is_single:
             way, why = "single", "one pack a rank and one pipeline stage"
         elif stages > 1:
@@ -209,82 +264,101 @@ class ContrastiveStep:
 
     def _measure(self, packs: list[Pack]) -> int:
         (chunk,) = self.chunks
-        return retainable_tokens(
-            lambda: chunk(packs[0]), packs[0].real_tokens, list(chunk.module.parameters()), self.optimizer
-        )
+        adversary = self.adversary
+        with adversary.keeps_gradients() if adversary else nullcontext():
+            return retainable_tokens(
+                lambda: chunk(packs[0]),
+                packs[0].real_tokens,
+                list(chunk.module.parameters()),
+                self.optimizer,
+                bool(self.ema_decay),
+                adversary.bytes_per_token if adversary else 0.0,
+            )
 
     def _reseed(self, step: int, index: int, chunk: int) -> None:
         seed_everything(microbatch_seed(self.seed, step, index, chunk, self.groups))
 
-    def _score(self, batch: Batch, plan: Plan, embeddings: list[Tensor]) -> tuple[Scores, list[Tensor], float]:
-        """Scores, `dL/dE` of each pack, and the temperature. `embeddings`: float32 [texts of a pack, D] each."""
+    def _begin(self, step: int, index: int, chunk: int) -> None:
+        """Before each forward pass of a pack."""
+        self._reseed(step, index, chunk)
+        if self.adversary:
+            self.adversary.select(index)
+
+    def _score(self, walk: _Walk, embeddings: list[Tensor]) -> tuple[_Sums, list[Tensor], Tensor | None]:
+        """What the walk found; `dL/dE` of each pack; the gradient of a learned temperature, in the last walk.
+
+        `embeddings`: float32 [texts of a pack, D] each.
+        """
         log_scale = self.chunks[-1].module.log_scale
         temperature = self.loss_config.temperature
         if log_scale is not None:
             low, high = self.loss_config.temperature_range
             temperature = min(max(math.exp(-log_scale.item()), low), high)
-        scores = self.scorer(batch, plan.owned(), torch.cat([part.detach() for part in embeddings]), temperature)
-        return scores, list(scores.grad.split([len(part) for part in embeddings])), temperature
+        local, views = torch.cat([part.detach() for part in embeddings]), self.scorer.views
+        local = local.unflatten(0, (views, len(local) // views))
+        scores = self.scorer(walk.batch, walk.plan.owned(), local, temperature)
+        grads, pull = scores.grad.flatten(0, 1), scores.grad_log_scale
+        if walk.weight != 1:
+            grads, pull = grads * walk.weight, pull * walk.weight
+        sums = _Sums(scores.totals, temperature, pull + walk.pull_before)
+        pull = self._pull(sums.grad_log_scale) if walk.is_last else None
+        return sums, list(grads.split([len(part) for part in embeddings])), pull
 
-    def _pull(self, scores: Scores) -> Tensor | None:
+    def _pull(self, grad_log_scale: Tensor) -> Tensor | None:
         """Gradient of the learned temperature, [1]; zero where it would lead further out of its range."""
         log_scale = self.chunks[-1].module.log_scale
         if log_scale is None:
             return None
         low, high = self.loss_config.temperature_range
-        grad = scores.grad_log_scale.reshape(1)
+        grad = grad_log_scale.reshape(1)
         # A step goes against the gradient, so a positive one warms up.
         is_out = ((log_scale <= -math.log(high)) & (grad > 0)) | ((log_scale >= -math.log(low)) & (grad < 0))
         return grad.masked_fill(is_out, 0.0)
 
-    def _one_stage(
-        self, batch: Batch, plan: Plan, packs: list[Pack], step: int, timer: PhaseTimer, num_kept: int
-    ) -> tuple[Tensor, float]:
-        """The graphs of the last `num_kept` packs are kept; the others are embedded again, one at a time.
+    def _one_stage(self, walk: _Walk) -> _Sums:
+        """The graphs of the last packs are kept (of all, or of one); the others are embedded again, one at a time.
 
-        The kept ones are done with first, so there are never more than `num_kept` graphs.
+        The kept ones are done with first, so there are never more than these.
         """
         (chunk,) = self.chunks
+        num_again = len(walk.packs) - 1 if walk.way == "cached" else 0
         embeddings = []
-        with timer("embed"):
-            for index, pack in enumerate(packs):
-                self._reseed(step, index, 0)
-                with nullcontext() if index >= len(packs) - num_kept else torch.no_grad():
+        with walk.timer("embed"):
+            for index, pack in enumerate(walk.packs):
+                self._begin(walk.step, index, 0)
+                with torch.no_grad() if index < num_again else nullcontext():
                     embeddings.append(chunk(pack))
-        with timer("score"):
-            scores, grads, temperature = self._score(batch, plan, embeddings)
-            pull = self._pull(scores)
-        with timer("backward"):
-            for index in reversed(range(len(packs))):
-                if index < len(packs) - num_kept:
-                    self._reseed(step, index, 0)
-                    embeddings[index] = chunk(packs[index])
+        with walk.timer("score"):
+            sums, grads, pull = self._score(walk, embeddings)
+        with walk.timer("backward"):
+            for index in reversed(range(len(walk.packs))):
+                if index < num_again:
+                    self._begin(walk.step, index, 0)
+                    embeddings[index] = chunk(walk.packs[index])
                 roots, upstream = [embeddings[index]], [grads[index]]
                 if index == 0 and pull is not None:
                     roots, upstream = [*roots, chunk.module.log_scale], [*upstream, pull]
-                with nullcontext() if index == 0 else chunk.no_sync():
+                with nullcontext() if index == 0 and walk.is_last else chunk.no_sync():
                     torch.autograd.backward(roots, upstream)
                 embeddings[index] = None  # its graph is done with
-            finalize_model_grads(self.chunks)
-        return scores.totals, temperature
+            if walk.is_last:
+                finalize_model_grads(self.chunks)
+        return sums
 
-    def _pipelined(
-        self, batch: Batch, plan: Plan, packs: list[Pack], step: int, timer: PhaseTimer
-    ) -> tuple[Tensor, float]:
+    def _pipelined(self, walk: _Walk) -> _Sums:
         """Embed without graphs, score, then embed again with them, both under Megatron's schedule."""
+        packs = walk.packs
 
-        def reseed(index: int, chunk: int) -> None:
-            self._reseed(step, index, chunk)
+        def begin(index: int, chunk: int) -> None:
+            self._begin(walk.step, index, chunk)
 
-        with timer("embed"):
-            embeddings = embed_packs(self.chunks, packs, reseed)
-        totals = torch.zeros(self.scorer.num_totals, device=device.current())
-        temperature = self.loss_config.temperature
-        grads, pull = [], None
+        with walk.timer("embed"):
+            embeddings = embed_packs(self.chunks, packs, begin)
+        nothing = torch.zeros(self.scorer.num_totals, device=device.current())
+        sums, grads, pull = _Sums(nothing, self.loss_config.temperature, 0.0), [], None
         if self.groups.is_last_stage:
-            with timer("score"):
-                scores, grads, temperature = self._score(batch, plan, embeddings)
-                totals, pull = scores.totals, self._pull(scores)
+            with walk.timer("score"):
+                sums, grads, pull = self._score(walk, embeddings)
 
         def surrogate(index: int, again: Tensor) -> Tensor:
             value = (again * grads[index]).sum()
@@ -294,6 +368,6 @@ class ContrastiveStep:
             # multiplies by the context-parallel size, which sum_over_context has done.
             return value * len(packs) / self.groups.cp_size
 
-        with timer("backward"):
-            run_schedule(self.chunks, packs, surrogate, forward_only=False, before_forward=reseed)
-        return totals, temperature
+        with walk.timer("backward"):
+            run_schedule(self.chunks, packs, surrogate, forward_only=False, reduces=walk.is_last, before_forward=begin)
+        return sums

@@ -18,6 +18,7 @@ from nvembed_mcore import device, redact, resume
 from nvembed_mcore.attempts import Attempt
 from nvembed_mcore.build import build_model, read_architecture
 from nvembed_mcore.checkpoint import store
+from nvembed_mcore.checkpoint.best import Best
 from nvembed_mcore.checkpoint.folders import folder_of
 from nvembed_mcore.checkpoint.saver import Saver
 from nvembed_mcore.config import ConfigError, RunConfig
@@ -27,6 +28,7 @@ from nvembed_mcore.data.faults import DataError
 from nvembed_mcore.data.source import BatchSource
 from nvembed_mcore.data.tokenizer import load_tokenizer, tokenizer_fingerprint
 from nvembed_mcore.data.tokens import TokenStore
+from nvembed_mcore.ema import averaged_weights
 from nvembed_mcore.evaluation.encode import RetrievalEvaluation
 from nvembed_mcore.exits import Preempted, StorageError
 from nvembed_mcore.fault_injection import point
@@ -42,6 +44,7 @@ from nvembed_mcore.schedule import packs_of_rank, plan_texts
 from nvembed_mcore.step import ContrastiveStep, StepOutput
 from nvembed_mcore.stop import BAD_DATA, StopRequests, refuse_if_stopped
 from nvembed_mcore.stragglers import Stragglers
+from nvembed_mcore.trackers import check_installed
 from nvembed_mcore.watchdog import Watch
 
 log = logging.getLogger(__name__)
@@ -82,6 +85,7 @@ def train(config: RunConfig, stops: StopRequests | None = None) -> None:
                 total_steps=config.steps,
                 start_step=run.done,
                 description=f"stage {config.stage}",
+                facts=run.facts["config"],
             ) as metric_log:
                 _loop(run, metric_log, stops, attempt)
             attempt.used(_peak_memory(run.memory_before))
@@ -115,7 +119,6 @@ def _loop(run: _Run, metric_log: MetricLog, stops: StopRequests, attempt: Attemp
         if _is_due(run.done, config.log.every_steps, last):
             metric_log.log(run.done, line)
         _stop_if_asked(run, stops, attempt, last)
-        # Before saving, so that a kill between the two loses neither: a repeated line replaces the first.
         if _is_due(run.done, config.eval.every_steps, last):
             _evaluate(run, metric_log, attempt)
         if _is_due(run.done, config.checkpoint.every_steps, last):
@@ -155,8 +158,14 @@ def _step(run: _Run, attempt: Attempt) -> dict[str, float]:
 
 
 def _evaluate(run: _Run, metric_log: MetricLog, attempt: Attempt) -> None:
+    """Evaluate, save what is the best so far, and log, in this order: a run that is killed before the line is in the
+    file evaluates again when it goes on from what was saved."""
     with attempt.does("evaluation", run.done):
-        run.evaluate(metric_log)
+        scores = run.evaluate()
+    if scores:
+        if best := run.best_so_far(scores):
+            _saving(run, attempt, lambda: run.save(best))
+        metric_log.log_eval(run.done, scores)
 
 
 def _saving(run: _Run, attempt: Attempt, work: Callable[[], None]) -> None:
@@ -201,8 +210,9 @@ class _Run:
             seed=config.seed,
             retain_tokens=resume.decided(found, self.facts, "retain_tokens"),
             time_communication_every=config.log.time_communication_every,
+            ema_decay=config.optim.ema_decay,
         )
-        self.saver = Saver(config.checkpoint, config.run_dir, groups)
+        self.saver = Saver(config.checkpoint, config.run_dir, groups, averages=config.optim.averages)
         self.saver.prepare(self.chunks, found and found.path)
         self.timer = PhaseTimer(device.synchronize, watch.enter)
         self.stragglers = Stragglers(config.log.straggler_window, groups)
@@ -236,19 +246,36 @@ class _Run:
         self.stragglers.add(seconds)
         return _metrics(self.config, self.hf_config, self.groups, batch, output, self.done, rate, seconds)
 
-    def evaluate(self, metric_log: MetricLog) -> None:
-        """Score the test set, if there is one, and log it."""
+    def evaluate(self) -> dict[str, float]:
+        """Score the test sets, with averaged weights if there are any; nothing where there are no sets."""
         self.watch.enter("evaluation", self.done)
-        if self.data.evaluation:
-            scores = self.data.evaluation(self.chunks, self.groups, self.config.step.tokens_per_microbatch)
-            metric_log.log_eval(self.done, scores)
+        if not self.data.evaluation:
+            return {}
+        with averaged_weights(self.chunks, self.optimizer):
+            return self.data.evaluation(self.chunks, self.groups, self.config.step.tokens_per_microbatch)
 
-    def save(self) -> None:
-        """Write a checkpoint of the steps done, unless there is one or none is wanted."""
+    def best_so_far(self, scores: dict[str, float]) -> Best | None:
+        """What makes the checkpoint of this step the best one, if it is to be kept as such."""
+        config, metric = self.config.checkpoint, self.config.eval.metric
+        if not (self.done and config.keep_best and config.every_steps):
+            return None
+        best = Best(self.done, metric, scores[metric], self.data.evaluation.fingerprint)
+        return best if self.saver.beats(best) else None
+
+    def save(self, best: Best | None = None) -> None:
+        """Write a checkpoint of the steps done, unless there is one or none is wanted.
+
+        Args:
+            best: the evaluation that makes it the best so far.
+        """
+        if not self.config.checkpoint.every_steps:
+            return
         self.facts["retain_tokens"] = self.step.retain_tokens
-        if self.saved != self.done and self.config.checkpoint.every_steps:
-            self.saver.save(self.done, self.chunks, self.optimizer, self.facts)
+        if self.saved != self.done:
+            self.saver.save(self.done, self.chunks, self.optimizer, self.facts, best)
             self.saved = self.done
+        elif best:
+            self.saver.keep_best(best)
 
 
 def _is_due(step: int, every: int, last: int) -> bool:
@@ -257,7 +284,7 @@ def _is_due(step: int, every: int, last: int) -> bool:
 
 @dataclasses.dataclass(frozen=True)
 class _Data:
-    """What a run reads: batches by step, the test set if any, and the tokenizer's fingerprint."""
+    """What a run reads: batches by step, the test sets if any, and the tokenizer's fingerprint."""
 
     source: BatchSource
     evaluation: RetrievalEvaluation | None
@@ -267,6 +294,7 @@ class _Data:
 def _prepare_run_dir(config: RunConfig, attempt: Attempt) -> Path:
     """Make the run folder and that of this attempt's logs; refuse what must not be mixed with an older run."""
     refuse_if_stopped(config)
+    check_installed(config.log)
     found = store.newest_step(config.run_dir)
     if config.checkpoint.resume == "never" and found is not None:
         raise ConfigError(f"checkpoint.resume is 'never', but {config.run_dir} has a checkpoint of step {found}")
@@ -306,9 +334,10 @@ def open_data(config: RunConfig, hf_config: MistralConfig) -> _Data:
     """Tokenise what is not yet tokenised (rank 0), then open it on every rank."""
     tokenizer = open_tokenizer(config.data, hf_config)
     # First what is short: tokenising may take hours.
-    evaluation = RetrievalEvaluation(config.eval, config.data, tokenizer) if config.eval.path else None
-    folders = first_rank_does(lambda: [str(store.folder) for store in build_stores(config.data, tokenizer)])
-    return _Data(batch_source(config, map(TokenStore.open, folders)), evaluation, tokenizer_fingerprint(tokenizer))
+    evaluation = RetrievalEvaluation(config.eval, config.data, tokenizer) if config.eval.test_sets else None
+    with_scores = config.loss.distillation.is_on
+    stores = first_rank_does(lambda: [str(one.folder) for one in build_stores(config.data, tokenizer, with_scores)])
+    return _Data(batch_source(config, map(TokenStore.open, stores)), evaluation, tokenizer_fingerprint(tokenizer))
 
 
 def open_tokenizer(data: DataConfig, hf_config: MistralConfig) -> PreTrainedTokenizerFast:
@@ -322,15 +351,18 @@ def open_tokenizer(data: DataConfig, hf_config: MistralConfig) -> PreTrainedToke
     return tokenizer
 
 
-def build_stores(data: DataConfig, tokenizer: PreTrainedTokenizerFast) -> list[TokenStore]:
-    """Tokenise what is not yet tokenised, on one process."""
+def build_stores(data: DataConfig, tokenizer: PreTrainedTokenizerFast, with_scores: bool) -> list[TokenStore]:
+    """Tokenise what is not yet tokenised, on one process; `with_scores`: for a run that distils."""
     how = dict(
         max_query_tokens=data.max_query_tokens,
         max_document_tokens=data.max_document_tokens,
         cache_dir=data.cache_dir,
         max_bad_records=data.max_bad_records,
     )
-    return [TokenStore.build(dataset, tokenizer, **how) for dataset in data.datasets]
+    return [
+        TokenStore.build(dataset, tokenizer, **how, with_scores=with_scores and dataset.distill)
+        for dataset in data.datasets
+    ]
 
 
 def batch_source(config: RunConfig, stores: Iterable[TokenStore]) -> BatchSource:
@@ -361,9 +393,8 @@ def _metrics(
         texts=len(batch.lengths),
         seconds=seconds,
         communication=output.communication,
-        flops=pack_flops(hf_config, config.model.pooling, batch.lengths.tolist(), **how),
+        flops=config.embeddings_of_a_text * pack_flops(hf_config, config.model.pooling, batch.lengths.tolist(), **how),
         peak_flops=None if peak is None else peak * groups.world_size,
     ).as_dict()
-    line |= {"accuracy": output.accuracy, "microbatches": output.num_microbatches}
-    line |= {} if output.divergence is None else {"divergence": output.divergence}
+    line |= {"accuracy": output.accuracy, "microbatches": output.num_microbatches, **output.terms}
     return line | ({"temperature": output.temperature} if config.loss.learn_temperature else {})

@@ -14,7 +14,7 @@ from importlib.metadata import version
 from pathlib import Path
 
 from tests.helpers.cases import Case
-from tests.helpers.grid import BOUND, GRID, LONG_GRID, OPTIONS, run_grid
+from tests.helpers.grid import BOUND, GRID, LONG_GRID, OPTIONS, OPTIONS_UNDER_R_DROP, run_grid
 from tests.helpers.world import World
 
 INTRODUCTION = """# The gradient in every layout
@@ -60,13 +60,14 @@ def worst_of(results: list[dict[str, float]]) -> dict[str, float]:
 
 def remarks(case: Case) -> str:
     """What is special about a case besides its layout and way."""
-    options = {str(loss): name for name, loss in OPTIONS.items()}
+    options = {str(loss): name for name, loss in (OPTIONS | OPTIONS_UNDER_R_DROP).items()}
     parts = [options[str(case.loss)]] if case.loss else []
     parts += [f"{case.queries} queries"] if case.queries != Case.queries else []
     stages = {"first": case.first, "last": case.last}
     parts += [f"{layers} layer(s) in the {name} stage" for name, layers in stages.items() if layers]
     parts += [case.kind] if case.kind != Case.kind else []
     parts += ["adapters on " + ", ".join(case.targets)] if case.targets else []
+    parts += [f"texts moved by {case.fgm}"] if case.fgm else []
     parts += ["no clipping"] if not case.clip else []
     parts += [f"exchange by {case.exchange.replace('_', '-')}"] if case.exchange != Case.exchange else []
     return ", ".join(parts)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -54,7 +55,11 @@ def fused(first: Ranking, second: Ranking) -> list[np.ndarray]:
 
 def untrained_export(run: Path, output: Path) -> Path:
     """The model that a run began with, as an exported folder: the same random weights by the same seed."""
-    config = yaml.safe_load((run / "config.yaml").read_text(encoding="utf-8"))
+    return export_untrained(yaml.safe_load((run / "config.yaml").read_text(encoding="utf-8")), output)
+
+
+def export_untrained(config: dict[str, Any], output: Path, format: str = "nv-embed") -> Path:
+    """The random weights of a configuration's tree as an exported folder, in one of `hf_export.FORMATS`."""
     hf_config = read_mistral_config(config["model"]["config"])
     pooling = PoolingConfig(**config["model"]["pooling"])
     table = {entry.name: entry for entry in name_table(hf_config, pooling)}
@@ -70,7 +75,8 @@ def untrained_export(run: Path, output: Path) -> Path:
         output,
         tokenizer_dir=config["data"]["tokenizer"],
         attention_mask=config["model"]["attention_mask"],
-        max_tokens=MAX_TOKENS,
+        format=format,
+        max_tokens=max(config["data"]["max_query_tokens"], config["data"]["max_document_tokens"]),
         instruction=config["data"]["datasets"][0]["instruction"],
         card_facts={},
     )

@@ -11,7 +11,9 @@ from typing import Any
 import torch
 from rich.table import Column, Table
 
-from nvembed_mcore.checkpoint import fp8_state, store
+from nvembed_mcore.checkpoint import folders, fp8_state, store
+from nvembed_mcore.checkpoint.averages import has_averages
+from nvembed_mcore.checkpoint.best import BEST
 from nvembed_mcore.checkpoint.hf_folder import (
     StoredTensor,
     WeightsError,
@@ -47,7 +49,7 @@ def inspect_folder(path: str | os.PathLike) -> dict[str, Any]:
         ConfigError, WeightsError, CheckpointError: there is no such folder, or it is neither kind, or damaged.
     """
     path = Path(path)
-    if not path.is_dir():
+    if not path.is_dir() and path.name != BEST:
         raise WeightsError(f"no folder at {path}")
     if (path / SETTINGS_FILE).is_file():
         return _adapters(path)
@@ -171,6 +173,11 @@ def _checkpoint(checkpoint: store.Checkpoint) -> dict[str, Any]:
     about |= {name: model[name] for name in ("pooling", "attention_mask", "lora") if model.get(name) is not None}
     about |= {name: facts[name] for name in ("hardware", "data", "tokenizer", "imported_from") if facts.get(name)}
     about["optimizer tensors"] = len(optimizer)
+    if has_averages(checkpoint):
+        about["weights averaged, decay"] = config["optim"]["ema_decay"]
+    best = folders.best_of(checkpoint.path.parent)
+    if best is not None and folders.is_of_run(checkpoint.path):
+        about["best"] = f"step {best.step}, {best.metric} {best.value:.4f}"
     about |= {"tensors of FP8 histories": len(histories)} if histories else {}
     return {
         "kind": "checkpoint",

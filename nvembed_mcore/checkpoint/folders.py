@@ -2,6 +2,7 @@
 
 RUN/checkpoints/step-00000500/   one checkpoint
 RUN/checkpoints/latest           name of the folder to go on from
+RUN/checkpoints/best             which one had the best evaluation, if the run is evaluated (best.py)
 RUN/checkpoints/.writing-*       of a save that was cut short; removed by the next
 RUN/checkpoints/.removing-*      likewise of removing an old one
 RUN/checkpoints/.replaced-*      what a folder of the same step replaces, until that one has its name
@@ -16,6 +17,7 @@ import shutil
 import stat
 from pathlib import Path
 
+from nvembed_mcore.checkpoint.best import BEST, Best, read_best
 from nvembed_mcore.checkpoint.manifest import CheckpointError, faults, read_manifest, sync_folder, write_file
 from nvembed_mcore.fault_injection import point
 
@@ -76,6 +78,19 @@ def candidates(root: Path) -> list[Path]:
     return [*first, *(path for path in folders if path not in first)]
 
 
+def best_of(root: Path) -> Best | None:
+    """What had the best evaluation, as long as its folder is there; a file that says nothing useful is passed over."""
+    try:
+        best = read_best(root)
+    except ValueError as error:
+        log.warning("%s", error)
+        return None
+    if best is not None and not (root / name_of(best.step)).is_dir():
+        log.warning("%s names step %d, of which there is no checkpoint", root / BEST, best.step)
+        return None
+    return best
+
+
 def is_of_run(path: Path) -> bool:
     """Whether a folder is in the `checkpoints/` of a run."""
     return path.parent.name == folder_of("").name
@@ -102,7 +117,7 @@ def check_owner(path: Path) -> None:
     Raises:
         CheckpointError: somebody else but root owns a file.
     """
-    for one in [path.parent, path.parent / POINTER, path, *sorted(path.rglob("*"))]:
+    for one in [path.parent, path.parent / POINTER, path.parent / BEST, path, *sorted(path.rglob("*"))]:
         if not one.exists():
             continue
         found = one.stat()
@@ -143,15 +158,16 @@ def move_pointer(root: Path, name: str) -> None:
 
 
 def prune(newest: Path, keep: int) -> None:
-    """Remove what is older than the newest `keep` folders that look whole.
+    """Remove what is older than the newest `keep` folders that look whole, but for the best one.
 
     Later steps are of a run that was set back by hand: they must not crowd out the folder just written.
     """
-    folders = step_folders(newest.parent)
+    folders, best = step_folders(newest.parent), best_of(newest.parent)
     whole = 0
     for path in folders[folders.index(newest) :]:
         if whole >= keep:
-            _remove(path, step_of(newest))
+            if best is None or step_of(path) != best.step:
+                _remove(path, step_of(newest))
         elif looks_whole(path):
             whole += 1
 

@@ -23,6 +23,7 @@ from safetensors import SafetensorError, safe_open
 from nvembed_mcore import paths
 from nvembed_mcore.checkpoint.names import BACKBONE
 from nvembed_mcore.checkpoint.safetensors_stream import INDEX_FILE, SINGLE_FILE, SUMS_FILE
+from nvembed_mcore.progress import show_each
 
 PICKLED = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
@@ -250,7 +251,7 @@ def check_sums(path: Path, files: Iterable[str]) -> int:
         digest, _, name = line.partition("  ")
         recorded[name] = digest
     checked = [name for name in files if name in recorded]
-    for name in checked:
+    for name in show_each(checked, f"verify {path.name}", "files"):
         with open(path / name, "rb") as file:
             found = _sha256(file)
         if found != recorded[name]:

@@ -17,6 +17,7 @@ from nvembed_mcore.checkpoint.hf_folder import HfFolder, check_sums
 from nvembed_mcore.checkpoint.names import HEAD, LORA_A, LORA_B, Entry, copy_shard
 from nvembed_mcore.config import PoolingConfig
 from nvembed_mcore.parallel.groups import every_rank_does
+from nvembed_mcore.progress import show_each
 
 
 class RandomWeights:
@@ -89,7 +90,7 @@ def load_weights(
     entries = list(entries)
     has = {entry.part for entry in entries if any(source.has(name) for name in entry.hf)}
     missing = set()
-    for entry in entries:
+    for entry in show_each(entries, "load weights", "tensors"):
         if entry.part not in has and entry.part in source.may_lack:
             missing.add(entry.name)
             continue

@@ -7,7 +7,8 @@ where they are with it. Here a parameter is put together on the rank that has it
 rank holds little more than its own share; and a rank reads the parameters of which it has a piece.
 
 What is stored depends neither on the layout nor on whether the optimizer is sharded: for each parameter `param` (the
-optimizer's own float32 copy), `exp_avg` and `exp_avg_sq`, and the settings and steps of the parameter groups.
+optimizer's own float32 copy), `exp_avg` and `exp_avg_sq`, of a run with `optim.ema_decay` its `average` (ema.py), and
+the settings and steps of the parameter groups.
 """
 
 from __future__ import annotations
@@ -27,8 +28,9 @@ from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from megatron.core.optimizer.optimizer import param_group_identifier_keys
 from torch import Tensor
 
-_MOMENTS = ("exp_avg", "exp_avg_sq")
-_KEYS = ("param", *_MOMENTS)
+AVERAGE = "average"
+"""What torch's optimizer has of a parameter besides its moments, in a run that averages its weights."""
+_KEYS = ("param", "exp_avg", "exp_avg_sq")
 
 
 @dataclass(frozen=True)
@@ -41,7 +43,7 @@ class Piece:
 
 
 @dataclass(frozen=True)
-class _Trained:
+class Trained:
     """A parameter of the model and who updates it.
 
     Attributes:
@@ -60,20 +62,24 @@ class _Trained:
     group: dist.ProcessGroup | None = None
 
 
-def sharded_state(optimizer: MegatronOptimizer, weights: dict, *, is_loading: bool) -> dict[str, Any]:
+def sharded_state(
+    optimizer: MegatronOptimizer, weights: dict, *, is_loading: bool, has_average: bool = False
+) -> dict[str, Any]:
     """What a checkpoint keeps of an optimizer, as `dist_checkpointing` takes it; every rank calls this.
 
     Args:
         weights: the model's sharded state, which says where each parameter stands.
         is_loading: whether it is to be filled from a checkpoint.
+        has_average: whether that checkpoint has averaged weights.
     """
     places = places_of(weights)
     tensors = {}
-    for one in _trained(optimizer):
+    for one in trained(optimizer):
         place = places[id(one.parameter)]
-        values = _to_fill(one) if is_loading else _whole(one, place)
+        keys = (*_KEYS, AVERAGE) if AVERAGE in one.state or has_average else _KEYS
+        values = _to_fill(one, len(keys)) if is_loading else _whole(one, place, keys)
         if values is not None:
-            tensors[place.key] = {key: _at(place, one, key, value) for key, value in zip(_KEYS, values, strict=True)}
+            tensors[place.key] = {key: _at(place, one, key, value) for key, value in zip(keys, values, strict=True)}
     # TransformerEngine's Adam does not count in groups of which this rank has no parameter.
     step = max(group.get("step", 0) for group in optimizer.param_groups)
     groups = [{key: value for key, value in group.items() if key != "params"} for group in optimizer.param_groups]
@@ -86,12 +92,12 @@ def sharded_state(optimizer: MegatronOptimizer, weights: dict, *, is_loading: bo
 def load(optimizer: MegatronOptimizer, weights: dict, state: dict[str, Any]) -> None:
     """Fill an optimizer with what `dist_checkpointing` loaded for `sharded_state`."""
     places = places_of(weights)
-    for one in (one for one in _trained(optimizer) if one.own is not None):
-        for key in _MOMENTS:
-            one.state[key] = torch.empty_like(one.main, requires_grad=False)
-        loaded = state["tensors"][places[id(one.parameter)].key]
-        for key, value in zip(_KEYS, (one.main, *(one.state[key] for key in _MOMENTS)), strict=True):
-            value.copy_(loaded[key].flatten()[one.own.begin : one.own.end].view_as(value))
+    for one in (one for one in trained(optimizer) if one.own is not None):
+        for key, whole in state["tensors"][places[id(one.parameter)].key].items():
+            if key != "param":
+                one.state[key] = torch.empty_like(one.main, requires_grad=False)
+            value = one.main if key == "param" else one.state[key]
+            value.copy_(whole.flatten()[one.own.begin : one.own.end].view_as(value))
     saved = {_identity(group): group for group in state["groups"]}
     for group in optimizer.param_groups:
         group.update(saved[_identity(group)])
@@ -106,48 +112,53 @@ def places_of(weights: dict) -> dict[int, ShardedTensor | ShardedTensorFactory]:
     return {id(one.data): one for one in nested_values(tensors)}
 
 
+def stored_name(key: str, name: str) -> str:
+    """The name in a checkpoint of what the optimizer has of a parameter; `name`: that of the parameter there."""
+    return f"optimizer.state.{key}.{name}"
+
+
 def _at(
-    place: ShardedTensor | ShardedTensorFactory, one: _Trained, key: str, value: Tensor
+    place: ShardedTensor | ShardedTensorFactory, one: Trained, key: str, value: Tensor
 ) -> ShardedTensor | ShardedTensorFactory:
     """One of the optimizer's tensors, where its parameter stands."""
     copy = place.replica_id[2] if one.group is None else one.pieces.index(one.own)
-    changes = {"key": f"optimizer.state.{key}.{place.key}", "replica_id": (*place.replica_id[:2], copy)}
+    changes = {"key": stored_name(key, place.key), "replica_id": (*place.replica_id[:2], copy)}
     if isinstance(place, ShardedTensor):
         changes["dtype"] = value.dtype
     return replace(place, data=value, **changes)
 
 
-def _to_fill(one: _Trained) -> Tensor | None:
-    """Room for a parameter of which this rank has a piece: float32 [3, *shape], in the host's memory."""
-    return None if one.own is None else torch.empty((len(_KEYS), *one.parameter.shape))
+def _to_fill(one: Trained, number: int) -> Tensor | None:
+    """Room for a parameter of which this rank has a piece: float32 [number, *shape], in the host's memory."""
+    return None if one.own is None else torch.empty((number, *one.parameter.shape))
 
 
-def _whole(one: _Trained, place: ShardedTensor | ShardedTensorFactory) -> Tensor | None:
-    """A parameter put together on the rank that has its first piece: float32 [3, *shape], in the host's memory.
+def _whole(one: Trained, place: ShardedTensor | ShardedTensorFactory, keys: tuple[str, ...]) -> Tensor | None:
+    """A parameter put together on the rank that has its first piece: float32 [keys, *shape], in the host's memory.
 
     None on other ranks, and where another tensor or data-parallel rank has the same.
     """
     if one.own is None or any(place.replica_id[: 3 if one.group is None else 2]):
         return None
-    values = [one.main, *(one.state[key] for key in _MOMENTS)]
+    values = [one.main if key == "param" else one.state[key] for key in keys]
     parts = [torch.stack([value.detach().flatten().cpu() for value in values])]
     first, *others = one.pieces
     if one.own != first:
         dist.send(parts[0], group=one.group, group_dst=first.rank)
         return None
     for other in others:
-        parts.append(torch.empty(len(_KEYS), other.end - other.begin))
+        parts.append(torch.empty(len(keys), other.end - other.begin))
         dist.recv(parts[-1], group=one.group, group_src=other.rank)
-    return torch.cat(parts, dim=1).view(len(_KEYS), *one.parameter.shape)
+    return torch.cat(parts, dim=1).view(len(keys), *one.parameter.shape)
 
 
-def _trained(optimizer: MegatronOptimizer) -> Iterator[_Trained]:
+def trained(optimizer: MegatronOptimizer) -> Iterator[Trained]:
     """Every parameter of this stage that trains, in the same order on all data-parallel ranks."""
     for one in getattr(optimizer, "chained_optimizers", [optimizer]):
         yield from _of_sharded(one) if isinstance(one, DistributedOptimizer) else _of_whole(one)
 
 
-def _of_sharded(optimizer: DistributedOptimizer) -> Iterator[_Trained]:
+def _of_sharded(optimizer: DistributedOptimizer) -> Iterator[Trained]:
     group = optimizer.data_parallel_group_gloo
     for buffer in optimizer.buffers:
         for parameter, (begin, end, _) in buffer.param_index_map.items():
@@ -159,7 +170,7 @@ def _of_sharded(optimizer: DistributedOptimizer) -> Iterator[_Trained]:
                 main = optimizer.optimizer.param_groups[place]["params"][number]
                 state = optimizer.optimizer.state[main]
                 assert main.numel() == own.end - own.begin, (main.shape, own)
-            yield _Trained(parameter, pieces, own, main, state, group)
+            yield Trained(parameter, pieces, own, main, state, group)
 
 
 def pieces_of(bucket: Any, begin: int, end: int, num_ranks: int) -> list[Piece]:
@@ -173,11 +184,11 @@ def pieces_of(bucket: Any, begin: int, end: int, num_ranks: int) -> list[Piece]:
     return found
 
 
-def _of_whole(optimizer: MegatronOptimizer) -> Iterator[_Trained]:
+def _of_whole(optimizer: MegatronOptimizer) -> Iterator[Trained]:
     # With bfloat16 weights the optimizer updates float32 copies.
     models = chain.from_iterable(getattr(optimizer, "float16_groups", []))
     mains = chain.from_iterable(getattr(optimizer, "fp32_from_float16_groups", []))
     parameter_of = {id(main): model for model, main in zip(models, mains, strict=True)}
     for main in chain.from_iterable(group["params"] for group in optimizer.param_groups):
         whole = Piece(0, 0, main.numel())
-        yield _Trained(parameter_of.get(id(main), main), [whole], whole, main, optimizer.optimizer.state[main])
+        yield Trained(parameter_of.get(id(main), main), [whole], whole, main, optimizer.optimizer.state[main])

@@ -32,6 +32,7 @@ from torch.distributed.checkpoint.planner import ReadItem
 
 from nvembed_mcore.checkpoint.manifest import CheckpointError
 from nvembed_mcore.parallel.groups import every_rank_does
+from nvembed_mcore.progress import Progress, progress
 
 METADATA = ".metadata"
 _EXTRA = "_extra_state"
@@ -107,14 +108,24 @@ class StateReader(FileSystemReader):
         return tensor
 
     def _read(self, planner: MCoreLoadPlanner, what: str) -> None:
+        plan = planner.create_local_plan()
         try:
-            self.read_data(planner.create_local_plan(), planner).wait()
+            with progress(f"read {self.path}", len(plan.items), "pieces") as planner.shown:
+                self.read_data(plan, planner).wait()
         except Exception as error:  # what a damaged file makes of unpickling may be anything
             raise CheckpointError(f"cannot read {what} of {self.path}: {error}") from error
 
 
 class _Planner(MCoreLoadPlanner):
-    """Megatron's, which would unpickle objects without limits."""
+    """Megatron's, which would unpickle objects without limits; it shows how far it is."""
+
+    shown: Progress
+    done = 0
+
+    def commit_tensor(self, read_item: ReadItem, tensor: torch.Tensor) -> None:
+        super().commit_tensor(read_item, tensor)
+        self.done += 1
+        self.shown.update(self.done)
 
     def load_bytes(self, read_item: ReadItem, value: io.BytesIO) -> None:
         self.state_dict[read_item.dest_index.fqn] = torch.load(value, map_location="cpu", weights_only=True)

@@ -15,6 +15,7 @@ from pathlib import Path
 import torch
 
 from nvembed_mcore.checkpoint.names import Entry, to_hf
+from nvembed_mcore.progress import Progress, progress
 
 DTYPE_NAMES = {
     torch.float32: "F32",
@@ -48,7 +49,8 @@ def write_weights(
     for number, shard in enumerate(shards, start=1):
         file = SINGLE_FILE if len(shards) == 1 else f"model-{number:05d}-of-{len(shards):05d}.safetensors"
         shapes = {name: shape for entry in shard for name, shape in entry.hf.items()}
-        digest = write_safetensors(directory / file, shapes, dtype, _tensors(read_global, shard))
+        with progress(f"write {file}", len(shard), "tensors") as shown:
+            digest = write_safetensors(directory / file, shapes, dtype, _tensors(read_global, shard, shown))
         weight_map |= dict.fromkeys(shapes, file)
         parameters += sum(torch.Size(shape).numel() for shape in shapes.values())
         sums += f"{digest}  {file}\n"
@@ -144,9 +146,12 @@ def _plan_shards(entries: list[Entry], dtype: torch.dtype, max_shard_bytes: int)
     return shards
 
 
-def _tensors(read_global: Callable[[str], torch.Tensor], entries: list[Entry]) -> Iterator[tuple[str, torch.Tensor]]:
+def _tensors(
+    read_global: Callable[[str], torch.Tensor], entries: list[Entry], shown: Progress
+) -> Iterator[tuple[str, torch.Tensor]]:
     """Hugging Face tensors of parameters; a parameter is let go before the next one is read."""
-    for entry in entries:
+    for done, entry in enumerate(entries):
+        shown.update(done)
         parts = to_hf(entry, read_global(entry.name).detach())
         while parts:
             name = next(iter(parts))

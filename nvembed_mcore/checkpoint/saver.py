@@ -24,6 +24,7 @@ from megatron.core.distributed import DistributedDataParallel
 from megatron.core.optimizer import MegatronOptimizer
 
 from nvembed_mcore.checkpoint import folders
+from nvembed_mcore.checkpoint.best import Best, write_best
 from nvembed_mcore.checkpoint.store import sharded_state
 from nvembed_mcore.checkpoint.writing import Writing, check_space, check_writable
 from nvembed_mcore.config import CheckpointConfig
@@ -33,8 +34,10 @@ from nvembed_mcore.parallel.param_gather import finish_param_gather
 
 log = logging.getLogger(__name__)
 
-BYTES_OF_OPTIMIZER = 12
-"""A trained parameter's float32 copy and two moments."""
+
+def bytes_of_optimizer(averages: bool) -> int:
+    """What a trained parameter has of the optimizer: a float32 copy, two moments, and perhaps an average."""
+    return 16 if averages else 12
 
 
 @dataclass
@@ -46,6 +49,7 @@ class _Pending:
     common: bytes
     facts: bytes
     thread: threading.Thread | None
+    best: Best | None
 
 
 class Saver:
@@ -58,11 +62,19 @@ class Saver:
 
     Attributes:
         published: step of the newest checkpoint that this saver completed; None before the first.
+        best: what `checkpoints/best` says; None where it says nothing.
     """
 
-    def __init__(self, config: CheckpointConfig, run_dir: str | Path, groups: Groups) -> None:
-        self.config, self.root = config, folders.folder_of(run_dir)
+    def __init__(
+        self, config: CheckpointConfig, run_dir: str | Path, groups: Groups, *, averages: bool = False
+    ) -> None:
+        """
+        Args:
+            averages: whether the weights are averaged.
+        """
+        self.config, self.root, self._averages = config, folders.folder_of(run_dir), averages
         self.published: int | None = None
+        self.best: Best | None = None
         self._groups, self._group = groups, patient_group()
         self._pending: _Pending | None = None
 
@@ -80,7 +92,7 @@ class Saver:
         if self.config.every_steps == 0:
             return
         mine = [p for chunk in chunks for p in chunk.module.parameters()] if self._groups.dp_cp.rank() == 0 else []
-        bytes = sum(p.numel() * (p.itemsize + BYTES_OF_OPTIMIZER * p.requires_grad) for p in mine)
+        bytes = sum(p.numel() * (p.itemsize + bytes_of_optimizer(self._averages) * p.requires_grad) for p in mine)
         total = torch.tensor(bytes)
         dist.all_reduce(total, group=self._group)
 
@@ -94,6 +106,7 @@ class Saver:
 
         first_rank_does(check, self._group)
         every_rank_does(lambda: check_writable(self.root), self._group)
+        self.best = first_rank_does(lambda: folders.best_of(self.root), self._group)
 
     def save(
         self,
@@ -101,12 +114,14 @@ class Saver:
         chunks: list[DistributedDataParallel],
         optimizer: MegatronOptimizer,
         facts: dict[str, Any],
+        best: Best | None = None,
     ) -> None:
         """Store weights and optimizer as they are now. A save that is still pending is finished first.
 
         Args:
             step: optimizer steps done.
             facts: JSON values for `run.json`; `step` is added.
+            best: the evaluation of this step, which is the best so far.
 
         Raises:
             StorageError: this checkpoint, or the pending one, cannot be written.
@@ -115,11 +130,33 @@ class Saver:
         first_rank_does(lambda: folders.clear_leftovers(self.root), self._group)
         finish_param_gather(chunks)
         self._pending = self._stage(step, chunks, optimizer, facts)
+        self._pending.best = best
         if self._pending.thread:
             self._pending.thread.start()
         else:
             self._pending.writing.write()
             self.wait()
+
+    def beats(self, best: Best) -> bool:
+        """Whether an evaluation is better than all of those whose checkpoint is saved or being saved."""
+        pending = self._pending.best if self._pending else None
+        return first_rank_does(lambda: best.beats(pending or self.best), self._group)
+
+    def keep_best(self, best: Best) -> None:
+        """Name the newest checkpoint, saved or being saved, the best so far.
+
+        Raises:
+            StorageError: as `poll`.
+        """
+        self.wait()
+        newest = self.root / folders.name_of(best.step)
+
+        def name() -> None:
+            write_best(self.root, best)
+            folders.prune(newest, self.config.keep)
+
+        first_rank_does(name, self._group)
+        self.best = best
 
     def poll(self) -> None:
         """Publish what an asynchronous save has written by now; costs nothing when none is pending.
@@ -147,7 +184,7 @@ class Saver:
         if pending.thread:
             pending.thread.join()
         pending.writing.finish(pending.common, pending.facts, lambda: self._publish(pending))
-        self.published = pending.step
+        self.published, self.best = pending.step, pending.best or self.best
 
     def _stage(
         self, step: int, chunks: list[DistributedDataParallel], optimizer: MegatronOptimizer, facts: dict[str, Any]
@@ -175,11 +212,14 @@ class Saver:
             serialized.getvalue(),
             json.dumps({"step": step, **facts}, indent=1, sort_keys=True).encode(),
             threading.Thread(target=writing.write, name="checkpoint", daemon=True) if self.config.async_save else None,
+            None,
         )
 
     def _publish(self, pending: _Pending) -> None:
         final = self.root / folders.name_of(pending.step)
         folders.publish(pending.writing.aside, final)
+        if pending.best:
+            write_best(self.root, pending.best)
         point("before_pointer", pending.step)
         folders.move_pointer(self.root, final.name)
         point("after_pointer", pending.step)

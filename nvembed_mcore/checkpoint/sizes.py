@@ -15,35 +15,36 @@ from megatron.core.distributed import DistributedDataParallel
 
 from nvembed_mcore.checkpoint import fp8_state
 from nvembed_mcore.checkpoint.optimizer_state import Piece, pieces_of, places_of
-from nvembed_mcore.checkpoint.saver import BYTES_OF_OPTIMIZER
+from nvembed_mcore.checkpoint.saver import bytes_of_optimizer
 from nvembed_mcore.checkpoint.store import weights_of_chunks
 from nvembed_mcore.parallel.groups import Groups
 
-_MOMENTS, _COPY = 8, 4
+_MOMENTS, _COPY, _AVERAGE = 8, 4, 4
 """Bytes of a number."""
 
 
-def optimizer_bytes(chunks: list[DistributedDataParallel], groups: Groups) -> int:
-    """Bytes that this rank's optimizer holds after its first step: two moments, and of other weights than float32 a
-    copy in float32.
+def optimizer_bytes(chunks: list[DistributedDataParallel], groups: Groups, *, averages: bool) -> int:
+    """Bytes that this rank's optimizer holds after its first step: two moments, of other weights than float32 a copy
+    in float32, and with `averages` an average.
     """
     place = groups.members()["dp_cp"].index(groups.rank)
+    both = _MOMENTS + (_AVERAGE if averages else 0)
     return sum(
-        (_MOMENTS + (0 if parameter.dtype == torch.float32 else _COPY)) * (piece.end - piece.begin)
+        (both + (0 if parameter.dtype == torch.float32 else _COPY)) * (piece.end - piece.begin)
         for parameter, pieces in _trained(chunks, groups)
         for piece in pieces
         if piece.rank == place
     )
 
 
-def written_by_ranks(chunks: list[DistributedDataParallel], groups: Groups) -> dict[int, int]:
+def written_by_ranks(chunks: list[DistributedDataParallel], groups: Groups, *, averages: bool) -> dict[int, int]:
     """Bytes of the tensors that this rank and those with the same parameters write to a checkpoint, by rank."""
     ranks = groups.members()["dp_cp"]
     written = dict.fromkeys(ranks, 0)
     places = places_of(weights_of_chunks(chunks))
     for parameter, pieces in _trained(chunks, groups):
         if not any(places[id(parameter)].replica_id[:2]):
-            written[ranks[pieces[0].rank]] += BYTES_OF_OPTIMIZER * parameter.numel()
+            written[ranks[pieces[0].rank]] += bytes_of_optimizer(averages) * parameter.numel()
     # All have the rest. As Megatron's `distribute_shards_to_ranks`, which takes the square of the number of ranks: the
     # largest first to the rank that writes least.
     loads = [(bytes, place) for place, bytes in enumerate(written.values())]

@@ -4,6 +4,7 @@
                                   run.json       step, configuration, architecture, fingerprints
                                   manifest.json  sizes and hashes of all of these files; makes the folder a checkpoint
     RUN/checkpoints/latest                       name of the newest complete folder; written last
+    RUN/checkpoints/best                         the one of the best evaluation, if the run is evaluated
 
 Random states are not stored: they follow from seed and step (docs/design.md). `saver` writes, this file reads: a
 folder's content is compared with its hashes before any of it is used.
@@ -26,6 +27,8 @@ from megatron.core.optimizer import MegatronOptimizer
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from nvembed_mcore.checkpoint import folders, fp8_state, optimizer_state
+from nvembed_mcore.checkpoint.averages import Weights, averaged, has_averages, name_of_average, takes_averages
+from nvembed_mcore.checkpoint.best import BEST
 from nvembed_mcore.checkpoint.manifest import MANIFEST, CheckpointError, faults, read_manifest
 from nvembed_mcore.checkpoint.names import Entry, name_table
 from nvembed_mcore.checkpoint.reader import StateReader, load_state
@@ -56,7 +59,8 @@ class Checkpoint:
 
 
 def find_checkpoint(path: str | Path) -> Checkpoint | None:
-    """The checkpoint that `path` means: itself, or the newest one of a run folder; None when there is none.
+    """The checkpoint that `path` means: itself, the newest one of a run folder, or that of the best evaluation, where
+    `path` is `RUN/checkpoints/best`; None when there is none.
 
     The content of its tensors' files is not read here but by what loads them.
 
@@ -64,6 +68,9 @@ def find_checkpoint(path: str | Path) -> Checkpoint | None:
         CheckpointError: that checkpoint is damaged; the message says what is wrong and names an older one to use.
     """
     path = Path(path)
+    if path.name == BEST and folders.is_of_run(path):
+        best = folders.best_of(path.parent)
+        return best and read_checkpoint(path.parent / folders.name_of(best.step))
     if (path / MANIFEST).is_file() or (path / "state").is_dir():
         return read_checkpoint(path)
     found = folders.candidates(folders.folder_of(path))
@@ -226,7 +233,8 @@ def load_checkpoint(
     Raises:
         CheckpointError: it has not the tensors that are needed, or others besides.
     """
-    state = load_state(checkpoint.path, sharded_state(chunks, optimizer, is_loading=True))
+    asked = sharded_state(chunks, optimizer, is_loading=True, has_average=has_averages(checkpoint))
+    state = load_state(checkpoint.path, asked)
     for number, chunk in enumerate(chunks):
         missing = chunk.module.load_state_dict(state["model"][str(number)], strict=False).missing_keys
         assert not _tensors(dict.fromkeys(missing)), missing
@@ -237,8 +245,8 @@ def load_checkpoint(
 def load_weights(checkpoint: Checkpoint, encoders: list[torch.nn.Module], but: Collection[str] = ()) -> None:
     """Fill encoders' weights only, as the next stage of a recipe does; every rank calls this.
 
-    A learned temperature goes on where the stage before learned one, and otherwise starts anew. Numbers are converted
-    to the encoders' data type.
+    They are the averaged ones where the run has them. A learned temperature goes on where the stage before learned
+    one, and otherwise starts anew. Numbers are converted to the encoders' data type.
 
     Args:
         but: global names of parameters that the checkpoint has not; they are left alone.
@@ -254,6 +262,10 @@ def load_weights(checkpoint: Checkpoint, encoders: list[torch.nn.Module], but: C
         str(number): {name: value for name, value in weights_of(encoder).items() if name not in left[number]}
         for number, encoder in enumerate(encoders)
     }
+    if has_averages(checkpoint):
+        stored = stored_tensors(checkpoint)
+        for state in sharded.values():
+            state |= {name: averaged(value, stored) for name, value in state.items()}
     loaded = load_state(checkpoint.path, sharded, is_partial=True)
     for number, encoder in enumerate(encoders):
         missing = _tensors(dict.fromkeys(encoder.load_state_dict(loaded[str(number)], strict=False).missing_keys))
@@ -282,14 +294,18 @@ def fingerprint(checkpoint: Checkpoint) -> str:
     return hashlib.sha256((checkpoint.path / MANIFEST).read_bytes()).hexdigest()
 
 
-def open_weights(checkpoint: Checkpoint) -> Callable[[str], torch.Tensor]:
+def open_weights(checkpoint: Checkpoint, weights: Weights | None = None) -> Callable[[str], torch.Tensor]:
     """A function that reads one global tensor by name, for one process and without building the model.
 
+    Args:
+        weights: `ema`: averaged weights; `last`: those of the last step; None: averaged ones where there are some.
+
     Raises:
-        CheckpointError: the checkpoint is damaged, or a tensor has another shape than `run.json` says; and, by the
-            function, there is no such tensor.
+        CheckpointError: the checkpoint is damaged, it has no averages that are asked for, or a tensor has another
+            shape than `run.json` says; and, by the function, there is no such tensor.
     """
     _check_alone(checkpoint.path)
+    are_averaged = takes_averages(checkpoint, weights)
     reader = StateReader(checkpoint.path / "state")
     stored = reader.metadata.state_dict_metadata
     for entry in _table(checkpoint):
@@ -302,6 +318,7 @@ def open_weights(checkpoint: Checkpoint) -> Callable[[str], torch.Tensor]:
 
     def read(name: str) -> torch.Tensor:
         name = stored_name(name)
+        name = name_of_average(name, stored) if are_averaged else name
         if not isinstance(stored.get(name), TensorStorageMetadata):
             raise CheckpointError(f"{checkpoint.path} has no tensor {name!r}")
         return reader.read_tensor(name)
@@ -347,13 +364,17 @@ def weights_of(encoder: torch.nn.Module) -> dict[str, Any]:
 
 
 def sharded_state(
-    chunks: list[DistributedDataParallel], optimizer: MegatronOptimizer, *, is_loading: bool
+    chunks: list[DistributedDataParallel],
+    optimizer: MegatronOptimizer,
+    *,
+    is_loading: bool,
+    has_average: bool = False,
 ) -> dict[str, Any]:
-    """Weights, optimizer and histories of delayed FP8 scaling, likewise."""
+    """Weights, optimizer and histories of delayed FP8 scaling, likewise; arguments as in `optimizer_state`."""
     weights = weights_of_chunks(chunks)
     return {
         "model": weights,
-        "optimizer": optimizer_state.sharded_state(optimizer, weights, is_loading=is_loading),
+        "optimizer": optimizer_state.sharded_state(optimizer, weights, is_loading=is_loading, has_average=has_average),
         "fp8": {str(number): fp8_state.sharded_state(chunk) for number, chunk in enumerate(chunks)},
     }
 

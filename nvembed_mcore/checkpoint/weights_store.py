@@ -7,6 +7,7 @@ encoder's own state has, so it loads into any layout.
 from __future__ import annotations
 
 import io
+import itertools
 import json
 import os
 from collections.abc import Callable, Mapping
@@ -24,6 +25,7 @@ from nvembed_mcore.checkpoint.folders import publish
 from nvembed_mcore.checkpoint.store import stored_name
 from nvembed_mcore.checkpoint.writing import Writing
 from nvembed_mcore.parallel.groups import first_rank_does, patient_group
+from nvembed_mcore.progress import progress
 
 Shapes = Mapping[str, tuple[tuple[int, ...], torch.dtype]]
 """Shape and dtype of parameters, by the encoder's names."""
@@ -55,9 +57,17 @@ def save_weights(
     try:
         first_rank_does(lambda: check_new(output), group)
         mine = {stored_name(name): name for name in _share(tensors, dist.get_rank(), dist.get_world_size())}
-        planner = _Planner({stored: tensors[name] for stored, name in mine.items()}, lambda stored: make(mine[stored]))
-        writing = Writing(output.with_name(f".{output.name}.partial"), facts["step"], planner, group)
-        writing.write()
+        with progress("write weights", len(mine), "tensors") as shown:
+            done = itertools.count(1)
+
+            def make_next(stored: str) -> torch.Tensor:
+                tensor = make(mine[stored])
+                shown.update(next(done))
+                return tensor
+
+            planner = _Planner({stored: tensors[name] for stored, name in mine.items()}, make_next)
+            writing = Writing(output.with_name(f".{output.name}.partial"), facts["step"], planner, group)
+            writing.write()
         content = io.BytesIO()
         torch.save({}, content)
         described = json.dumps(facts, indent=1, sort_keys=True).encode()

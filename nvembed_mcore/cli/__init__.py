@@ -5,23 +5,21 @@ A module here is one family of subcommands; its `add(commands)` declares them.
 
 from __future__ import annotations
 
-import argparse
 import faulthandler
 import logging
 import os
 import sys
 import threading
-import traceback
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
-from nvembed_mcore import __version__, redact
-from nvembed_mcore.cli import data, encode, mine, status, use, weights
-from nvembed_mcore.cli.doctor import doctor
-from nvembed_mcore.cli.plan import plan
-from nvembed_mcore.cli.preflight import preflight
+from nvembed_mcore import __version__
+from nvembed_mcore.cli import completion, data, doctor, encode, mine, plan, preflight, status, use, weights
+from nvembed_mcore.cli.errors import guarded
+from nvembed_mcore.cli.parser import FLAGS, Parser, take_flags
 from nvembed_mcore.cli.train import train
-from nvembed_mcore.exits import Exit, exit_of
+from nvembed_mcore.progress import is_quiet
 from nvembed_mcore.stop import StopRequests
 
 log = logging.getLogger(__name__)
@@ -33,19 +31,18 @@ LEAVING_SECONDS = 30.0
 def main(arguments: list[str] | None = None) -> int:
     """Run one subcommand; returns the exit status: one of `exits.Exit`, or what its help says."""
     is_program = arguments is None
-    arguments = sys.argv[1:] if is_program else arguments
     os.umask(os.umask(0o077) | 0o027)  # others on a shared file system must not plant what is read back
-    if arguments[:1] == ["train"]:
-        return _train(arguments[1:], is_program)
-    _quiet_libraries()
-    if arguments[:1] == ["preflight"]:
-        return _guarded(lambda: preflight(arguments[1:]))
-    if arguments[:1] == ["doctor"]:
-        return _guarded(lambda: doctor(arguments[1:]))
-    if arguments[:1] == ["plan"]:
-        return _guarded(lambda: plan(arguments[1:]))
-    parsed = _parser().parse_args(arguments)
-    return _guarded(lambda: parsed.run(parsed))
+    flags, arguments = take_flags(sys.argv[1:] if is_program else arguments)
+    with _as_asked(flags):
+        if arguments[:1] == ["train"]:
+            return _train(arguments[1:], is_program)
+        _quiet_libraries()
+        return _guarded(lambda: _run(arguments))
+
+
+def _run(arguments: list[str]) -> int | None:
+    parsed, fields = parser().parse_known_args(arguments)
+    return parsed.run(parsed, fields) if fields else parsed.run(parsed)
 
 
 def _train(arguments: list[str], is_program: bool) -> int:
@@ -58,45 +55,48 @@ def _train(arguments: list[str], is_program: bool) -> int:
     return status
 
 
+@contextmanager
+def _as_asked(flags: list[str]) -> Iterator[None]:
+    """Flags as variables of the environment, which processes that are started here see too."""
+    before = {FLAGS[flag]: os.environ.get(FLAGS[flag]) for flag in flags}
+    os.environ.update(dict.fromkeys(before, "1"))
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            os.environ.pop(name) if value is None else os.environ.update({name: value})
+
+
 def _quiet_libraries() -> None:
     """Deprecations between torch, Megatron-Core and transformers are ours to read in the test suite, not a user's."""
     warnings.filterwarnings("ignore", category=FutureWarning)
     warnings.filterwarnings("ignore", category=UserWarning, module=r"(megatron|torch|transformers)\.")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
+    if is_quiet() or not sys.stderr.isatty():
+        os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")  # of downloads and of loading, in a file
 
 
 def _guarded(work: Callable[[], int | None], if_interrupted: str = "") -> int:
-    """The status that `work` returns, or that its error means; what somebody foresaw becomes one message on rank 0."""
-    try:
-        status = work() or Exit.DONE
-    except KeyboardInterrupt:
-        if _is_first():
-            print(f"nvembed: interrupted{if_interrupted}", file=sys.stderr)
-        status = Exit.INTERRUPTED
-    except Exception as error:
-        status = exit_of(error)
-        _tell(error, status)
+    with _without_warnings():
+        status = guarded(work, if_interrupted)
     _leave_groups(status)
     return status
 
 
-def _is_first() -> bool:
-    return os.environ.get("RANK", "0") == "0"
-
-
-def _tell(error: Exception, status: int) -> None:
-    """Say on stderr what ended the run: rank 0 what was foreseen, or who failed first; a rank that crashed its trace.
-
-    What ends another rank stands in that rank's log.
-    """
-    first = getattr(error, "follows", None)
-    if first is None and status == Exit.CRASHED:
-        trace = traceback.format_exception(type(error), error, error.__traceback__)
-        sys.stderr.write(redact.text("".join(trace)))
-    elif _is_first():
-        message = redact.text(str(first or error))
-        print(f"nvembed: {'' if status == Exit.PREEMPTED else 'error: '}{message}", file=sys.stderr)
-    sys.stderr.flush()
+@contextmanager
+def _without_warnings() -> Iterator[None]:
+    """With --quiet: no warnings either, of Python or of a logger that has no handler."""
+    if not is_quiet():
+        yield
+        return
+    nowhere, package = logging.NullHandler(), logging.getLogger("nvembed_mcore")
+    package.addHandler(nowhere)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        package.removeHandler(nowhere)
 
 
 def _leave_groups(status: int) -> None:
@@ -126,18 +126,20 @@ def end_now(status: int) -> None:
     os._exit(status)
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="nvembed", description="Text embedding models on Megatron-Core.")
-    parser.add_argument("--version", action="version", version=__version__)
-    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+def parser() -> Parser:
+    """The whole command line but the fields of a configuration, which jsonargparse knows."""
+    whole = Parser(prog="nvembed", description="Text embedding models on Megatron-Core.")
+    whole.add_argument("--version", action="version", version=__version__)
+    commands = whole.add_subparsers(required=True, metavar="COMMAND")
     commands.add_parser("train", help="train one stage: nvembed train CONFIG.yaml [--field value ...]", add_help=False)
     status.add(commands)
-    commands.add_parser("preflight", help="check the surroundings of `train` before a job", add_help=False)
-    commands.add_parser("plan", help="say which layouts of a cluster fit, and what a run costs", add_help=False)
-    commands.add_parser("doctor", help="say what a run is computed with on this machine, and why", add_help=False)
+    preflight.add(commands)
+    plan.add(commands)
+    doctor.add(commands)
     weights.add(commands)
     use.add(commands)
     encode.add(commands)
     mine.add(commands)
     data.add(commands)
-    return parser
+    completion.add(commands)
+    return whole

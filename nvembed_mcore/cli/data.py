@@ -3,8 +3,18 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 
-from nvembed_mcore.cli import data_check, data_convert, data_decontaminate, data_plan, data_prompts
+from nvembed_mcore.cli import (
+    data_check,
+    data_convert,
+    data_decontaminate,
+    data_plan,
+    data_prompts,
+    data_score,
+    data_split,
+)
+from nvembed_mcore.cli.results import add_json, give, print_tables
 
 
 def add(commands: argparse._SubParsersAction) -> None:
@@ -12,6 +22,7 @@ def add(commands: argparse._SubParsersAction) -> None:
     kinds = command.add_subparsers(required=True, metavar="KIND")
     tokenizer = kinds.add_parser("tokenizer", help="write Mistral's tokenizer as a Hugging Face folder")
     tokenizer.add_argument("output")
+    add_json(tokenizer, "its folder")
     tokenizer.set_defaults(run=_data_tokenizer)
     docs = kinds.add_parser("python-docs", help="code search over the installed Python packages' documentation")
     docs.add_argument("output")
@@ -24,24 +35,26 @@ def add(commands: argparse._SubParsersAction) -> None:
         default=["stdlib", "numpy", "torch", "transformers"],
         help="packages to parse (default: stdlib numpy torch transformers)",
     )
+    add_json(docs, "the statistics")
     docs.set_defaults(run=_data_python_docs)
     data_plan.add(kinds)
     data_convert.add(kinds)
     data_decontaminate.add(kinds)
     data_prompts.add(kinds)
+    data_split.add(kinds)
     data_check.add(kinds)
+    data_score.add(kinds)
 
 
 def _data_tokenizer(arguments: argparse.Namespace) -> None:
     from nvembed_mcore.data.tokenizer import write_mistral_tokenizer
 
     write_mistral_tokenizer(arguments.output)
-    print(f"tokenizer written to {arguments.output}")
+    found = {"output": arguments.output}
+    give(found, arguments.json, lambda: print(f"tokenizer written to {arguments.output}"))
 
 
 def _data_python_docs(arguments: argparse.Namespace) -> None:
-    from rich.console import Console
-
     from nvembed_mcore.data.python_docs import build_python_docs, statistics_table
     from nvembed_mcore.data.tokenizer import load_tokenizer
 
@@ -52,4 +65,4 @@ def _data_python_docs(arguments: argparse.Namespace) -> None:
         held_out=arguments.held_out,
         negatives=arguments.negatives,
     )
-    Console().print(statistics_table(statistics))
+    give(dataclasses.asdict(statistics), arguments.json, lambda: print_tables([statistics_table(statistics)]))

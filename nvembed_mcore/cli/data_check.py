@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import argparse
-import json
-import sys
 from typing import TYPE_CHECKING, Any
+
+from nvembed_mcore.cli.results import add_json, give, print_tables
 
 if TYPE_CHECKING:
     from nvembed_mcore.data.check.findings import CheckReport
@@ -53,17 +53,15 @@ def add(kinds: argparse._SubParsersAction) -> None:
     )
     check.add_argument("--strict", action="store_true", help="warnings count as refusals")
     check.add_argument("--report", metavar="FILE.html", help="write a page with histograms and examples")
-    check.add_argument("--json", metavar="FILE", help="write everything as JSON")
+    add_json(check)
     check.add_argument("--processes", type=int, metavar="N", help="workers (default: one a core, 32 at most)")
     check.set_defaults(run=_check)
 
 
 def _check(arguments: argparse.Namespace) -> int:
-    from rich.console import Console
-
     from nvembed_mcore import report as pages
     from nvembed_mcore.data.check.sets import check_sets
-    from nvembed_mcore.data.check.show import html_page, lines, tables
+    from nvembed_mcore.data.check.show import html_page
 
     for name, least in (("max_bad_records", 0), ("processes", 1)):
         value = getattr(arguments, name)
@@ -75,14 +73,16 @@ def _check(arguments: argparse.Namespace) -> int:
     )
     if arguments.report:
         pages.save(arguments.report, html_page(report))
-    if arguments.json:
-        pages.save(arguments.json, json.dumps(report.as_dict(), indent=1, ensure_ascii=False) + "\n")
-    console = Console(width=None if sys.stdout.isatty() else 140)
-    for table in tables(report):
-        console.print(table)
+    give(report.as_dict(), arguments.json, lambda: _print(report))
+    return REFUSED if report.refusals or (arguments.strict and report.warnings) else 0
+
+
+def _print(report: CheckReport) -> None:
+    from nvembed_mcore.data.check.show import lines, tables
+
+    print_tables(tables(report))
     for line in lines(report):
         print(line)
-    return REFUSED if report.refusals or (arguments.strict and report.warnings) else 0
 
 
 def _what(arguments: argparse.Namespace) -> dict[str, Any]:
@@ -101,13 +101,14 @@ def _what(arguments: argparse.Namespace) -> dict[str, Any]:
         data = config.data
         return {
             "datasets": data.datasets,
-            "against": [*([config.eval.path] if config.eval.path else []), *arguments.against],
+            "against": [*(one.path for one in config.eval.test_sets), *arguments.against],
             "max_bad_records": (
                 data.max_bad_records if arguments.max_bad_records is None else arguments.max_bad_records
             ),
             "tokenizer": data.tokenizer,
             "max_query_tokens": data.max_query_tokens,
             "max_document_tokens": data.max_document_tokens,
+            "needs_scores": config.loss.distillation.is_on,
         }
     for name in of_data[1:]:
         if getattr(arguments, name) is not None and arguments.tokenizer is None:

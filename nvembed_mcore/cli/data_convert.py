@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import argparse
-import json
 from collections.abc import Callable
-from pathlib import Path
+
+from nvembed_mcore.cli.results import add_json, give, print_tables
 
 _GENERAL = ("run", "layout", "sources", "output", "json")
 
@@ -24,7 +24,7 @@ def add(kinds: argparse._SubParsersAction) -> None:
         layout.add_argument("--seed", type=int, default=0, help="decides what is drawn (default 0)")
         layout.add_argument("--max-bad-records", type=count, default=0, help="leave out so many bad rows (default 0)")
         layout.add_argument("--overwrite", action="store_true", help="replace OUTPUT where it exists")
-        layout.add_argument("--json", metavar="PATH", help="write the counts there")
+        add_json(layout, "the counts")
         layout.set_defaults(run=_run)
 
 
@@ -37,18 +37,18 @@ def _run(arguments: argparse.Namespace) -> None:
 
 
 def show_counts(title: str, counts: dict[str, int], json_path: str | None) -> None:
-    """A small table, and the same figures as a JSON file where one is named."""
-    from rich.console import Console
+    """A small table, or the figures as JSON where `--json` says."""
+    give(counts, json_path, lambda: _print(title, counts))
+
+
+def _print(title: str, counts: dict[str, int]) -> None:
     from rich.table import Table
 
     table = Table("", "number", show_header=False)
     for what, number in counts.items():
         table.add_row(what, f"{number:,}")
-    console = Console()
-    console.print(title, soft_wrap=True)
-    console.print(table)
-    if json_path is not None:
-        Path(json_path).write_text(json.dumps(counts, indent=2) + "\n", encoding="utf-8")
+    print(title)
+    print_tables([table])
 
 
 def count(text: str) -> int:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 
 from nvembed_mcore.cli.data_convert import count, show_counts
+from nvembed_mcore.cli.results import add_json
 from nvembed_mcore.data.decontaminate import FIELDS, THRESHOLD
 
 
@@ -33,7 +34,7 @@ def add(kinds: argparse._SubParsersAction) -> None:
     )
     parser.add_argument("--split", default="test", help="split of BEIR folders (default test)")
     parser.add_argument("--max-bad-records", type=count, default=0, help="leave out so many bad records (default 0)")
-    parser.add_argument("--json", metavar="PATH", help="write the counts there")
+    add_json(parser, "the counts")
     parser.set_defaults(run=_run)
 
 

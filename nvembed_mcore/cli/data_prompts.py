@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 
 from nvembed_mcore.cli.data_convert import at_least_one, count, show_counts
+from nvembed_mcore.cli.results import add_json
 
 
 def add(kinds: argparse._SubParsersAction) -> None:
@@ -33,7 +34,7 @@ def add(kinds: argparse._SubParsersAction) -> None:
     for step in (first, second):
         step.add_argument("--seed", type=int, default=0, help="decides what is drawn (default 0)")
         step.add_argument("--templates", metavar="FOLDER", help="own templates, in the form of the package's")
-        step.add_argument("--json", metavar="PATH", help="write the counts there")
+        add_json(step, "the counts")
 
 
 def _brainstorm(arguments: argparse.Namespace) -> None:

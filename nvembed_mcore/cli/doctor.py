@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import argparse
-import json
-import sys
-from pathlib import Path
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+from nvembed_mcore.cli.results import Tables, add_json, give
 from nvembed_mcore.cli.run_config import read_run_config
 from nvembed_mcore.exits import Exit
 
@@ -19,31 +18,31 @@ Print what is installed on this machine, who will compute each part of a run and
 With a configuration, its choices count. Ends with 0 where a run can start, with 78 where the given one cannot."""
 
 
-def doctor(arguments: list[str]) -> int:
-    """`nvembed doctor [CONFIG.yaml [--field value ...]] [--json PATH]`."""
-    parser = argparse.ArgumentParser(
-        prog="nvembed doctor",
-        usage="nvembed doctor [CONFIG.yaml [--field value ...]] [--json PATH]",
+def add(commands: argparse._SubParsersAction) -> None:
+    command = commands.add_parser(
+        "doctor",
+        help="say what a run is computed with on this machine, and why",
+        usage="nvembed doctor [CONFIG.yaml [--field value ...]] [--json [FILE.json]]",
         description=_DESCRIPTION,
         allow_abbrev=False,
     )
-    parser.add_argument("--json", metavar="PATH", help="write everything here as well")
-    options, rest = parser.parse_known_args(arguments)
+    add_json(command)
+    command.set_defaults(run=_run, takes_fields=True)
+
+
+def _run(arguments: argparse.Namespace, fields: Sequence[str] = ()) -> int:
     # Not before: torch takes a second to import.
     from nvembed_mcore.doctor import examine
 
-    found = examine((lambda: read_run_config(rest)) if rest else None)
-    if options.json:
-        Path(options.json).write_text(json.dumps(found.as_json(), indent=1) + "\n", encoding="utf-8")
-    _print(found)
+    found = examine((lambda: read_run_config([*fields])) if fields else None)
+    give(found.as_json(), arguments.json, lambda: _print(found))
     return Exit.CONFIGURATION if found.refusal else Exit.DONE
 
 
 def _print(found: Diagnosis) -> None:
-    from rich.console import Console
     from rich.table import Column, Table
 
-    console = Console(width=None if sys.stdout.isatty() else 140)
+    console = Tables()
     installed = Table("found", Column("version", overflow="fold"))
     for name, value in found.found.items():
         installed.add_row(name, value)

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import os
 from typing import TYPE_CHECKING, Any
 
+from nvembed_mcore.cli.results import add_json, give
+
 if TYPE_CHECKING:
     from nvembed_mcore.evaluation.embedders import Embedder
+    from nvembed_mcore.evaluation.shards import Encoded
 
 _TEXTS = (
     "JSON Lines, Parquet, CSV or TSV with _id or id, text and perhaps title; a BEIR folder; any other file: one text "
@@ -28,6 +32,7 @@ def add(commands: argparse._SubParsersAction) -> None:
     command.add_argument("--format", choices=["npy", "parquet"], default="npy", help="of the shards (default npy)")
     command.add_argument("--dtype", choices=["float32", "float16"], default="float32", help="(default float32)")
     command.add_argument("--shard-size", type=int, default=8192, metavar="N", help="rows of a shard (default 8192)")
+    add_json(command, "counts and seconds")
     command.set_defaults(run=_encode)
 
 
@@ -39,6 +44,11 @@ def add_embedder(command: argparse.ArgumentParser) -> None:
         help="run, checkpoint or export folder, any Mistral or NV-Embed folder, or st:NAME[@REVISION] for "
         "sentence-transformers",
     )
+    add_embedder_options(command)
+
+
+def add_embedder_options(command: argparse.ArgumentParser) -> None:
+    """How it embeds."""
     command.add_argument("--instruction", help="task of the queries; default: the one the model was trained with")
     command.add_argument("--max-length", type=int, metavar="N", help="longest text in tokens; default: the model's")
     command.add_argument("--tokenizer", metavar="DIR", help="where the model's tokenizer lies; default: as recorded")
@@ -97,11 +107,15 @@ def _encode(arguments: argparse.Namespace) -> None:
         "shard_size": arguments.shard_size,
     }
     done = encode_file(embedder, arguments.texts, arguments.output, **how)
-    if not is_first_rank():
-        return
+    if is_first_rank():
+        found = dataclasses.asdict(done) | {"output": arguments.output}
+        give(found, arguments.json, lambda: _print(done, arguments.output))
+
+
+def _print(done: Encoded, output: str) -> None:
     made = done.texts - done.present
     was_there = f" ({done.present} were there before)" if done.present else ""
-    print(f"{done.texts} texts, {done.dim} dimensions: {arguments.output}{was_there}")
+    print(f"{done.texts} texts, {done.dim} dimensions: {output}{was_there}")
     if made:
         padding = 1 - done.tokens / max(1, done.positions)
         print(

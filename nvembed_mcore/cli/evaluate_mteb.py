@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import argparse
-import json
 from dataclasses import asdict
-from pathlib import Path
 
 from nvembed_mcore.cli.encode import is_first_rank
+from nvembed_mcore.cli.results import give
 from nvembed_mcore.progress import progress
 
 _TASKS = (
@@ -104,7 +103,8 @@ def run(arguments: argparse.Namespace) -> None:
     from nvembed_mcore.evaluation.mteb.table import rows_of, text_of
     from nvembed_mcore.evaluation.mteb.tasks import english_tasks
 
-    if arguments.json:
-        Path(arguments.json).write_text(json.dumps([asdict(one) for one in scores], indent=1) + "\n", encoding="utf-8")
-    english = {task.metadata.name: task.metadata.type for task in english_tasks()}
-    print(text_of(rows_of(scores, english)))
+    def show() -> None:
+        english = {task.metadata.name: task.metadata.type for task in english_tasks()}
+        print(text_of(rows_of(scores, english)))
+
+    give([asdict(one) for one in scores], arguments.json, show)

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Mapping
+from typing import Any
 
 from nvembed_mcore.cli.encode import add_embedder, is_first_rank, open_named
+from nvembed_mcore.cli.results import add_json, give
 
 _METHODS = """\
 what a negative must score below: topk-percpos: --percent of the positive's score (default); topk-marginpos: the
@@ -41,6 +44,7 @@ def add(commands: argparse._SubParsersAction) -> None:
     command.add_argument(
         "--suspects", type=int, default=50, metavar="N", help="suspected positives in the report (default 50)"
     )
+    add_json(command, "the figures of the report")
     command.set_defaults(run=_mine)
 
 
@@ -72,7 +76,6 @@ def _add_rules(command: argparse.ArgumentParser) -> None:
 
 
 def _mine(arguments: argparse.Namespace) -> None:
-    from nvembed_mcore.mining.report import summary
     from nvembed_mcore.mining.run import Mining, mine
     from nvembed_mcore.mining.select import Rules
 
@@ -101,6 +104,12 @@ def _mine(arguments: argparse.Namespace) -> None:
     )
     figures = mine(lambda: open_named(arguments), mining)
     if is_first_rank():
-        for name, figure in summary(figures):
-            print(f"{name:32} {figure}")
-        print(f"{mining.output}: records.jsonl, report.html, report.json")
+        give(figures, arguments.json, lambda: _print(figures, mining.output))
+
+
+def _print(figures: Mapping[str, Any], output: str) -> None:
+    from nvembed_mcore.mining.report import summary
+
+    for name, figure in summary(figures):
+        print(f"{name:32} {figure}")
+    print(f"{output}: records.jsonl, report.html, report.json")

@@ -3,22 +3,21 @@
 from __future__ import annotations
 
 import argparse
-import json
 import math
-import sys
+from collections.abc import Sequence
 from itertools import takewhile
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from nvembed_mcore.cli.plan_dry_run import dry_run, numbers
+from nvembed_mcore.cli.results import Tables, add_json, give
 from nvembed_mcore.cli.run_config import read_run_config
 from nvembed_mcore.config import ConfigError, RunConfig
+from nvembed_mcore.progress import progress
 from nvembed_mcore.scaling.architecture import Architecture
 from nvembed_mcore.scaling.hardware import cluster
 
 if TYPE_CHECKING:
-    from rich.console import Console
-
     from nvembed_mcore.scaling.hardware import Cluster
     from nvembed_mcore.scaling.lengths import Lengths
     from nvembed_mcore.scaling.plan_report import Stage
@@ -46,49 +45,10 @@ LEAST_WIDTH = 100
 """Columns of the tables, even on a narrower screen: a broken line still has every figure, a cut one has not."""
 
 
-def plan(arguments: list[str]) -> None:
-    """`nvembed plan CONFIG.yaml ... --gpus N[,N ...]`.
-
-    Raises:
-        ConfigError: a file, a field, a device or a number of GPUs cannot work.
-    """
-    options, rest = _parser().parse_known_args(arguments)
-    files = list(takewhile(lambda word: not word.startswith("-"), rest))
-    if not files:
-        raise ConfigError(f"give a configuration before its fields: {_USAGE}")
-    configs = [read_run_config([file, *rest[len(files) :]]) for file in files]
-    machine = cluster(options.device)
-    if options.ranks and not options.dry_run:
-        raise ConfigError("--ranks chooses what --dry-run builds, and that is not given")
-    if options.dry_run:
-        if len(configs) > 1:
-            raise ConfigError(f"--dry-run builds one configuration, got {', '.join(files)}")
-        return dry_run(*configs, options)
-    from rich.console import Console
-
-    from nvembed_mcore.scaling.plan import plan as plan_stage
-    from nvembed_mcore.scaling.plan_report import Stage, as_json, sums
-
-    console = Console(width=None if sys.stdout.isatty() else 150)
-    console.width = max(console.width, LEAST_WIDTH)
-    stages = []
-    for file, config in zip(files, configs, strict=True):
-        workload = _workload(config, options)
-        plans = [plan_stage(workload, config, gpus, machine, options.top) for gpus in options.gpus]
-        stages.append(Stage(file, workload, plans))
-    for stage in stages:
-        _print_stage(console, stage, machine, options)
-    if len(stages) > 1:
-        console.print(sums(stages, options.price))
-    if options.json:
-        found = as_json(stages, options.device, options.price)
-        Path(options.json).write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
-    return None
-
-
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="nvembed plan",
+def add(commands: argparse._SubParsersAction) -> None:
+    parser = commands.add_parser(
+        "plan",
+        help="say which layouts of a cluster fit, and what a run costs",
         usage=_USAGE,
         description=_DESCRIPTION,
         epilog=_EPILOG,
@@ -128,8 +88,60 @@ def _parser() -> argparse.ArgumentParser:
         metavar="R[,R ...]",
         help="with --dry-run: which ranks (default: the first of each pipeline stage, and the last of all)",
     )
-    parser.add_argument("--json", metavar="PATH", help="write everything here as well, all layouts included")
-    return parser
+    add_json(parser, "everything, all layouts included,")
+    parser.set_defaults(run=_run, takes_fields=True)
+
+
+def _run(options: argparse.Namespace, fields: Sequence[str] = ()) -> None:
+    """
+    Raises:
+        ConfigError: a file, a field, a device or a number of GPUs cannot work.
+    """
+    files = list(takewhile(lambda word: not word.startswith("-"), fields))
+    if not files:
+        raise ConfigError(f"give a configuration before its fields: {_USAGE}")
+    configs = [read_run_config([file, *fields[len(files) :]]) for file in files]
+    machine = cluster(options.device)
+    if options.ranks and not options.dry_run:
+        raise ConfigError("--ranks chooses what --dry-run builds, and that is not given")
+    if options.dry_run:
+        if len(configs) > 1:
+            raise ConfigError(f"--dry-run builds one configuration, got {', '.join(files)}")
+        return dry_run(*configs, options)
+    stages = _stages(files, configs, machine, options)
+    from nvembed_mcore.scaling.plan_report import as_json
+
+    found = as_json(stages, options.device, options.price)
+    give(found, options.json, lambda: _print(stages, machine, options))
+    return None
+
+
+def _stages(
+    files: Sequence[str], configs: Sequence[RunConfig], machine: Cluster, options: argparse.Namespace
+) -> list[Stage]:
+    from nvembed_mcore.scaling.plan import plan as plan_stage
+    from nvembed_mcore.scaling.plan_report import Stage
+
+    stages = []
+    with progress("plan", len(configs) * len(options.gpus), "sizes") as shown:
+        for file, config in zip(files, configs, strict=True):
+            workload, plans = _workload(config, options), []
+            for gpus in options.gpus:
+                plans.append(plan_stage(workload, config, gpus, machine, options.top))
+                shown.update(len(stages) * len(options.gpus) + len(plans))
+            stages.append(Stage(file, workload, plans))
+    return stages
+
+
+def _print(stages: Sequence[Stage], machine: Cluster, options: argparse.Namespace) -> None:
+    from nvembed_mcore.scaling.plan_report import sums
+
+    console = Tables(150)
+    console.width = max(console.width, LEAST_WIDTH)
+    for stage in stages:
+        _print_stage(console, stage, machine, options)
+    if len(stages) > 1:
+        console.print(sums(stages, options.price))
 
 
 def _numbers(text: str) -> list[int]:
@@ -185,7 +197,7 @@ def read_architecture(config: RunConfig, given: str | None) -> Architecture:
     return Architecture.read(source)
 
 
-def _print_stage(console: Console, stage: Stage, machine: Cluster, options: argparse.Namespace) -> None:
+def _print_stage(console: Tables, stage: Stage, machine: Cluster, options: argparse.Namespace) -> None:
     from nvembed_mcore.scaling import plan_report
     from nvembed_mcore.scaling.explain import FLOPS, figures_used
     from nvembed_mcore.scaling.predict import model_flops

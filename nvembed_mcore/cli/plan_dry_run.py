@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import json
-import sys
 from collections.abc import Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING
 
+from nvembed_mcore.cli.results import Tables, give
 from nvembed_mcore.config import ConfigError, RunConfig
 
 if TYPE_CHECKING:
@@ -32,8 +30,6 @@ def dry_run(config: RunConfig, options: argparse.Namespace) -> None:
     Raises:
         ConfigError, DataError, WeightsError: what `train` raises of such a run.
     """
-    from rich.console import Console
-
     from nvembed_mcore.model.mistral import read_mistral_config
     from nvembed_mcore.scaling.dry_run import dry_run as build_ranks
 
@@ -47,14 +43,16 @@ def dry_run(config: RunConfig, options: argparse.Namespace) -> None:
         ranks=options.ranks,
         device_type="cpu" if options.device == "cpu" else "cuda",
     )
-    console = Console(width=None if sys.stdout.isatty() else 150)
+    give(dataclasses.asdict(found), options.json, lambda: _print(found))
+
+
+def _print(found: DryRun) -> None:
+    console = Tables(150)
     console.print(_headline(found), highlight=False)
     console.print(_rank_table(found.ranks))
     console.print(_packing_table(found.packing))
     for warning in found.warnings:
         console.print(f"warning: {warning}", style="yellow", markup=False)
-    if options.json:
-        Path(options.json).write_text(json.dumps(dataclasses.asdict(found), indent=1) + "\n", encoding="utf-8")
 
 
 def _headline(found: DryRun) -> str:

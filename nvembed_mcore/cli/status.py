@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 
+from nvembed_mcore.cli.results import add_json, give
 from nvembed_mcore.config import ConfigError
 from nvembed_mcore.exits import Exit
 from nvembed_mcore.status import FIRST_FAILURE, Status, read_status
@@ -15,6 +16,7 @@ def add(commands: argparse._SubParsersAction) -> None:
     command.add_argument("folder", metavar="RUN", help="run folder")
     names = [field.name for field in dataclasses.fields(Status)]
     command.add_argument("--field", choices=names, help="print this value alone, for scripts; nothing for null")
+    add_json(command)
     command.set_defaults(run=_run)
 
 
@@ -26,7 +28,7 @@ def _run(arguments: argparse.Namespace) -> None:
         value = getattr(status, arguments.field)
         print("" if value is None else value)
     else:
-        print(describe(status))
+        give(dataclasses.asdict(status), arguments.json, lambda: print(describe(status)))
 
 
 def describe(status: Status) -> str:
@@ -34,7 +36,8 @@ def describe(status: Status) -> str:
     lines = [
         f"{status.state}{f': {status.reason}' if status.reason else ''}",
         f"step {status.step} of {status.steps}, {status.samples_seen:,} queries seen; "
-        + ("no checkpoint" if status.checkpoint_step is None else f"newest checkpoint: step {status.checkpoint_step}"),
+        + ("no checkpoint" if status.checkpoint_step is None else f"newest checkpoint: step {status.checkpoint_step}")
+        + ("" if status.best_step is None else f", best: step {status.best_step} ({status.best_value:.4f})"),
         f"attempt {status.attempt}, told by {status.host} at {status.time}",
     ]
     if status.exit_status is not None:

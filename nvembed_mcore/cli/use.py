@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import argparse
-import json
-from collections.abc import Callable
-from pathlib import Path
+import dataclasses
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any
 
 from nvembed_mcore.cli import evaluate_mteb
 from nvembed_mcore.cli.encode import add_fp8
+from nvembed_mcore.cli.results import add_json, give
+
+if TYPE_CHECKING:
+    from nvembed_mcore.evaluation.search import SearchResult
 
 _LIMIT = 512
 
@@ -49,7 +53,7 @@ def _add_evaluate(commands: argparse._SubParsersAction) -> None:
     )
     _add_model(command, "exported folder; with --mteb also a run or checkpoint folder")
     data = command.add_argument("data", help="folder with corpus.jsonl, queries.jsonl and qrels/test.tsv")
-    command.add_argument("--json", help="write the metrics here as well")
+    add_json(command, "the metrics")
     add_fp8(command)
     evaluate_mteb.add(command, data)
     command.set_defaults(run=_evaluate)
@@ -64,8 +68,10 @@ def _evaluate(arguments: argparse.Namespace) -> None:
 
     encoder = _encoder(arguments) if arguments.fp8 == "off" else _fp8_encoder(arguments)
     metrics = evaluate_beir(encoder, arguments.data)
-    if arguments.json:
-        Path(arguments.json).write_text(json.dumps(metrics, indent=1) + "\n", encoding="utf-8")
+    give(metrics, arguments.json, lambda: _print_metrics(metrics))
+
+
+def _print_metrics(metrics: Mapping[str, float]) -> None:
     for name, value in metrics.items():
         print(f"{name:14} {value:.4f}")
 
@@ -98,6 +104,7 @@ def _add_search(commands: argparse._SubParsersAction) -> None:
     command.add_argument("paths", nargs="+", metavar="FILES", help="files or folders (*.py in folders)")
     command.add_argument("query")
     command.add_argument("--top", type=int, default=10, help="hits to show (default 10)")
+    add_json(command, "the hits")
     command.set_defaults(run=_search)
 
 
@@ -106,6 +113,15 @@ def _search(arguments: argparse.Namespace) -> None:
 
     encoder = _encoder(arguments)
     result = search_files(encoder, arguments.paths, arguments.query, top_k=arguments.top)
+    give(_as_json(result), arguments.json, lambda: _print_hits(result))
+
+
+def _as_json(result: SearchResult) -> dict[str, Any]:
+    hits = [dataclasses.asdict(hit) | {"path": str(hit.path)} for hit in result]
+    return {"hits": hits, "pieces": result.num_chunks, "files": result.num_files, "not_text": result.num_skipped}
+
+
+def _print_hits(result: SearchResult) -> None:
     for hit in result:
         print(hit)
     skipped = f", {result.num_skipped} not text" if result.num_skipped else ""

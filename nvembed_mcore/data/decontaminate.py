@@ -179,7 +179,10 @@ def _cleaned(
     first: Match | None = None
     for name, ids_name in (("pos", "pos_ids"), ("neg", "neg_ids")):
         row[name], row[ids_name] = [], []
-        for text, document_id in zip(getattr(record, name), getattr(record, ids_name), strict=True):
+        scores = record.scores.get(f"{name}_scores")
+        row |= {} if scores is None else {f"{name}_scores": []}
+        named = zip(getattr(record, name), getattr(record, ids_name), strict=True)
+        for number, (text, document_id) in enumerate(named):
             found = matcher.match(text) if documents else None
             if found:
                 first = first or found
@@ -187,6 +190,8 @@ def _cleaned(
             else:
                 row[name].append(text)
                 row[ids_name].append(document_id)
+                if scores is not None:
+                    row[f"{name}_scores"].append(scores[number])
     if not row["pos"]:
         counts.dropped_exact += first.reason == "exact"
         counts.dropped_bm25 += first.reason == "bm25"

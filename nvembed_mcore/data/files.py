@@ -23,12 +23,14 @@ import lzma
 import re
 import zlib
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
 from nvembed_mcore.data import cells
 from nvembed_mcore.data.faults import DataError, kind_of
+from nvembed_mcore.progress import progress
 
 if TYPE_CHECKING:
     import pyarrow
@@ -122,8 +124,9 @@ def line_blocks(path: str | Path) -> Iterator[Block]:
     path = Path(path)
     first, offset = 1, 0
     try:
-        with opened(path) as stream:
+        with opened(path) as (stream, file), progress(f"read {path.name}", _megabytes(path), "MB") as shown:
             while content := stream.read(BLOCK_BYTES):
+                shown.update(file.tell() / 1e6)
                 rest = stream.readline(_LONGEST_LINE)
                 content += rest
                 if len(rest) == _LONGEST_LINE and not rest.endswith(b"\n"):
@@ -154,15 +157,25 @@ def numbered_lines(block: Block) -> Iterator[tuple[int, int, bytes]]:
         offset += len(raw)
 
 
-def opened(path: Path) -> IO[bytes]:
-    """A file's bytes, uncompressed."""
-    if path.suffix == ".zst":
+@contextmanager
+def opened(path: Path) -> Iterator[tuple[IO[bytes], IO[bytes]]]:
+    """A file's bytes, uncompressed, and the file itself, whose `tell` says how far it is read."""
+    with path.open("rb") as file, _uncompressed(file, path.suffix) as stream:
+        yield stream, file
+
+
+def _uncompressed(file: IO[bytes], suffix: str) -> IO[bytes]:
+    if suffix == ".zst":
         import pyarrow
 
         # Not the zstandard package: its reader takes a file that was cut off for a whole one.
-        return io.BufferedReader(pyarrow.input_stream(str(path), compression="zstd"))
+        return io.BufferedReader(pyarrow.CompressedInputStream(file, "zstd"))
     openers = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open}
-    return openers.get(path.suffix, open)(path, "rb")
+    return openers[suffix](file) if suffix in openers else file
+
+
+def _megabytes(path: Path) -> float:
+    return path.stat().st_size / 1e6
 
 
 def _json_blocks(path: Path) -> Iterator[Block]:
@@ -212,9 +225,11 @@ def _parquet_blocks(path: Path, select: Select | None) -> Iterator[Block]:
             columns = tuple(file.schema_arrow.names)
             wanted = list(select(columns)) if select else None
             first = 1
-            for batch in file.iter_batches(batch_size=BLOCK_ROWS, columns=wanted):
-                yield from arrow_blocks(str(path), first, columns, batch)
-                first += batch.num_rows
+            with progress(f"read {path.name}", file.metadata.num_rows, "rows") as shown:
+                for batch in file.iter_batches(batch_size=BLOCK_ROWS, columns=wanted):
+                    yield from arrow_blocks(str(path), first, columns, batch)
+                    first += batch.num_rows
+                    shown.update(first - 1)
     except (pyarrow.ArrowException, OSError) as error:
         raise DataError(f"cannot read {path} as Parquet: {error}") from error
 
@@ -323,9 +338,10 @@ def hash_of_file(path: Path) -> str:
     """
     digest = hashlib.sha256()
     try:
-        with path.open("rb") as file:
+        with path.open("rb") as file, progress(f"hash {path.name}", _megabytes(path), "MB") as shown:
             while chunk := file.read(1 << 20):
                 digest.update(chunk)
+                shown.update(file.tell() / 1e6)
     except FileNotFoundError as error:
         raise DataError(f"no data file at {path}") from error
     except OSError as error:

@@ -1,17 +1,20 @@
 """Layouts of training data: where the rows of a data set hold query, positives and negatives.
 
 A layout is found from the fields of the first row that has one, and turns each row into one with the fields of a
-record (`query`, `pos`, `neg`, `query_id`, `pos_ids`, `neg_ids`, `instruction`), which `records` checks:
+record (`query`, `pos`, `neg`, `query_id`, `pos_ids`, `neg_ids`, `instruction`, `pos_scores`, `neg_scores`), which
+`records` checks:
 
-    records              query, pos [, neg, query_id, pos_ids, neg_ids, instruction]; FlagEmbedding's rows too, whose
-                         scores, prompt and type are not used (FlagEmbedding, examples/finetune/embedder)
+    records              query, pos [, neg, query_id, pos_ids, neg_ids, instruction, pos_scores, neg_scores];
+                         FlagEmbedding's rows too, whose prompt and type are not used (FlagEmbedding,
+                         examples/finetune/embedder)
     passages             Tevatron's query, positive_passages [, negative_passages, query_id] of objects docid, title
                          and text (Tevatron, retriever/dataset.py)
     document ids         Tevatron's query_text, positive_document_ids [, negative_document_ids, query_id] beside a
                          corpus of docid, title and text
     columns              sentence-transformers: anchor, query or question; positive, answer, passage, document or
                          response [, negative, negative_1, ...]; or sentence1 and sentence2; or a list of two or three
-                         strings
+                         strings. A list of numbers in label, labels, score or scores beside `positive` is what a
+                         teacher scores the positive and the negatives (its DistillKLDivLoss)
 """
 
 from __future__ import annotations
@@ -25,10 +28,12 @@ from typing import Any, Literal
 
 from nvembed_mcore.data.faults import Fault, check_string, document_text, kind_of
 
-_RECORD_FIELDS = ("query", "pos", "neg", "query_id", "pos_ids", "neg_ids", "instruction")
+_RECORD_FIELDS = ("query", "pos", "neg", "query_id", "pos_ids", "neg_ids", "instruction", "pos_scores", "neg_scores")
 _QUERIES = ("anchor", "query", "question")
 _POSITIVES = ("answer", "passage", "document", "response")
 _SENTENCES = (("sentence1", "sentence2"), ("premise", "hypothesis"))
+_TEACHER = ("label", "labels", "score", "scores")
+_SCORE_LISTS = ("pos_scores", "neg_scores")
 _SCORES = ("score", "scores", "label", "labels", "similarity", "similarity_score")
 _NEGATIVE = re.compile(r"negatives?|negative_?(\d+)|\[([2-9]|\d\d+)\]")
 _LISTS = frozenset(
@@ -82,7 +87,8 @@ class Layout:
         if self.kind == "columns":
             record["pos"] = _texts(row[self.positive])
             negatives = [row[name] for name in negative_columns(tuple(row)) if row[name] is not None]
-            return record | {"neg": [text for value in negatives for text in _texts(value)]}
+            record["neg"] = [text for value in negatives for text in _texts(value)]
+            return record | self._scores(row, len(record["pos"]), len(record["neg"]))
         for name, field in (("pos", self.positive), ("neg", self.negative)):
             if self.kind == "passages":
                 texts, ids = _passages(row, field)
@@ -90,6 +96,27 @@ class Layout:
                 texts, ids = _looked_up(row, field, documents or {})
             record |= {name: texts, f"{name}_ids": ids}
         return record
+
+    def _scores(self, row: Mapping[str, Any], positives: int, negatives: int) -> dict[str, list[float]]:
+        """What a teacher scores a row's documents, in one list."""
+        name = self._score_column(row)
+        if name is None:
+            return {}
+        scores = row[name]
+        if len(scores) != positives + negatives:
+            texts = f"{positives} positives and {negatives} negatives"
+            raise Fault(f"{name} has {len(scores)} scores for {texts}", name)
+        return {"pos_scores": scores[:positives], "neg_scores": scores[positives:]}
+
+    def _score_column(self, row: Mapping[str, Any]) -> str | None:
+        """The field of `columns` that holds a list of scores: of numbers, one at least."""
+        if self.kind != "columns" or self.positive != "positive":
+            return None
+        for name in _TEACHER:
+            values = row.get(name)
+            if isinstance(values, list) and values and all(isinstance(one, (int, float)) for one in values):
+                return name
+        return None
 
     def document_ids(self, row: Mapping[str, Any]) -> list[str]:
         """The ids of documents in a row of `document ids`."""
@@ -102,7 +129,8 @@ class Layout:
         if self.kind == "records":
             return [name for name in names if name in _RECORD_FIELDS]
         negatives = negative_columns(tuple(names)) if self.kind == "columns" else [self.negative]
-        return [name for name in names if name in (self.query, self.positive, "query_id", *negatives)]
+        scores = _TEACHER if self.positive == "positive" else ()
+        return [name for name in names if name in (self.query, self.positive, "query_id", *negatives, *scores)]
 
     def fault_of(self, fault: Fault, row: Mapping[str, Any]) -> Fault:
         """A fault of a record as one of the row that it was made from: it names and points at the row's field."""
@@ -114,6 +142,8 @@ class Layout:
         if self.kind == "records":
             return fault
         of_record = {"query": self.query, "pos": self.positive, "neg": self.negative}
+        scores = self._score_column(row)
+        of_record |= dict.fromkeys(_SCORE_LISTS, scores) if scores else {}
         field = of_record.get(fault.field.removesuffix("_ids"), fault.field)
         named = field in fault.reason or fault.field not in of_record
         return Fault(fault.reason if named else f"{fault.reason} (of {field})", field)
@@ -149,8 +179,11 @@ def parse_cell(name: str, cell: str) -> Any:
         Fault: the cell begins like a list and is none.
     """
     if not cell:
-        return None if name in _LISTS or name in ("query_id", "instruction") or _NEGATIVE.fullmatch(name) else cell
-    if name not in _LISTS:
+        may_lack = name in (*_LISTS, *_SCORE_LISTS, "query_id", "instruction") or _NEGATIVE.fullmatch(name)
+        return None if may_lack else cell
+    if name in _SCORE_LISTS and not cell.lstrip().startswith("["):
+        return [_number(name, cell)]
+    if name not in _LISTS and name not in _SCORE_LISTS:
         return cell
     if not cell.lstrip().startswith("["):
         return [cell]
@@ -159,6 +192,13 @@ def parse_cell(name: str, cell: str) -> Any:
     except (RecursionError, ValueError) as error:
         reason = f"begins with [ but is no JSON list ({getattr(error, 'msg', error)})"
         raise Fault(f"{reason}; a text that begins so must stand in a list", name) from error
+
+
+def _number(name: str, cell: str) -> float:
+    try:
+        return float(cell)
+    except ValueError as error:
+        raise Fault(f"neither a number nor a JSON list of numbers: {cell!r}", name) from error
 
 
 @lru_cache

@@ -1,8 +1,9 @@
 """Training records: what a row must hold, and saying exactly what is wrong with a data set.
 
-A record is `{"query": str, "pos": [str, ...], "neg": [str, ...]}` with optional `query_id`, `pos_ids`, `neg_ids` and
-`instruction`; other fields are ignored. Rows of other layouts become such rows first (`layouts`). All bad lines of a
-data set are counted and the first ten shown before one `DataError` is raised, so that it is repaired in one go.
+A record is `{"query": str, "pos": [str, ...], "neg": [str, ...]}` with optional `query_id`, `pos_ids`, `neg_ids`,
+`instruction`, and a teacher's `pos_scores` and `neg_scores`; other fields are ignored. Rows of other layouts become
+such rows first (`layouts`). All bad lines of a data set are counted and the first ten shown before one `DataError` is
+raised, so that it is repaired in one go.
 """
 
 from __future__ import annotations
@@ -22,6 +23,12 @@ from nvembed_mcore.data.files import Block, rows
 from nvembed_mcore.data.sources import blocks
 
 _LOG = logging.getLogger(__name__)
+LARGEST_SCORE = 3e38
+"""Scores are kept in float32."""
+_NO_SCORES = (
+    "pos_scores is missing, and loss.distillation needs a teacher's scores: `nvembed data score` writes them, and "
+    "data.datasets.distill: false trains on this data set without"
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,7 +37,8 @@ class Record:
 
     `pos_ids` and `neg_ids` name the documents, one id each; documents that are the same text share an id. What the
     file does not name gets `content_id` of the text. `instruction` is the query's own, where the data set's is not
-    meant: of synthetic data each task has one.
+    meant: of synthetic data each task has one. `pos_scores` and `neg_scores` are finite numbers, what a teacher scores
+    each document; both or none.
     """
 
     query: str
@@ -40,6 +48,15 @@ class Record:
     pos_ids: tuple[str, ...]
     neg_ids: tuple[str, ...]
     instruction: str | None = None
+    pos_scores: tuple[float, ...] | None = None
+    neg_scores: tuple[float, ...] | None = None
+
+    @property
+    def scores(self) -> dict[str, tuple[float, ...]]:
+        """The two fields by name, where there are any."""
+        if self.pos_scores is None or self.neg_scores is None:
+            return {}
+        return {"pos_scores": self.pos_scores, "neg_scores": self.neg_scores}
 
 
 @dataclass(slots=True)
@@ -112,8 +129,12 @@ def read_records(path: str | Path, tally: Tally | None = None, *, max_bad_record
         _LOG.warning("%s: %d blank negatives were left out", path, tally.blank_negatives)
 
 
-def parse_block(block: Block) -> Parsed:
-    """The records of a block of `sources.blocks`, and what is wrong with its other lines."""
+def parse_block(block: Block, *, needs_scores: bool = False) -> Parsed:
+    """The records of a block of `sources.blocks`, and what is wrong with its other lines.
+
+    Args:
+        needs_scores: a record without a teacher's scores is a bad line.
+    """
     parsed, layout = Parsed(block.path), block.layout
     assert layout, "sources.blocks says of each block how it holds records; files.blocks does not"
 
@@ -122,7 +143,7 @@ def parse_block(block: Block) -> Parsed:
 
     for line, row, column_of in rows(block, add_problem):
         try:
-            record, blank = _record(layout.record_row(row, block.documents))
+            record, blank = _record(layout.record_row(row, block.documents), needs_scores)
         except Fault as fault:
             fault = layout.fault_of(fault, row)
             add_problem(line, column_of(fault.field), fault.reason)
@@ -150,7 +171,7 @@ def write_records(path: str | Path, rows: Iterable[Mapping[str, Any]]) -> int:
     return count
 
 
-def _record(row: Mapping[str, Any]) -> tuple[Record, int]:
+def _record(row: Mapping[str, Any], needs_scores: bool) -> tuple[Record, int]:
     """Check one row; the record in it, and how many blank negatives were left out."""
     query = required_text(row, "query")
     pos, pos_ids = _documents(row, "pos")
@@ -160,15 +181,49 @@ def _record(row: Mapping[str, Any]) -> tuple[Record, int]:
     if not pos:
         raise Fault("pos is empty: a record needs at least one positive", "pos")
     neg, neg_ids = _documents(row, "neg") if row.get("neg") is not None else ((), ())
+    scores = scores_of(row, {"pos": len(pos), "neg": len(neg)})
+    if needs_scores and not scores:
+        raise Fault(_NO_SCORES, "pos_scores")
     blank = sum(not text or text.isspace() for text in neg)
     if blank:
         kept = [index for index, text in enumerate(neg) if text.strip()]
         neg, neg_ids = tuple(neg[index] for index in kept), tuple(neg_ids[index] for index in kept)
+        scores = scores and scores | {"neg_scores": tuple(scores["neg_scores"][index] for index in kept)}
     query_id = required_text(row, "query_id") if row.get("query_id") is not None else content_id(query)
     instruction = row.get("instruction")
     if instruction is not None:
         check_string(instruction, "instruction", "instruction")
-    return Record(query, pos, neg, query_id, pos_ids, neg_ids, instruction), blank
+    return Record(query, pos, neg, query_id, pos_ids, neg_ids, instruction, **scores), blank
+
+
+def scores_of(row: Mapping[str, Any], counts: Mapping[str, int]) -> dict[str, tuple[float, ...]]:
+    """`pos_scores` and `neg_scores` of a row, one for each document; nothing where there are none.
+
+    Args:
+        counts: `pos` and `neg` -> documents of the row.
+
+    Raises:
+        Fault: there is no score, or no usable one, for some document.
+    """
+    given = [f"{name}_scores" for name in counts if row.get(f"{name}_scores") is not None]
+    found = {}
+    for name, count in counts.items() if given else ():
+        field = f"{name}_scores"
+        values = row.get(field)
+        if values is None and count:
+            raise Fault(f"{field} is missing beside {given[0]}", given[0])
+        values = [] if values is None else values
+        if not isinstance(values, list):
+            raise Fault(f"{field} must be a list of numbers, got {kind_of(values)}", field)
+        if len(values) != count:
+            raise Fault(f"{field} has {len(values)} scores for the {count} texts of {name}", field)
+        for index, value in enumerate(values):
+            if isinstance(value, bool) or not isinstance(value, (int, float)):
+                raise Fault(f"{field}[{index}] must be a number, got {kind_of(value)}", field)
+            if not -LARGEST_SCORE <= value <= LARGEST_SCORE:  # nor NaN
+                raise Fault(f"{field}[{index}] must be a finite number of float32, got {value:.6g}", field)
+        found[field] = tuple(map(float, values))
+    return found
 
 
 def _documents(row: Mapping[str, Any], name: str) -> tuple[tuple[str, ...], tuple[str, ...]]:

@@ -66,6 +66,9 @@ class BatchSource:
         negatives = choose_negatives(len(example.negatives), dataset.num_negatives, **chance)
         passages = [example.positives[number] for number in positives]
         passages += [example.negatives[number] for number in negatives]
+        scores = None
+        if example.positive_scores is not None:
+            scores = np.concatenate([example.positive_scores[positives], example.negative_scores[negatives]])
         return Sample(
             query=Text(example.query, example.query_pooled_from),
             passages=[Text(tokens, example.document_pooled_from) for tokens in passages],
@@ -74,6 +77,7 @@ class BatchSource:
             in_batch=dataset.uses_in_batch_negatives,
             num_positives=len(positives),
             dataset=drawn.dataset,
+            teacher_scores=scores,
         )
 
 

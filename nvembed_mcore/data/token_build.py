@@ -33,12 +33,12 @@ from nvembed_mcore.data.prompts import EncodedTexts, encode_texts, prompt_tokens
 from nvembed_mcore.data.records import Parsed, Record, parse_block
 from nvembed_mcore.data.sources import blocks, source_fingerprint
 from nvembed_mcore.data.workers import ordered_map
+from nvembed_mcore.progress import progress
 
 _LOG = logging.getLogger(__name__)
 # A batch of rows ends at the first of these: Arrow's 32-bit offsets and the memory of a worker stay small.
 _BATCH_RECORDS = 8192
 _BATCH_CHARACTERS = 1 << 22
-_PROGRESS_SECONDS = 10.0
 _LOCK = "lock"
 
 _TOKENS = pyarrow.list_(pyarrow.int32())
@@ -54,6 +54,11 @@ SCHEMA = pyarrow.schema(
         )
     ]
 )
+
+
+_SCORES = pyarrow.list_(pyarrow.float32())
+SCORED_SCHEMA = pyarrow.schema([*SCHEMA, ("pos_scores", _SCORES), ("neg_scores", _SCORES)])
+"""With what a teacher scores each document, for runs that distil."""
 
 
 @dataclass(slots=True)
@@ -74,13 +79,19 @@ class Statistics:
 
 @dataclass(frozen=True, slots=True)
 class Encoder:
-    """Tokenises records as one data set wants it."""
+    """Tokenises records as one data set wants it; with a teacher's scores, which each record must have then, or
+    without."""
 
     tokenizer: BareTokenizer
     query_instruction: str
     document_instruction: str
     max_query_tokens: int
     max_document_tokens: int
+    with_scores: bool = False
+
+    @property
+    def schema(self) -> pyarrow.Schema:
+        return SCORED_SCHEMA if self.with_scores else SCHEMA
 
     def queries(self, records: list[Record]) -> list[EncodedTexts]:
         """The queries of some records in order, those that follow each other with the same instruction together: the
@@ -225,7 +236,7 @@ class _Build:
         """As `read_records` does: all bad lines are counted before they are refused."""
         with path.open("wb") as file:
             hashed = _Hashed(file)
-            with pyarrow.ipc.new_stream(hashed, SCHEMA) as writer:
+            with pyarrow.ipc.new_stream(hashed, encoder.schema) as writer:
                 for tokenised in self._with_progress(self._tokenised(encoder, processes)):
                     self._note(tokenised)
                     if not self.problems.too_many:
@@ -255,14 +266,13 @@ class _Build:
         return ordered_map(_tokenise, blocks(self.source), **how)
 
     def _with_progress(self, blocks_done: Iterator[_Tokenised]) -> Iterator[_Tokenised]:
-        begin = shown = time.monotonic()
-        for one in blocks_done:
-            yield one
-            now = time.monotonic()
-            if now - shown >= _PROGRESS_SECONDS:
-                shown = now
-                rate = self.statistics.records / (now - begin)
-                _LOG.info("%s: %d records, %.0f records/s", self.source, self.statistics.records, rate)
+        """What is left to do says the reading of the file; this says how fast."""
+        begin = time.monotonic()
+        with progress(f"tokenise {Path(self.source).name}", None, "records") as shown:
+            for one in blocks_done:
+                yield one
+                rate = self.statistics.records / max(time.monotonic() - begin, 1e-9)
+                shown.update(self.statistics.records, f"{rate:,.0f} records/s")
 
     def _note(self, tokenised: _Tokenised) -> None:
         """Count a block's bad lines, each by its file's place among the files: their names are not the data's."""
@@ -294,10 +304,11 @@ def _start_worker(encoder: Encoder, parent: int) -> None:
 
 
 def _tokenise(block: Block) -> _Tokenised:
-    parsed, encoder = parse_block(block), _worker["encoder"]
+    encoder = _worker["encoder"]
+    parsed = parse_block(block, needs_scores=encoder.with_scores)
     statistics = Statistics(blank_negatives=parsed.blank_negatives)
     sink = pyarrow.BufferOutputStream()
-    with pyarrow.ipc.new_stream(sink, SCHEMA) as writer:
+    with pyarrow.ipc.new_stream(sink, encoder.schema) as writer:
         for begin, end in _batches(parsed.records):
             try:
                 writer.write_batch(_arrow_batch(parsed.records[begin:end], encoder, statistics))
@@ -350,10 +361,12 @@ def _arrow_batch(records: list[Record], encoder: Encoder, statistics: Statistics
         statistics.documents += len(documents)
         statistics.tokens += len(documents.token_ids)
         statistics.truncated_documents += documents.truncated
+    if encoder.with_scores:
+        columns += [_score_lists([record.scores[name] for record in records]) for name in ("pos_scores", "neg_scores")]
     statistics.records += len(records)
     statistics.tokens += len(token_ids)
     statistics.truncated_queries += sum(some.truncated for some in queries)
-    return pyarrow.RecordBatch.from_arrays(columns, schema=SCHEMA)
+    return pyarrow.RecordBatch.from_arrays(columns, schema=encoder.schema)
 
 
 def document_hashes(names: list[str]) -> np.ndarray:
@@ -364,6 +377,11 @@ def document_hashes(names: list[str]) -> np.ndarray:
 
 def _token_lists(encoded: EncodedTexts) -> pyarrow.ListArray:
     return pyarrow.ListArray.from_arrays(_offsets(encoded.lengths), pyarrow.array(encoded.token_ids))
+
+
+def _score_lists(scores: list[tuple[float, ...]]) -> pyarrow.ListArray:
+    values = np.fromiter(chain.from_iterable(scores), np.float32)
+    return pyarrow.ListArray.from_arrays(_offsets([len(some) for some in scores]), pyarrow.array(values))
 
 
 def _offsets(lengths: list[int] | np.ndarray) -> pyarrow.Array:

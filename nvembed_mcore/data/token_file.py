@@ -13,7 +13,7 @@ import numpy as np
 import pyarrow
 import xxhash
 
-from nvembed_mcore.data.token_build import SCHEMA
+from nvembed_mcore.data.token_build import SCHEMA, SCORED_SCHEMA
 from nvembed_mcore.exits import StorageError
 
 _BLOCK_BYTES = 1 << 22
@@ -39,7 +39,7 @@ class TokenFile:
         with pyarrow.memory_map(str(path)) as source:
             whole = source.read_buffer()
             reader = pyarrow.ipc.open_stream(whole)
-            if not reader.schema.equals(SCHEMA):
+            if not any(reader.schema.equals(one) for one in (SCHEMA, SCORED_SCHEMA)):
                 raise ValueError(f"the columns of {path.name} are {reader.schema.names}, not {SCHEMA.names}")
             self.batches = [Batch(self, batch, whole.address) for batch in reader]
 
@@ -101,6 +101,12 @@ class Batch:
         self.document_lengths = [column(name).values for name in ("pos_lengths", "neg_lengths")]
         self.positives = _Documents(column("pos"), column("pos_ids"))
         self.negatives = _Documents(column("neg"), column("neg_ids"))
+        has_scores = "pos_scores" in batch.schema.names
+        self._scores = [column(name) for name in ("pos_scores", "neg_scores")] if has_scores else []
+
+    def scores(self, row: int) -> list[np.ndarray | None]:
+        """What a teacher scores the positives and the negatives of one record, float32; twice None without scores."""
+        return [scores.item(row) for scores in self._scores] or [None, None]
 
 
 class _Numbers:

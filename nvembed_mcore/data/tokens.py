@@ -6,6 +6,7 @@ it) and `store.json` (what went in, statistics, and the hash of `data.arrow`). A
     query, query_length, query_pooled_from           int32 tokens, how many, and the first pooled position
     pos, pos_lengths, pos_ids                        a list for each positive, their lengths, their document ids
     neg, neg_lengths, neg_ids                        likewise for the hard negatives
+    pos_scores, neg_scores                           of a store for distillation: float32, what a teacher scores each
 
 Document ids are the first 8 bytes of the SHA-256 of the id string, so documents of different data sets compare too.
 """
@@ -28,7 +29,7 @@ from nvembed_mcore.data.bare_tokenizer import BareTokenizer
 from nvembed_mcore.data.faults import DataError, Problems
 from nvembed_mcore.data.prompts import check_room, query_prompt
 from nvembed_mcore.data.sources import source_fingerprint
-from nvembed_mcore.data.token_build import SCHEMA, Encoder, Statistics, identity_hash, write_store
+from nvembed_mcore.data.token_build import SCHEMA, SCORED_SCHEMA, Encoder, Statistics, identity_hash, write_store
 from nvembed_mcore.data.token_file import Batch, TokenFile
 from nvembed_mcore.data.tokenizer import tokenizer_fingerprint
 
@@ -52,7 +53,8 @@ _IDENTITY = (
 @dataclass(frozen=True, slots=True)
 class Example:
     """One tokenised record. Token arrays are int32 [length] and read-only, with `<s>`, the instruction where there is
-    one, and `</s>`; ids are int64 [positives] and [negatives]."""
+    one, and `</s>`; ids are int64 [positives] and [negatives], and so are a teacher's scores, float32, of a store that
+    has them."""
 
     query: np.ndarray
     query_pooled_from: int
@@ -61,6 +63,8 @@ class Example:
     document_pooled_from: int
     positive_ids: np.ndarray
     negative_ids: np.ndarray
+    positive_scores: np.ndarray | None = None
+    negative_scores: np.ndarray | None = None
 
 
 class TokenStore:
@@ -96,6 +100,7 @@ class TokenStore:
         max_document_tokens: int,
         cache_dir: str | Path,
         max_bad_records: int = 0,
+        with_scores: bool = False,
         processes: int | None = None,
     ) -> TokenStore:
         """Tokenise a data set, or open its store when it exists and its bytes are those that were written.
@@ -110,6 +115,8 @@ class TokenStore:
             max_query_tokens, max_document_tokens: limits with prompt and special tokens; longer texts are cut.
             cache_dir: where stores live.
             max_bad_records: so many records that validation rejects are left out.
+            with_scores: keep a teacher's scores; a record without is rejected. Where none is, the store has the
+                fingerprint, and so a run the order of samples, that it has without scores.
             processes: workers for data of more than a few megabytes; None: one a core, 32 at most.
 
         Raises:
@@ -132,15 +139,11 @@ class TokenStore:
         }
         # The columns name the folder, so that a store of other columns is not taken for this one; they are not in the
         # fingerprint, which decides the order of samples.
-        folder = Path(cache_dir) / identity_hash(identity | {"columns": SCHEMA.names})
+        schema = SCORED_SCHEMA if with_scores else SCHEMA
+        folder = Path(cache_dir) / identity_hash(identity | {"columns": schema.names})
         if not folder.exists():
-            encoder = Encoder(
-                BareTokenizer.of(tokenizer),
-                dataset.instruction,
-                document_instruction,
-                max_query_tokens,
-                max_document_tokens,
-            )
+            instructions, limits = (dataset.instruction, document_instruction), (max_query_tokens, max_document_tokens)
+            encoder = Encoder(BareTokenizer.of(tokenizer), *instructions, *limits, with_scores)
             write_store(source, folder, encoder, identity, max_bad_records=max_bad_records, processes=processes)
         store = cls.open(folder)
         store._verify()
@@ -190,6 +193,7 @@ class TokenStore:
         batch, row = self._locate(index)
         positives, positive_ids = batch.positives.row(row)
         negatives, negative_ids = batch.negatives.row(row)
+        positive_scores, negative_scores = batch.scores(row)
         return Example(
             query=batch.queries.item(row),
             query_pooled_from=int(batch.query_pooled_from.part(row, row + 1)[0]),
@@ -198,6 +202,8 @@ class TokenStore:
             document_pooled_from=self._document_pooled_from,
             positive_ids=positive_ids,
             negative_ids=negative_ids,
+            positive_scores=positive_scores,
+            negative_scores=negative_scores,
         )
 
     def query_lengths(self) -> np.ndarray:

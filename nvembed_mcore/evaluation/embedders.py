@@ -27,6 +27,7 @@ from nvembed_mcore.data.tokenizer import load_tokenizer, tokenizer_fingerprint
 from nvembed_mcore.evaluation.encode import tokenize
 from nvembed_mcore.model.backend import Fp8
 from nvembed_mcore.parallel.groups import every_rank_does, first_rank_does, initialize
+from nvembed_mcore.progress import progress
 from nvembed_mcore.schedule import Chunks, embed_packs, packs_of_rank, plan_texts
 
 SENTENCE_TRANSFORMERS = "st:"
@@ -217,7 +218,8 @@ class PackedEmbedder:
         rows = tokenize(self._tokenizer, texts, instruction, limit)
         plan = plan_texts([len(row) for row in rows], self._chunks, self._groups, self._token_budget, num_ranks=1)
         packs = packs_of_rank(rows, plan, self._chunks, self._groups, rank=0)
-        embeddings = embed_packs(self._chunks, packs)
+        with progress("embed", len(packs), "packs") as shown:
+            embeddings = embed_packs(self._chunks, packs, lambda index, chunk: shown.update(index))
         self.tokens += sum(len(row) for row in rows)
         self.positions += sum(pack.padded_tokens for pack in packs)
         if not self.is_writer:

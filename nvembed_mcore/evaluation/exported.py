@@ -11,6 +11,7 @@ from nvembed_mcore.checkpoint.hf_load import exported_prompt, load_exported
 from nvembed_mcore.data.beir import read_beir
 from nvembed_mcore.data.prompts import query_prompt
 from nvembed_mcore.evaluation.retrieval import relevance_of, score_run, search
+from nvembed_mcore.progress import progress
 
 
 class ExportedEncoder:
@@ -30,7 +31,19 @@ class ExportedEncoder:
 
     def __call__(self, texts: Sequence[str], is_query: bool) -> torch.Tensor:
         """float32 [len(texts), D]; queries get the instruction in front."""
-        return self.model.encode(list(texts), self.prompt if is_query else "", max_length=self.max_length)
+        done = 0
+        with progress("embed", len(texts), "queries" if is_query else "documents") as shown:
+
+            def count(model: torch.nn.Module, inputs: tuple[torch.Tensor, ...], output: object) -> None:
+                nonlocal done
+                done += len(inputs[0])
+                shown.update(done)
+
+            hook = self.model.register_forward_hook(count)
+            try:
+                return self.model.encode(list(texts), self.prompt if is_query else "", max_length=self.max_length)
+            finally:
+                hook.remove()
 
 
 def evaluate_beir(encoder: Callable[[list[str], bool], torch.Tensor], folder: str | Path) -> dict[str, float]:

@@ -5,7 +5,7 @@ Letters: `Q` queries, `N` documents, `D` embedding size, `k` ranks that are kept
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, TypedDict
 
 import numpy as np
@@ -45,26 +45,53 @@ def search_blocks(queries: Tensor, blocks: Iterable[Tensor], k: int) -> tuple[Te
 
     The blocks are taken to the device and dtype in which the queries are scored.
     """
+    scores, indices = search_numbered(queries, _numbered(blocks), k)
+    if not scores.size(1):
+        raise ValueError("there are no documents to search")
+    return scores, indices
+
+
+def _numbered(blocks: Iterable[Tensor]) -> Iterator[tuple[Tensor, Tensor]]:
+    start = 0
+    for block in blocks:
+        yield block, torch.arange(start, start + len(block))
+        start += len(block)
+
+
+def search_numbered(queries: Tensor, blocks: Iterable[tuple[Tensor, Tensor]], k: int) -> tuple[Tensor, Tensor]:
+    """`search_blocks` among some of the documents, in any order, which say which ones they are.
+
+    Args:
+        queries: [Q, D].
+        blocks: embeddings [n, D] and numbers int64 [n], each number once. There may be none.
+
+    Returns:
+        scores [Q, min(k, N)], falling, of equal ones the smaller number first; the numbers, same shape.
+
+    Raises:
+        ValueError: as `search`, but for the number of documents.
+    """
     _check(queries, k)
     working = torch.float64 if queries.dtype == torch.float64 else torch.float32
     parts = queries.to(working).split(QUERY_BLOCK)
     empty = torch.empty(0, dtype=torch.int64, device=queries.device)
     best = [(part.new_empty(len(part), 0), empty.expand(len(part), 0)) for part in parts]
-    start = 0
-    for block in blocks:
+    for block, numbers in blocks:
         if block.dim() != 2 or block.size(1) != queries.size(1):
             raise ValueError(
                 f"queries and documents must be [Q, D] and [N, D], got {list(queries.shape)} and {list(block.shape)}"
             )
         if len(block):
-            block = block.to(queries.device, working)
-            best = [_improved(*found, part, block, start, k) for found, part in zip(best, parts, strict=True)]
-            start += len(block)
-    if not start:
-        raise ValueError("there are no documents to search")
-    scores, indices = map(torch.cat, zip(*best, strict=True))
-    order = _order(scores, indices)
-    return scores.gather(1, order), indices.gather(1, order)
+            block, numbers = block.to(queries.device, working), numbers.to(queries.device)
+            best = [_improved(*found, part, block, numbers, k) for found, part in zip(best, parts, strict=True)]
+    return best_of(*map(torch.cat, zip(*best, strict=True)), k)
+
+
+def best_of(scores: Tensor, numbers: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """The `k` best of each row of found documents, ordered as `search` does. Both: [Q, n]."""
+    scores, numbers = _best(scores, numbers, k)
+    order = _order(scores, numbers)
+    return scores.gather(1, order), numbers.gather(1, order)
 
 
 def _check(queries: Tensor, k: int) -> None:
@@ -72,25 +99,24 @@ def _check(queries: Tensor, k: int) -> None:
         raise ValueError(f"queries must be [Q, D], got {list(queries.shape)}")
     if k < 1:
         raise ValueError(f"k must be at least 1, got {k}")
-    _check_finite(queries, "query", 0)
+    _check_finite(queries, "query", torch.arange(len(queries)))
 
 
-def _check_finite(embeddings: Tensor, name: str, start: int) -> None:
+def _check_finite(embeddings: Tensor, name: str, numbers: Tensor) -> None:
     bad = ~torch.isfinite(embeddings).all(dim=1)
     if bad.any():
-        raise ValueError(f"{name} embedding {start + int(bad.int().argmax())} is not finite")
+        raise ValueError(f"{name} embedding {int(numbers[bad.int().argmax()])} is not finite")
 
 
 def _improved(
-    best_scores: Tensor, best_indices: Tensor, queries: Tensor, block: Tensor, start: int, k: int
+    best_scores: Tensor, best_indices: Tensor, queries: Tensor, block: Tensor, numbers: Tensor, k: int
 ) -> tuple[Tensor, Tensor]:
-    """The best of what was found so far and of one more block, whose first document has index `start`."""
+    """The best of what was found so far and of one more block of documents with these numbers."""
     products = queries @ block.T
     # A document that is not finite makes its scores so, and they make the sum so: the documents are read only then.
     if not torch.isfinite(products.sum()):
-        _check_finite(block, "document", start)
-    indices = torch.arange(start, start + len(block), device=block.device).expand(products.shape)
-    scores, indices = _best(products, indices, k)
+        _check_finite(block, "document", numbers)
+    scores, indices = _best(products, numbers.expand(products.shape), k)
     return _best(torch.cat([best_scores, scores], dim=1), torch.cat([best_indices, indices], dim=1), k)
 
 
@@ -129,35 +155,56 @@ class RetrievalMetrics(TypedDict):
     """1 / rank of the first relevant document, 0 when it is not among the first 10."""
 
 
-def score_run(
-    ranked: Sequence[Sequence[int]] | np.ndarray | Tensor, relevant: Sequence[Mapping[int, int]]
-) -> RetrievalMetrics:
+Ranked = Sequence[Sequence[int]] | np.ndarray | Tensor
+"""Document indices of each query, best first: [Q, k] or one list a query, which may differ in length."""
+
+
+def score_run(ranked: Ranked, relevant: Sequence[Mapping[int, int]]) -> RetrievalMetrics:
     """Metrics of a run as trec_eval and BEIR compute them: linear gains, discount `1 / log2(1 + rank)`.
 
-    A document is relevant when its judgement is above 0; that judgement is its gain. A query without any judgement
-    is left out of the means; one whose judgements are all 0 counts with zeros.
+    A document is relevant when its judgement is above 0; that judgement is its gain. What nobody judged is not
+    relevant. A query without any judgement is left out of the means; one with nothing relevant counts with zeros.
+
+    They are trec_eval's `ndcg_cut_10`, `recall_10` and `recall_100`, and its `recip_rank` of the first 10 documents
+    (itself it has no such cut). Two things differ around them: trec_eval puts the documents in order itself, those of
+    equal score by id from Z to A, where `search` ranks the smaller index first; and a query for which nothing was
+    found counts as zero here, as with its option `-c`, where `pytrec_eval` leaves it out.
 
     Args:
-        ranked: document indices of each query, best first; [Q, k] or one list a query. Lists may differ in length
-            (a lexical search finds fewer); k below 100 means that recall at 100 sees only k.
+        ranked: k below 100 means that recall at 100 sees only k (a lexical search finds fewer).
         relevant: judgements of each query, document index -> judgement.
 
     Raises:
         ValueError: the numbers of queries differ, no query is judged, or a document is ranked twice for a query.
     """
+    return mean_metrics(score_queries(ranked, relevant))
+
+
+def score_queries(ranked: Ranked, relevant: Sequence[Mapping[int, int]]) -> np.ndarray:
+    """`score_run` before the mean: float64 [Q, 4] in the order of `RetrievalMetrics`; NaN where nothing is judged."""
     if len(ranked) != len(relevant):
         raise ValueError(f"{len(ranked)} rankings but judgements for {len(relevant)} queries")
     discounts = 1 / np.log2(np.arange(2, 12))
-    rows = []
+    rows = np.full((len(relevant), len(RetrievalMetrics.__annotations__)), np.nan)
     for query, (documents, judgements) in enumerate(zip(ranked, relevant, strict=True)):
         documents = [int(document) for document in documents[:100]]
         if len(set(documents)) < len(documents):
             raise ValueError(f"query {query}: a document is ranked twice within the first 100")
         if judgements:
-            rows.append(_score_query(documents, judgements, discounts))
-    if not rows:
-        raise ValueError(f"none of the {len(relevant)} queries has a judged document")
-    ndcg, recall_10, recall_100, reciprocal = np.mean(rows, axis=0).tolist()
+            rows[query] = _score_query(documents, judgements, discounts)
+    return rows
+
+
+def mean_metrics(rows: np.ndarray) -> RetrievalMetrics:
+    """Means over the judged queries of `score_queries`.
+
+    Raises:
+        ValueError: no query is judged.
+    """
+    judged = rows[~np.isnan(rows[:, 0])]
+    if not len(judged):
+        raise ValueError(f"none of the {len(rows)} queries has a judged document")
+    ndcg, recall_10, recall_100, reciprocal = np.mean(judged, axis=0).tolist()
     return RetrievalMetrics(ndcg_at_10=ndcg, recall_at_10=recall_10, recall_at_100=recall_100, mrr_at_10=reciprocal)
 
 

@@ -22,7 +22,7 @@ from nvembed_mcore.parallel.groups import every_rank_does, initialize
 from nvembed_mcore.paths import member
 
 _SAMPLE = 4096
-_PINNED = re.compile(r"(.+)@([0-9a-f]{40})")
+PINNED = re.compile(r"(.+)@([0-9a-f]{40})")
 
 
 class SentenceEmbedder:
@@ -45,7 +45,7 @@ class SentenceEmbedder:
             raise ConfigError(
                 f"st:{model} is whole in each process: --tp and --pp must be 1, got {parallel.tp} and {parallel.pp}"
             )
-        pinned = None if Path(model).is_dir() else _PINNED.fullmatch(model)
+        pinned = None if Path(model).is_dir() else PINNED.fullmatch(model)
         self._name, revision = pinned.groups() if pinned else (model, None)
         self._code = None
         if trust_remote_code:
@@ -81,7 +81,7 @@ class SentenceEmbedder:
         where = {"device": str(device.current()), "trust_remote_code": trust_remote_code, "revision": revision}
         try:
             if not trust_remote_code:
-                _check_code(self._name, revision)
+                check_code(self._name, revision)
             self._model = SentenceTransformer(self._name, **where).eval()
         except Exception as error:  # of transformers, the hub or the model's own code: anything
             raise EmbedderError(f"sentence-transformers cannot load {self._name}: {error}") from error
@@ -134,7 +134,7 @@ class SentenceEmbedder:
         return fingerprint_of(self)
 
 
-def _check_code(name: str, revision: str | None) -> None:
+def check_code(name: str, revision: str | None) -> None:
     """Refuse a model that names code which sentence-transformers before 6, or transformers before 5.3, would run
     although nobody trusts it: classes in `modules.json`, and what `check_implementations` finds.
 

@@ -16,6 +16,7 @@ import numpy as np
 
 from nvembed_mcore.data.files import hash_of_file
 from nvembed_mcore.mining.search import Candidates, Rows, Search
+from nvembed_mcore.progress import show_each
 
 if TYPE_CHECKING:
     import faiss
@@ -76,7 +77,7 @@ def build_index(shards: Sequence[np.ndarray], factory: str, path: Path, *, seed:
             index.train(Rows(shards)[sample])
         except RuntimeError as error:
             raise ValueError(f"--index {factory} cannot be trained on {count} documents") from error
-    for shard in shards:
+    for shard in show_each(shards, "build the index", "shards"):
         index.add(np.ascontiguousarray(shard, dtype=np.float32))
     aside = path.with_name(f".{path.name}.partial")
     faiss.write_index(index, str(aside))

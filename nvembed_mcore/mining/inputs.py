@@ -118,7 +118,7 @@ def prepare(records: str, corpus: str | None, folder: Path, *, keep_negatives: b
     """
     folder.mkdir(parents=True, exist_ok=True)
     if corpus is None:
-        _build(_documents_of(records), _documents_folder(folder, corpus))
+        build_corpus(_documents_of(records), _documents_folder(folder, corpus))
     else:
         Corpus.build(source_file(corpus, are_queries=False), _documents_folder(folder, corpus))
     documents = Corpus.open(_documents_folder(folder, corpus))
@@ -133,8 +133,8 @@ def prepare(records: str, corpus: str | None, folder: Path, *, keep_negatives: b
             arrays.add(record)
             yield {"id": str(number), "text": record.query}
 
-    _build(queries(), folder / "queries")
-    _build(_others(records, places, len(documents), keep_negatives), folder / "others")
+    build_corpus(queries(), folder / "queries")
+    build_corpus(_others(records, places, len(documents), keep_negatives), folder / "others")
     arrays.write(folder)
 
 
@@ -159,7 +159,7 @@ def open_inputs(folder: Path, corpus: str | None) -> Inputs:
     return Inputs(documents, others, queries, **arrays, barred=barred, fingerprint=digest.hexdigest())
 
 
-def _build(rows: Iterator[dict[str, str]], folder: Path) -> None:
+def build_corpus(rows: Iterator[dict[str, str]], folder: Path) -> None:
     """Make a corpus of rows in place of what was there; none of no rows.
 
     Whether it is the one whose embeddings are there, those say.

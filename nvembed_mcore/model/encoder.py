@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -50,6 +51,10 @@ class Encoder(MegatronModule):
     Hidden states inside are Megatron's [t, 1, H] (a pack is one long sequence of batch size 1); under sequence
     parallelism each tensor rank holds t / TP of the rows.
     """
+
+    behind_embedding: Callable[[Tensor, Tensor, int], Tensor] | None = None
+    """Gets this rank's embedded tokens [t or t / TP, 1, H], their sequences and how many of these there are; what it
+    returns goes on instead (adversarial.py)."""
 
     def __init__(
         self,
@@ -183,6 +188,9 @@ class Encoder(MegatronModule):
         hidden = None
         if self.pre_process:
             hidden = self.embedding(torch.as_tensor(pack.token_ids).to(device.current())[None], None)
+            if self.behind_embedding is not None:
+                segments = self._of_rank(packing.segment_ids, self.config.sequence_parallel)
+                hidden = self.behind_embedding(hidden, segments, len(pack.lengths))
         if self.reads_layers:
             weights = self._weights(pack, packing, self.config.sequence_parallel)
             packing.summaries = LayerSummaries(*weights, len(pack.lengths))
@@ -197,12 +205,15 @@ class Encoder(MegatronModule):
     def _weights(self, pack: Pack, packing: Packing, is_sharded: bool) -> tuple[Tensor, Tensor]:
         """Weight and sequence of each token of the pack, or of this rank's part of them."""
         weights = weights_of(pack.lengths, pack.pooled_from, self.pooled_tokens, pack.split)
-        weights, segments = torch.as_tensor(weights).to(device.current()), packing.segment_ids
+        weights = torch.as_tensor(weights).to(device.current())
+        return self._of_rank(weights, is_sharded), self._of_rank(packing.segment_ids, is_sharded)
+
+    def _of_rank(self, values: Tensor, is_sharded: bool) -> Tensor:
+        """Those of this tensor rank's tokens, of [t] values, where tensor ranks have a part each."""
         if not is_sharded:
-            return weights, segments
-        size = len(weights) // self.config.tensor_model_parallel_size
-        mine = slice(self.groups.tp_rank * size, (self.groups.tp_rank + 1) * size)
-        return weights[mine], segments[mine]
+            return values
+        size = len(values) // self.config.tensor_model_parallel_size
+        return values[self.groups.tp_rank * size : (self.groups.tp_rank + 1) * size]
 
     def _pool(self, states: Tensor, pack: Pack, packing: Packing) -> Tensor:
         """This rank's token states [t or t / TP, H] -> unit vectors, float32 [B, H]."""

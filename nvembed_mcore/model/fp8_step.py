@@ -52,11 +52,11 @@ def end_step(encoders: list[torch.nn.Module], groups: list[dist.ProcessGroup]) -
         fp8_linear.end_step(encoders, groups)
 
 
-def forget_weights(encoder: torch.nn.Module) -> None:
-    """After weights came from elsewhere: none is as it was."""
+def forget_weights(encoder: torch.nn.Module, *, frozen: bool = True) -> None:
+    """After weights came from elsewhere: none is as it was; without `frozen`, none that trains."""
     if encoder.backend.is_fp8_in_te:
         from nvembed_mcore.model import te_layers
 
-        te_layers.forget_fp8_weights(encoder, frozen=True)
+        te_layers.forget_fp8_weights(encoder, frozen=frozen)
     else:
-        fp8_linear.forget_weights([encoder], frozen=True)
+        fp8_linear.forget_weights([encoder], frozen=frozen)

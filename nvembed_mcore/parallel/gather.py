@@ -61,6 +61,31 @@ def scatter_sum(values: torch.Tensor, owned: Sequence[np.ndarray], group: dist.P
     return local[: len(owned[group.rank()])]
 
 
+def deal_rows(values: torch.Tensor, group: dist.ProcessGroup) -> torch.Tensor:
+    """What all ranks have of this rank's share of the rows: the ranks' first dimension transposed.
+
+    Args:
+        values: [Q, ...], contiguous, another on each rank; the shape is the same on all.
+        group: as in `gather_rows`.
+
+    Returns:
+        [ranks, q, ...]: rows `shares(Q, ranks)[rank]` of every rank.
+    """
+    ranks = group.size()
+    rows = max(1, -(-len(values) // ranks))
+    padded = values.new_zeros(ranks * rows, *values.shape[1:])
+    padded[: len(values)] = values
+    dealt = torch.empty_like(padded)
+    dist.all_to_all_single(dealt, padded, group=group)
+    return dealt.unflatten(0, (ranks, rows))[:, : len(shares(len(values), ranks)[group.rank()])]
+
+
+def shares(num_rows: int, ranks: int) -> list[np.ndarray]:
+    """Numbers of the rows of each rank where they are dealt out in stretches: int64; the last ones may have fewer."""
+    rows = max(1, -(-num_rows // ranks))
+    return [np.arange(min(num_rows, rank * rows), min(num_rows, (rank + 1) * rows)) for rank in range(ranks)]
+
+
 def _slots(owned: Sequence[np.ndarray]) -> tuple[torch.Tensor, int]:
     """Where each global row stands when every rank's are padded to the most that one has: int64 [N], and that most."""
     rows = max(1, max(len(numbers) for numbers in owned))
@@ -122,6 +147,17 @@ def sum_over_context(values: torch.Tensor, groups: Groups) -> torch.Tensor:
     The adjoint sums the ranks' gradients. These are equal, so it multiplies by C and sends nothing.
     """
     return _SummedOverContext.apply(values, groups.cp) if groups.cp_size > 1 else values
+
+
+def sum_over_token_parts(values: torch.Tensor, groups: Groups, *, is_split: bool) -> torch.Tensor:
+    """Sum a vector (in place) over the ranks that have parts of the same packs' tokens; returns it.
+
+    Args:
+        is_split: whether tensor ranks have a part each (sequence parallelism), besides context-parallel ones.
+    """
+    if is_split or groups.cp_size > 1:
+        dist.all_reduce(values, group=groups.tp_cp if is_split else groups.cp)
+    return values
 
 
 def sum_over_data_ranks(values: torch.Tensor, groups: Groups) -> torch.Tensor:

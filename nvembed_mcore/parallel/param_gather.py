@@ -33,3 +33,12 @@ def finish_param_gather(chunks: list[DistributedDataParallel]) -> None:
     for chunk in chunks:
         if chunk.ddp_config.overlap_param_gather:
             chunk.start_param_sync(force_sync=True)
+
+
+def gather_params(chunks: list[DistributedDataParallel]) -> None:
+    """Have everywhere what each data-parallel rank changed of its own share of the weights; all of them call this,
+    when nothing travels (`finish_param_gather`). Does nothing where each updates all weights.
+    """
+    for chunk in chunks:
+        if chunk.ddp_config.use_distributed_optimizer:
+            chunk.start_param_sync(force_sync=True)

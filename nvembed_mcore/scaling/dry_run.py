@@ -25,6 +25,7 @@ from nvembed_mcore.model.backend import Backend, choose
 from nvembed_mcore.model.mistral import check_fp8, head_dim
 from nvembed_mcore.parallel import groups as process_groups
 from nvembed_mcore.parallel.groups import Groups
+from nvembed_mcore.progress import show_each
 from nvembed_mcore.scaling.flops import pack_flops
 from nvembed_mcore.scaling.lengths import sample_lengths
 from nvembed_mcore.scaling.pipeline import even_layers
@@ -140,11 +141,11 @@ def dry_run(
         warnings = _check_start(config, hf_config)
         here = _as_built(config, device_type)
         found = []
-        for rank in _chosen(config, gpus, ranks):
+        for rank in show_each(_chosen(config, gpus, ranks), "build", "ranks"):
             groups = process_groups.pretend(config.parallel, rank, gpus)
             with FakeTensorMode():
                 chunks = build.build_empty_model(here, hf_config, groups)
-                found.append(_rank(chunks, groups))
+                found.append(_rank(chunks, groups, config.optim.averages))
         texts, missing = _own_texts(config, hf_config)
         if texts is None or lengths is not None:
             sampled = sample_lengths(config, lengths)
@@ -216,7 +217,7 @@ def _own_texts(config: RunConfig, hf_config: MistralConfig) -> tuple[_Texts | No
     if missing:
         more = f" (nor {len(missing) - 1} more of its files)" if missing[1:] else ""
         return None, [f"{missing[0]} is not on this machine{more}, so the run's own batches are not planned"]
-    source = batch_source(config, build_stores(data, tokenizer))
+    source = batch_source(config, build_stores(data, tokenizer, config.loss.distillation.is_on))
     steps = [source.batch(step).lengths for step in range(min(STEPS, config.steps))]
     return _Texts(steps, "the run's own batches"), []
 
@@ -230,8 +231,8 @@ def _as_built(config: RunConfig, device_type: Device) -> RunConfig:
     return replace(config, precision=precision, model=replace(config.model, backend="local"))
 
 
-def _rank(chunks: list[DistributedDataParallel], groups: Groups) -> Rank:
-    written = sizes.written_by_ranks(chunks, groups)
+def _rank(chunks: list[DistributedDataParallel], groups: Groups, averages: bool) -> Rank:
+    written = sizes.written_by_ranks(chunks, groups, averages=averages)
     parameters = [one for chunk in chunks for one in chunk.module.parameters()]
     return Rank(
         rank=groups.rank,
@@ -242,7 +243,7 @@ def _rank(chunks: list[DistributedDataParallel], groups: Groups) -> Rank:
         frozen=sum(one.numel() for one in parameters if not one.requires_grad),
         weights=_weights(chunks),
         gradients=sum(buffer.grad_data.nbytes for chunk in chunks for buffer in chunk.buffers),
-        optimizer=sizes.optimizer_bytes(chunks, groups),
+        optimizer=sizes.optimizer_bytes(chunks, groups, averages=averages),
         checkpoint=written[groups.rank],
         largest_checkpoint=max(written.values()),
     )

@@ -30,7 +30,7 @@ LEAST_ROWS = 64
 def memory_of(workload: Workload, layout: Layout, cluster: Cluster) -> dict[str, float]:
     """Bytes by kind on the fullest rank, whose sum is to fit the device.
 
-    `weights` (FP8 copies included), `gradients` (float32 buffers), `optimizer` (main weights and moments),
+    `weights` (FP8 copies included), `gradients` (float32 buffers), `optimizer` (main weights, moments and averages),
     `activations` (graphs that are kept, and what the pass needs besides), `gather_and_loss` (embeddings, scores and
     their gradients at that moment), `fragmentation` (on a GPU: what the allocator wastes, and NCCL's buffers).
     """
@@ -65,8 +65,9 @@ def static(workload: Workload, layout: Layout, stage: int) -> dict[str, float]:
             held = buffer.padded if layout.distributed_optimizer else buffer.numel
             weights += held * (4 if buffer.is_float32 else workload.element)
             gradients += 4 * held
-            # Two moments, and float32 weights where the model's are not.
-            optimizer += (8 if buffer.is_float32 else 12) * buffer.numel / ranks
+            # Two moments, float32 weights where the model's are not, and perhaps an average.
+            held_by_number = (8 if buffer.is_float32 else 12) + 4 * workload.averages
+            optimizer += held_by_number * buffer.numel / ranks
         weights += workload.element * sum(one.numel for one in parameters if not one.is_trained)
     return dict(weights=weights + fp8_copies(workload, layout, stage), gradients=gradients, optimizer=optimizer)
 
@@ -97,8 +98,10 @@ def _graph(workload: Workload, layout: Layout, stage: int, chunk: int, lengths: 
     shape = _shape(workload, split, lengths.tobytes())
     is_first, is_last = stage == 0 and chunk == 0, stage == layout.pp - 1 and chunk == layout.chunks - 1
     layers = layout.stages(workload.architecture.num_hidden_layers)[stage][chunk]
-    kept = (layers - is_first) * _layer(workload, split, shape, False)
-    kept += is_first * _layer(workload, split, shape, True)
+    # FGM asks what even a frozen table embeds for its gradient.
+    ends_here = is_first and workload.walks == 1
+    kept = (layers - ends_here) * _layer(workload, split, shape, False)
+    kept += ends_here * _layer(workload, split, shape, True)
     kept += activations.outside_layers(workload, layout, shape, is_first=is_first, is_last=is_last)
     if layout.pp > 1 and not is_last:
         # What goes to the next stage stays until its gradient comes back; what came is the first norm's input.
@@ -134,9 +137,10 @@ def _moments(workload: Workload, layout: Layout, stage: int, step: int, gradient
     for rank in {int(numbers.argmax()) for numbers in (plan.filled, plan.largest, plan.texts, plan.queries)}:
         graphs = [
             [_graph(workload, layout, stage, chunk, lengths) for chunk in range(layout.chunks)]
-            for lengths in plan.lengths(rank)
+            for lengths in plan.lengths(rank) * workload.views
         ]
         embeddings = 4.0 * int(plan.texts[rank]) * workload.architecture.hidden_size if is_last else 0.0
+        embeddings *= workload.views
         if layout.pp > 1:
             backward, scoring = _in_flight(layout, stage, graphs), 0.0
         elif layout.way == "cached":
@@ -144,11 +148,20 @@ def _moments(workload: Workload, layout: Layout, stage: int, step: int, gradient
         else:
             scoring = sum(one.kept for (one,) in graphs)
             backward = scoring + graphs[-1][0].work
-        found.append((backward, 2 * embeddings))
+        moved = _kept_of_tokens(workload, layout, plan, rank) if stage == 0 else 0.0
+        found.append((moved + backward, 2 * embeddings))
         if is_last:
-            found.append((scoring, embeddings + scores(workload, layout, plan, rank, step)))
+            found.append((moved + scoring, embeddings + scores(workload, layout, plan, rank, step)))
     found.append((_at_the_end(workload, layout, stage, gradients), 0.0))
     return found
+
+
+def _kept_of_tokens(workload: Workload, layout: Layout, plan: Planned, rank: int) -> float:
+    """With FGM, of all packs the gradient to the embedded tokens, [t, H] (adversarial.py)."""
+    if workload.walks == 1:
+        return 0.0
+    tokens = sum(_shape(workload, _split(layout), lengths.tobytes()).split for lengths in plan.lengths(rank))
+    return float(workload.element * workload.views * tokens * workload.architecture.hidden_size)
 
 
 def _in_flight(layout: Layout, stage: int, graphs: list[list[_Graph]]) -> float:
@@ -190,7 +203,8 @@ def scores(workload: Workload, layout: Layout, plan: Planned, rank: int, step: i
 
     Embeddings of all texts (N D) and of this rank (n D); the gradient and a buffer that it is added up in, of all
     texts or, where each rank makes its own, of this rank's; the anchors and their gradient; the gradient of the
-    columns; and a block of scores. On CUDA in bfloat16 also the embeddings in it, and a block's gradient.
+    columns; and a block of scores. On CUDA in bfloat16 also the embeddings in it, and a block's gradient. R-Drop has
+    all of these but the block twice.
     """
     width, texts, owned = workload.architecture.hidden_size, len(plan.sizes), int(plan.texts[rank])
     own, is_positive = recomputes(workload, plan, step), workload.is_positive[step]
@@ -205,7 +219,7 @@ def scores(workload: Workload, layout: Layout, plan: Planned, rank: int, step: i
     else:
         rows += columns
         block = _block(workload.device_type, mine, columns)
-    return 4.0 * width * rows + (6 if is_half else 4) * block
+    return 4.0 * width * rows * workload.views + (6 if is_half else 4) * block
 
 
 def _block(device_type: str, rows: int, columns: int) -> float:

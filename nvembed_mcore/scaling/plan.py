@@ -99,7 +99,7 @@ def auto_way(workload: Workload, layout: Layout, cluster: Cluster) -> Layout:
     """The layout with the way that `step.way: auto` takes in it (docs/design.md, The step)."""
     if layout.pp > 1:
         return replace(layout, way="cached")
-    if balance_of(workload, layout).microbatches == 1:
+    if workload.views * balance_of(workload, layout).microbatches == 1:
         return replace(layout, way="single")
     kept = replace(layout, way="retain")
     needed = sum(memory_of(workload, kept, cluster).values())
@@ -138,7 +138,7 @@ def _budgets(workload: Workload, base: Layout) -> Iterator[Layout]:
 
 
 def _ways(workload: Workload, base: Layout) -> Iterator[Layout]:
-    if balance_of(workload, base).microbatches == 1:
+    if workload.views * balance_of(workload, base).microbatches == 1:
         yield replace(base, way="single")
     else:
         yield replace(base, way="retain")

@@ -125,7 +125,8 @@ def model_flops(workload: Workload) -> float:
     """FLOPs of a step's model work (`flops.pack_flops`), in the mean over the sampled steps."""
     how = dict(causal=workload.causal, lora=workload.lora)
     steps = [workload.texts(step).tolist() for step in range(len(workload.lengths))]
-    return float(np.mean([pack_flops(workload.architecture, workload.pooling, one, **how) for one in steps]))
+    once = np.mean([pack_flops(workload.architecture, workload.pooling, one, **how) for one in steps])
+    return workload.walks * workload.views * float(once)
 
 
 def _spread(parts: Parts, cluster: Cluster, total: float) -> tuple[float, float]:
@@ -216,8 +217,13 @@ class Parts:
         return Counter(pipeline_parallel=seconds.visible(cluster, one, math.inf, layout.chunks > 1))
 
     def _walk(self, stages: list[Pass]) -> Terms:
-        """All packs of a rank. With one stage those that are not kept are embedded `again`; with more, all of them."""
-        packs, layout = self.balance.microbatches, self.layout
+        """All packs of a rank, in each view. With one stage those that are not kept are embedded `again`; with more,
+        all of them. With FGM twice."""
+        packs = self.workload.views * self.balance.microbatches
+        return scaled(self._walk_once(stages, packs), self.workload.walks)
+
+    def _walk_once(self, stages: list[Pass], packs: float) -> Terms:
+        layout = self.layout
         both = walk([one.forward + one.backward for one in stages], packs, layout.chunks)
         if layout.pp > 1:
             return both + Counter(again=walk([one.forward for one in stages], packs, layout.chunks).total())
@@ -229,18 +235,19 @@ class Parts:
 
         `gather`: an all-gather of `4 N D` bytes (embeddings are float32) and, unless each rank makes its own columns'
         gradients alone, a reduce-scatter of as many. `loss`: three products of `2 (Q / W) M D` FLOPs, or four; twice
-        with `symmetric`, and with `matryoshka_dims` once more in each of these widths.
+        with `symmetric`, and with `matryoshka_dims` once more in each of these widths. All of it for each view, and
+        R-Drop's divergence takes as many products again; all of that in each walk.
         """
         work, layout = self.workload, self.layout
         size, texts = work.architecture.hidden_size, float(np.count_nonzero(work.lengths, axis=1).mean())
         ranks, per_node = layout.dp, max(1, cluster.device.gpus_per_node // (layout.tp * layout.cp))
         rings = 1 if self.recomputes else 2
-        gather = rings * seconds.ring(cluster, 4 * texts * size, ranks, per_node)
+        gather = rings * seconds.ring(cluster, 4 * texts * size * work.views, ranks, per_node)
         rows, columns = work.num_queries / layout.dp, texts - work.num_queries
-        products = (4 if self.recomputes else 3) * (2 if work.loss.symmetric else 1)
+        products = (4 if self.recomputes else 3) * (2 if work.loss.symmetric else 1) * work.views**2
         widths = [*work.loss.matryoshka_dims, size]
         loss = products * sum(seconds.matmul(cluster, work.dtype, rows, width, columns) for width in widths)
-        return Counter(gather=gather, loss=loss)
+        return Counter(gather=gather * work.walks, loss=loss * work.walks)
 
     def _update(self, cluster: Cluster, stages: list[Pass]) -> Terms:
         """What a step does once for its trained parameters, on the stage that takes longest for it."""
@@ -255,6 +262,7 @@ class Parts:
                 backward=both.backward.total(),
                 forward=both.forward.total(),
                 overlaps=(self.layout.overlap_grad_reduce, self.layout.overlap_param_gather),
+                averages=self.workload.averages,
             )
             terms["grad_reduce"] += 2 * seconds.ring(cluster, 4 * summed, self.layout.tp, self.layout.tp)
             found.append(terms)

@@ -15,6 +15,8 @@ READINGS = {"delayed": 1, "tensorwise": 2, "blockwise": 2, "mxfp8": 1}
 ADAM_BYTES = 30.0
 """Of one parameter in an optimizer step: gradient, master weight and two moments read in float32, all but the gradient
 written, the bfloat16 weight written."""
+AVERAGE_BYTES = 12.0
+"""Of one, where the weights are averaged: master weight and average read, the average written."""
 
 
 def matmul(cluster: Cluster, dtype: str, rows: float, inputs: float, outputs: float) -> float:
@@ -76,9 +78,9 @@ def host(cluster: Cluster, layers: float, is_backward: bool) -> float:
     return layers * cluster.constants.host_layer.value * (2 if is_backward else 1)
 
 
-def adam(cluster: Cluster, parameters: float) -> float:
-    """Seconds of an optimizer step over `parameters` numbers of one rank."""
-    return memory(cluster, ADAM_BYTES * parameters)
+def adam(cluster: Cluster, parameters: float, averages: bool = False) -> float:
+    """Seconds of an optimizer step over `parameters` numbers of one rank, and of averaging them."""
+    return memory(cluster, (ADAM_BYTES + AVERAGE_BYTES * averages) * parameters)
 
 
 def ring(cluster: Cluster, moved: float, ranks: int, per_node: int) -> float:

@@ -11,6 +11,7 @@ of the rank with the most, `D` embedding size, `W` data-parallel size, `r` rank 
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from nvembed_mcore.scaling.activations import Shape, shape_of
@@ -19,6 +20,8 @@ from nvembed_mcore.scaling.exchange import recomputes
 from nvembed_mcore.scaling.parameters import buffers_of, chunk_parameters, linears
 
 if TYPE_CHECKING:
+    import numpy as np
+
     from nvembed_mcore.scaling.layout import Layout
     from nvembed_mcore.scaling.workload import Workload
 
@@ -54,9 +57,13 @@ def traffic_of(
     total: Counter[Key] = Counter()
     for one in steps:
         plan = plan_of(workload, layout, one)
+        packs = plan.lengths(dp_rank) * workload.views
+        if workload.walks == 2 and stage == 0:
+            _add_between_walks(total, workload, layout, packs)
+        # Every walk is as the first.
+        before, total = total, Counter()
         if stage == layout.pp - 1:
             _add_scoring(total, workload, layout, plan, one)
-        packs = plan.lengths(dp_rank)
         for number, lengths in enumerate(packs):
             forwards = 2 if layout.way == "cached" and (layout.pp > 1 or number < len(packs) - 1) else 1
             for chunk in range(layout.chunks):
@@ -64,6 +71,7 @@ def traffic_of(
                 _add_layers(total, workload, layout, shape, (stage, chunk), forwards)
                 _add_ends(total, workload, layout, shape, (stage, chunk), forwards)
                 _add_sends(total, workload, layout, shape, (stage, chunk), forwards)
+        total = before + Counter({key: workload.walks * count for key, count in total.items()})
         _add_once(total, workload, layout, stage)
     return {key: count / len(steps) for key, count in sorted(total.items()) if count}
 
@@ -85,8 +93,11 @@ def _add(total: Counter[Key], layout: Layout, kind: str, dimensions: tuple[str, 
 
 
 def _add_scoring(total: Counter[Key], workload: Workload, layout: Layout, plan: Planned, step: int) -> None:
-    """Embeddings in float32, [n, D] of each rank; the gradients' sum [W n, D], or two numbers a row of each loss."""
-    width, rows = workload.architecture.hidden_size, max(1, int(plan.texts.max()))
+    """Embeddings in float32, [n, D] of each rank; the gradients' sum [W n, D], or two numbers a row of each loss.
+
+    That in each view; and four numbers a row of their divergence.
+    """
+    width, rows = workload.architecture.hidden_size * workload.views, max(1, int(plan.texts.max()))
     _add(total, layout, "all_gather", ("dp",), 4 * width * rows)
     if not recomputes(workload, plan, step):
         _add(total, layout, "reduce_scatter", ("dp",), 4 * width * rows * layout.dp)
@@ -99,7 +110,21 @@ def _add_scoring(total: Counter[Key], workload: Workload, layout: Layout, plan: 
         counts = Counter(holders[is_positive[: len(holders)]].tolist())
         most.append(max(counts.values()))
     losses = 1 + len(workload.loss.matryoshka_dims)
-    _add(total, layout, "all_gather", ("dp",), 8 * sum(most) * losses)
+    numbers = 2 if workload.views == 1 else 2 * 2 + 4
+    _add(total, layout, "all_gather", ("dp",), 4 * numbers * sum(most) * losses)
+
+
+def _add_between_walks(total: Counter[Key], workload: Workload, layout: Layout, packs: Sequence[np.ndarray]) -> None:
+    """With FGM, on the first stage: the squares of each sequence's gradient, float64, summed over who has parts of its
+    tokens; and in the first walk the gradient to what a frozen table embeds, which nothing else asks for."""
+    dimensions = ("tp", "cp") if layout.splits_tokens else ("cp",)
+    for lengths in packs:
+        shape = shape_of(workload, layout, lengths)
+        _add(total, layout, "all_reduce", dimensions, 8 * shape.texts)
+        if workload.lora:
+            kind = "reduce_scatter" if layout.splits_tokens else "all_reduce"
+            whole = workload.element * shape.tokens * workload.architecture.hidden_size
+            _add(total, layout, kind, ("tp",), whole)
 
 
 def _add_once(total: Counter[Key], workload: Workload, layout: Layout, stage: int) -> None:
@@ -115,10 +140,11 @@ def _add_once(total: Counter[Key], workload: Workload, layout: Layout, stage: in
         parameters = chunk_parameters(workload, layout, stage, chunk)
         summed += sum(one.numel for one in parameters if one.is_trained and one.is_summed)
     _add(total, layout, "all_reduce", ("tp",), 4 * summed)
-    # Loss, accuracy and tokens; the last stage's temperature with them; the gradient's norm.
-    _add(total, layout, "all_reduce", ("dp",), 4 * 8)
+    # Loss (and its parts), accuracy and tokens; the last stage's temperature with them; the gradient's norm.
+    scalars = 4 + (workload.views - 1) + (workload.walks - 1)
+    _add(total, layout, "all_reduce", ("dp",), scalars * 8)
     if layout.pp > 1:
-        _add(total, layout, "broadcast", ("pp",), 5 * 8)
+        _add(total, layout, "broadcast", ("pp",), (scalars + 1) * 8)
     _add(total, layout, "all_reduce", _DIMENSIONS["all" if layout.distributed_optimizer else "model"], 4)
     if workload.fp8 == "delayed" and workload.backend == "local":
         layers = sum(layout.stages(workload.architecture.num_hidden_layers)[stage])

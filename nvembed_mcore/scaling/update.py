@@ -23,6 +23,7 @@ def data_parallel(
     backward: float,
     forward: float,
     overlaps: tuple[bool, bool],
+    averages: bool = False,
 ) -> Terms:
     """Seconds of it for a rank's trained parameters.
 
@@ -34,6 +35,7 @@ def data_parallel(
         gradient_bytes, weight_bytes: as they are sent.
         backward, forward: seconds beside which they may be sent: those of one pack.
         overlaps: whether they are, gradients and weights.
+        averages: whether the weights are averaged.
     """
     ranks = layout.dp * layout.cp
     per_node = max(1, cluster.device.gpus_per_node // layout.tp)
@@ -43,6 +45,6 @@ def data_parallel(
     gather = seconds.ring(cluster, weight_bytes, ranks, per_node) if layout.distributed_optimizer else 0.0
     return Counter(
         grad_reduce=seconds.visible(cluster, reduce, backward, overlaps[0]),
-        optimizer=seconds.adam(cluster, parameters / share),
+        optimizer=seconds.adam(cluster, parameters / share, averages),
         param_gather=seconds.visible(cluster, gather, forward, overlaps[1]),
     )

@@ -29,10 +29,12 @@ class Workload:
         fp8, fp8_attention: as in `precision`.
         causal: whether attention is.
         exchange: `step.gradient_exchange`.
+        averages: whether the weights are averaged.
         lengths: int64 [S, N], as `Lengths.tokens`.
         num_queries: Q.
         steps: of the whole run.
         max_length: the longest text that the configuration allows.
+        walks: how often a step walks through its packs: with `step.fgm_epsilon` twice.
     """
 
     architecture: Architecture
@@ -46,6 +48,7 @@ class Workload:
     fp8_attention: bool
     causal: bool
     exchange: Literal["auto", "reduce_scatter", "recompute"]
+    averages: bool
     lengths: np.ndarray
     query: np.ndarray
     is_positive: np.ndarray
@@ -53,6 +56,7 @@ class Workload:
     num_queries: int
     steps: int
     max_length: int
+    walks: int = 1
 
     @classmethod
     def of(
@@ -80,6 +84,7 @@ class Workload:
             fp8_attention=config.precision.fp8_attention != "off" and not is_local,
             causal=config.model.attention_mask == "causal",
             exchange=config.step.gradient_exchange,
+            averages=config.optim.averages,
             lengths=lengths.tokens,
             query=lengths.query,
             is_positive=lengths.is_positive,
@@ -87,7 +92,13 @@ class Workload:
             num_queries=config.batch_size,
             steps=config.steps,
             max_length=max(config.data.max_query_tokens, config.data.max_document_tokens),
+            walks=2 if config.step.fgm_epsilon else 1,
         )
+
+    @property
+    def views(self) -> int:
+        """How often a walk embeds each text: with `loss.r_drop_weight` twice."""
+        return 2 if self.loss.r_drop_weight else 1
 
     @property
     def element(self) -> int:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 
 from tests.helpers import dry
@@ -10,11 +12,15 @@ from tests.helpers.grid import ALL_TARGETS
 from tests.helpers.reshard import Model
 
 FULL = Model(name="full", loss={"learn_temperature": True}, changes={"vocab_size": 17})
+AVERAGED = dataclasses.replace(FULL, name="averaged", ema=0.9)
 ADAPTERS = Model(name="adapters", kind="multi_layer", targets=ALL_TARGETS)
 RUNS = {
-    "many buckets": (FULL, Case(world=2, overlap=True)),
+    "many buckets, averaged": (AVERAGED, Case(world=2, overlap=True)),
     "bfloat16": (FULL, Case(world=2, dtype="bfloat16")),
-    "whole optimizer": (ADAPTERS, Case(world=2, distributed=False)),
+    "whole optimizer": (
+        dataclasses.replace(ADAPTERS, name="averaged adapters", ema=0.9),
+        Case(world=2, distributed=False),
+    ),
     "tensor ranks": (ADAPTERS, Case(world=2, tp=2, sp=True)),
     "context ranks": (FULL, Case(world=2, cp=2, overlap=True)),
     "context ranks, whole optimizer": (ADAPTERS, Case(world=2, cp=2, distributed=False)),

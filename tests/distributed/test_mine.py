@@ -50,6 +50,22 @@ def test_any_number_of_ranks_writes_the_same_files(world, folder, alone):
     assert files_of(folder / "together") == files_of(alone)
 
 
+def test_a_teacher_scores_as_mining_does(world, folder, alone):
+    """`data score` on any number of ranks, of the records that `mine` wrote with the scores of the same model."""
+    mined, options = alone / "records.jsonl", ["--teacher", folder / "run", "--tokens-per-pack", 100]
+    for size in (1, 2):
+        command = ["data", "score", mined, folder / f"scored-{size}.jsonl", *options]
+        assert world(size).run(main, list(map(str, command))) == [0] * size
+        assert not (folder / f"scored-{size}.jsonl.work").exists()
+    assert (folder / "scored-2.jsonl").read_bytes() == (folder / "scored-1.jsonl").read_bytes()
+    for scored, record in zip(read_records(folder / "scored-2.jsonl"), read_records(mined), strict=True):
+        assert dataclasses.replace(scored, pos_scores=None, neg_scores=None) == dataclasses.replace(
+            record, pos_scores=None, neg_scores=None
+        )
+        for name, values in record.scores.items():
+            assert scored.scores[name] == pytest.approx(values, abs=2e-6)
+
+
 def test_negatives_are_below_the_limit_and_no_copies(folder, alone):
     rows = [json.loads(line) for line in (alone / "records.jsonl").read_text("utf-8").splitlines()]
     for number, (row, record) in enumerate(zip(rows, read_records(folder / "train.jsonl"), strict=True)):

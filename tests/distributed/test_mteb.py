@@ -57,7 +57,7 @@ def root(tmp_path_factory):
 
 
 def test_two_ranks_give_the_scores_of_one(world, root):
-    ((tokens, scores, results),) = world(1).run(alone, root)
+    ((tokens, scores, results),) = world(2).run(alone, root, ranks=1)
     first, second = world(2).run(in_all_layouts, root)
     for layout in ("dp", "tp"):
         assert first[layout][1] == second[layout][1]

@@ -21,6 +21,7 @@ from nvembed_mcore.config import (
 )
 from nvembed_mcore.data.packing import make_pack
 from tests.helpers import models
+from tests.helpers.passes import FGM_WEIGHT, in_view
 from tests.helpers.plain import (
     HEADS,
     LATENTS,
@@ -142,9 +143,11 @@ class Case:
     clip: float = 0.5
     targets: tuple[str, ...] = ()
     lora_dropout: float = 0.0
+    fgm: float = 0.0
     fp8: str = "off"
     backend: str = "local"
     dtype: str = "float32"
+    ema: float | None = None
 
     @property
     def layout(self) -> tuple[int, int, bool, int, int, int]:
@@ -197,8 +200,14 @@ def build_step(case: Case, **changes):
     )
     optimizer = build_optimizer(OptimConfig(clip_norm=case.clip, distributed=case.distributed, **OPTIM), chunks)
     set_learning_rate(optimizer, OPTIM["lr"])
-    config = StepConfig(way=case.way, tokens_per_microbatch=case.budget, gradient_exchange=case.exchange)
-    step = ContrastiveStep(chunks, optimizer, groups, step=config, loss=loss, seed=0)
+    config = StepConfig(
+        way=case.way,
+        tokens_per_microbatch=case.budget,
+        gradient_exchange=case.exchange,
+        fgm_epsilon=case.fgm,
+        fgm_weight=FGM_WEIGHT,
+    )
+    step = ContrastiveStep(chunks, optimizer, groups, step=config, loss=loss, seed=0, ema_decay=case.ema)
     return step, groups, table, parameters
 
 
@@ -217,11 +226,14 @@ def training_steps(case: Case, sabotage: str | None = None) -> dict[str, float]:
     from nvembed_mcore.metrics import PhaseTimer
 
     step, groups, table, parameters = build_step(case)
+    if step.scorer.views == 2:
+        second_view(step)
     if sabotage == "factor":
         whole = step.scorer
         step.scorer = lambda *args: _shrunk(whole(*args), groups.dp_size)
     result = {"loss": 0.0, "norm": 0.0, "gradient": 0.0}
-    for number, truth in enumerate(run_plainly(case.queries, case.kind, case.clip, case.targets, **case.loss), 1):
+    plainly = run_plainly(case.queries, case.kind, case.clip, case.targets, epsilon=case.fgm, **case.loss)
+    for number, truth in enumerate(plainly, 1):
         batch = training_batch(case.queries, number)
         own = lambda values, owned, group: values[torch.as_tensor(owned[groups.dp_rank])]  # noqa: E731
         with mock.patch.object(score, "scatter_sum", own) if sabotage == "detached" else nullcontext():
@@ -233,6 +245,16 @@ def training_steps(case: Case, sabotage: str | None = None) -> dict[str, float]:
             result["gradient"] = max(result["gradient"], worst_difference(found, truth.grads, table, groups))
     result["parameters"] = worst_difference(parameters, truth.parameters, table, groups, least=1e-3)
     return result | {"microbatches": output.num_microbatches, "temperature": output.temperature}
+
+
+def second_view(step) -> None:
+    """R-Drop without dropout, which draws differently in each layout: the second half of a rank's packs get the
+    embedded tokens of `passes.in_view` instead."""
+    encoder, walks, reseed, where = step.chunks[0].module, step._walks, step._reseed, {"half": 0, "index": 0}
+    step._walks = lambda walk: (where.update(half=len(walk.packs) // 2), walks(walk))[1]
+    step._reseed = lambda number, index, chunk: (where.update(index=index), reseed(number, index, chunk))
+    if encoder.pre_process:
+        encoder.embedding.register_forward_hook(lambda _, __, out: in_view(out, where["index"] >= where["half"]))
 
 
 def _shrunk(scores, ranks: int):

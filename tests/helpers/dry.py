@@ -46,7 +46,7 @@ def _real(model: Model, case: Case, folder: Path) -> dict[str, Any]:
         state[name]
         for optimizer in optimizers
         for state in optimizer.optimizer.state.values()
-        for name in ("exp_avg", "exp_avg_sq")
+        for name in ("exp_avg", "exp_avg_sq", *(["average"] if model.ema else []))
     ]
     copies = [one for one in mains if one.untyped_storage().data_ptr() not in weights]
     return {
@@ -121,5 +121,5 @@ def as_config(model: Model, case: Case) -> RunConfig:
             bucket_size=4000 if case.overlap else None,
         ),
         loss=LossConfig(**model.loss),
-        optim=OptimConfig(distributed=case.distributed),
+        optim=OptimConfig(distributed=case.distributed, ema_decay=model.ema),
     )

@@ -30,6 +30,7 @@ LAYOUTS = [
     (4, 1, False, 4, 1),
 ]
 LEARNED = {"learn_temperature": True}
+ALL_TARGETS = ("q", "k", "v", "o", "gate", "up", "down")
 DISTILLED = {"distillation": DistillationConfig(weight=0.7, teacher_temperature=0.5)}
 
 
@@ -110,6 +111,60 @@ def loss_options() -> Iterator[Case]:
     yield Case(world=4, pp=2, chunks=2, way="cached", budget=budget, distributed=False, loss=OPTIONS["everything"])
 
 
+R_DROP = {"r_drop_weight": 0.5}
+OPTIONS_UNDER_R_DROP = {
+    "R-Drop": R_DROP,
+    "R-Drop, learned temperature": R_DROP | LEARNED,
+    "R-Drop, everything but a margin": R_DROP
+    | {name: value for name, value in OPTIONS["everything"].items() if name != "false_negative_margin"},
+}
+EPSILON = 0.3
+"""How far texts are moved, of some 1.2 that their embedded tokens are long."""
+
+
+def two_passes() -> Iterator[Case]:
+    """FGM and R-Drop: texts moved against the loss, and texts embedded twice (tests/helpers/passes.py)."""
+    everything = OPTIONS_UNDER_R_DROP["R-Drop, everything but a margin"]
+    moved = dict(fgm=EPSILON, loss=LEARNED, distributed=False)
+    one, pair = budget_for(3, 1, 7), dict(world=2, **moved)
+    yield Case(**moved, way="retain", budget=one)
+    yield Case(**moved, way="cached", budget=one, targets=ALL_TARGETS)
+    yield Case(**pair, way="cached", budget=budget_for(3, 2, 7, uneven=True), overlap=True)
+    yield Case(**pair, tp=2, sp=True, way="cached", budget=one)
+    yield Case(**pair, pp=2, chunks=2, way="cached", budget=budget_for(4, 1, 7, multiple=2), overlap=True)
+    yield Case(**pair, cp=2, way="retain", budget=budget_for(3, 1, 7, cp=2))
+    twice = dict(world=2, loss=OPTIONS_UNDER_R_DROP["R-Drop, learned temperature"], distributed=False)
+    yield Case(**twice, way="retain", budget=200, exchange="recompute")
+    yield Case(**twice, pp=2, way="cached", budget=one)
+    yield Case(fgm=EPSILON, loss=everything, way="cached", budget=one, distributed=False)
+
+
+def more_two_passes() -> Iterator[Case]:
+    """The rest of the product, which the suite leaves to its long tests."""
+    learned, everything = (
+        OPTIONS_UNDER_R_DROP[name] for name in ("R-Drop, learned temperature", "R-Drop, everything but a margin")
+    )
+    ways = [dict(fgm=EPSILON, loss=LEARNED), dict(loss=learned), dict(fgm=EPSILON, loss=everything)]
+    for number, (world, tp, sp, pp, chunks) in enumerate(LAYOUTS):
+        ranks, multiple = world // (tp * pp), pp if chunks > 1 else 1
+        layout = dict(world=world, tp=tp, sp=sp, pp=pp, chunks=chunks, overlap=number % 2 == 0)
+        budget = budget_for(2 * multiple if chunks > 1 else 3, ranks, 7, multiple)
+        for options in ways:
+            yield Case(**layout, **options, way="cached", budget=budget, distributed=False)
+        if pp == 1:
+            exchange = ("recompute", "reduce_scatter")[number % 2]
+            yield Case(**layout, **ways[number % 3], way="retain", budget=budget, exchange=exchange)
+    for options in ways:
+        yield Case(world=4, queries=1, **{**options, "loss": dict(options["loss"], learn_temperature=False)})
+        yield Case(world=2, tp=2, sp=True, targets=ALL_TARGETS, **options, distributed=False)
+        yield Case(world=2, pp=2, way="cached", targets=ALL_TARGETS, kind="multi_layer", **options, distributed=False)
+        for layout in (dict(cp=4), dict(cp=2, tp=2, sp=True), dict(cp=2, pp=2), dict(cp=2)):
+            ranks = 4 // (layout["cp"] * layout.get("tp", 1) * layout.get("pp", 1))
+            budget = budget_for(3, ranks, 7, cp=layout["cp"])
+            yield Case(world=4, **layout, **options, way="cached", budget=budget, distributed=False)
+    yield Case(world=2, fgm=EPSILON, way="single", kind="self_attention", clip=0.0, distributed=False)
+
+
 def heads() -> Iterator[Case]:
     """The other pooling heads, and multi-layer pooling in every layout."""
     for kind in ("mean", "last", "self_attention"):
@@ -125,9 +180,6 @@ def heads() -> Iterator[Case]:
             yield Case(**layout, way="retain", budget=budget, distributed=True)
             yield Case(**layout, way="single", distributed=False)
     yield Case(world=4, way="cached", kind="multi_layer", queries=1, distributed=False, overlap=True)
-
-
-ALL_TARGETS = ("q", "k", "v", "o", "gate", "up", "down")
 
 
 def adapters() -> Iterator[Case]:
@@ -205,8 +257,12 @@ GRID = {
     "Pooling heads": list(heads()),
     "Low-rank adapters": list(adapters()),
     "Context parallelism": list(context()),
+    "FGM and R-Drop": list(two_passes()),
 }
-LONG_GRID = {"Context parallelism, the rest": list(more_context())}
+LONG_GRID = {
+    "Context parallelism, the rest": list(more_context()),
+    "FGM and R-Drop, the rest": list(more_two_passes()),
+}
 """Too long for every run of the suite."""
 
 

@@ -14,6 +14,7 @@ from nvembed_mcore.config import LoraConfig, PoolingConfig
 from nvembed_mcore.config_step import DistillationConfig
 from nvembed_mcore.data.batch import Batch, Sample, make_batch
 from tests.helpers import models
+from tests.helpers.passes import whole_loss
 
 HEADS, LATENTS = 4, 6
 TEMPERATURE = 0.3
@@ -138,6 +139,38 @@ def _divergence(batch, i, scores, distillation):
     return (target * (target.log() - student.log())).sum()
 
 
+def plain_divergence(
+    first: torch.Tensor,
+    second: torch.Tensor,
+    batch: Batch,
+    temperature: float | torch.Tensor,
+    *,
+    mask_same_document: bool = True,
+    in_batch_from: str = "batch",
+    share_hard_negatives: bool = True,
+    symmetric: bool = False,
+    matryoshka_dims: tuple[int, ...] = (),
+    distillation: object = None,
+) -> torch.Tensor:
+    """Symmetric KL divergence of the score distributions of two embeddings [N, D] of the same texts, as `plain_loss`
+    averages its terms; a teacher has no part in it."""
+    how = (mask_same_document, in_batch_from == "dataset", share_hard_negatives, None)
+    directions = [_queries_among_passages] + [_positives_among_queries] * symmetric
+    total, sizes = 0.0, (*matryoshka_dims, first.size(1))
+    for size in sizes:
+        views = [torch.nn.functional.normalize(view[:, :size], dim=1) for view in (first, second)]
+        cosines = [view[: batch.num_queries] @ view[batch.num_queries :].T for view in views]
+        for direction in directions:
+            for p in np.flatnonzero(batch.is_positive):
+                i = batch.passage_query[p]
+                weight = 1 / np.sum(batch.is_positive & (batch.passage_query == i))
+                rows = [direction(batch, i, p, one, *how) for one in cosines]
+                logs = [(torch.stack([right, *others]) / temperature).log_softmax(0) for right, others in rows]
+                for one, other in (logs, logs[::-1]):
+                    total = total + weight / 2 * (one.exp() * (one - other)).sum()
+    return total / batch.num_queries / len(directions) / len(sizes)
+
+
 def _queries_among_passages(batch, i, p, cosines, same_document, same_dataset, share_hard, margin):
     """The cosine of query `i` and its positive `p`, and those with all its negatives."""
     others = []
@@ -194,7 +227,15 @@ def run_plainly(num_queries: int, kind: str, clip: float, targets: tuple[str, ..
 
 
 def _run(
-    num_queries: int, kind: str, clip: float, targets, learn_temperature=False, temperature=TEMPERATURE, **loss
+    num_queries: int,
+    kind: str,
+    clip: float,
+    targets,
+    learn_temperature=False,
+    temperature=TEMPERATURE,
+    epsilon=0.0,
+    r_drop_weight=0.0,
+    **loss,
 ) -> list[PlainStep]:
     from tests.helpers.cases import OPTIM
 
@@ -222,8 +263,17 @@ def _run(
     for number in (1, 2):
         batch = training_batch(num_queries, number)
         optimizer.zero_grad()
-        embeddings = torch.stack([models.reference_embedding(model, head, t, kind, HEADS) for t in batch.texts])
-        value = plain_loss(embeddings, batch, torch.exp(-log_scale), **loss)
+
+        def embed(batch=batch) -> torch.Tensor:
+            return torch.stack([models.reference_embedding(model, head, t, kind, HEADS) for t in batch.texts])
+
+        def score(views: list[torch.Tensor], batch=batch) -> torch.Tensor:
+            value = sum(plain_loss(view, batch, torch.exp(-log_scale), **loss) for view in views) / len(views)
+            if r_drop_weight:
+                value = value + r_drop_weight * plain_divergence(*views, batch, torch.exp(-log_scale), **loss)
+            return value
+
+        value = whole_loss(model.get_input_embeddings(), embed, score, epsilon, 2 if r_drop_weight else 1)
         value.backward()
         grads = [p.grad for p in everything if p.grad is not None]
         norm = torch.sqrt(sum(grad.double().pow(2).sum() for grad in grads)).item()

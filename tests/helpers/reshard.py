@@ -20,7 +20,8 @@ from tests.helpers.plain import lora_config, pooling_config, step_config, traini
 STEPS_BEFORE, STEPS_AFTER = 3, 5
 RATE = 2e-3
 Whole = dict[str, np.ndarray]
-"""Whole tensors: `weight NAME`, and of the optimizer `main NAME`, `exp_avg NAME` and `exp_avg_sq NAME`, and `step`."""
+"""Whole tensors: `weight NAME`, and of the optimizer `main NAME`, `exp_avg NAME`, `exp_avg_sq NAME` and perhaps
+`average NAME`, and `step`."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,10 +32,11 @@ class Model:
     kind: str = "latent"
     targets: tuple[str, ...] = ()
     loss: dict = field(default_factory=dict, hash=False)
+    ema: float | None = None
     changes: dict = field(default_factory=dict, hash=False)
 
     def case(self, where: Case) -> Case:
-        return dataclasses.replace(where, kind=self.kind, targets=self.targets, loss=self.loss)
+        return dataclasses.replace(where, kind=self.kind, targets=self.targets, loss=self.loss, ema=self.ema)
 
 
 class Trial:
@@ -57,7 +59,11 @@ class Trial:
     def facts(self) -> dict[str, Any]:
         lora = dataclasses.asdict(lora_config(self.model.targets)) if self.model.targets else None
         model = {"pooling": dataclasses.asdict(pooling_config(self.model.kind)), "lora": lora}
-        return {"config": {"model": model, "loss": self.model.loss}, "hf_config": self.config.to_dict()}
+        optim = {"ema_decay": self.model.ema}
+        return {
+            "config": {"model": model, "loss": self.model.loss, "optim": optim},
+            "hf_config": self.config.to_dict(),
+        }
 
     def save(self, folder: Path) -> None:
         from nvembed_mcore.checkpoint.saver import Saver

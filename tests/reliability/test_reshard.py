@@ -1,4 +1,5 @@
-"""A checkpoint of any layout loads in any other: tensors equal by bits, and the next steps within 1e-5 (R6)."""
+"""A checkpoint of any layout loads in any other: tensors equal by bits, and the next steps within 1e-5 (R6). One of
+the models averages its weights, too."""
 
 from __future__ import annotations
 
@@ -13,7 +14,9 @@ from tests.helpers.reshard import Model
 BOUND = 1e-5
 MODELS = [
     # Vocabularies that no tensor-parallel size divides; four groups of keys and values, so that TP 4 has them.
-    Model(name="full", loss={"learn_temperature": True}, changes={"vocab_size": 17, "num_key_value_heads": 4}),
+    Model(
+        name="full", loss={"learn_temperature": True}, ema=0.9, changes={"vocab_size": 17, "num_key_value_heads": 4}
+    ),
     Model(
         name="adapters",
         kind="multi_layer",
@@ -102,13 +105,15 @@ class Shop:
 def same_bits(found: reshard.Whole, expected: reshard.Whole) -> None:
     assert found.keys() == expected.keys()
     moments = [name for name in found if name.startswith("exp_avg_sq ")]
+    averages = [name for name in found if name.startswith("average ")]
+    assert len(averages) in (0, len(moments))
     assert moments and all(f"exp_avg {name.split(' ', 1)[1]}" in found for name in moments)
     assert [name for name in found if found[name].tobytes() != expected[name].tobytes()] == []
 
 
 def close(found: reshard.Whole, expected: reshard.Whole) -> None:
-    """Weights after the last step."""
-    for name in (name for name in expected if name.startswith("weight ")):
+    """Weights and their averages after the last step."""
+    for name in (name for name in expected if name.startswith(("weight ", "average "))):
         difference = np.abs(found[name] - expected[name]).max() / max(np.abs(expected[name]).max(), 1e-3)
         assert difference <= BOUND, (name, difference)
 

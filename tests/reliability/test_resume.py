@@ -73,6 +73,7 @@ CASES = {
         parallel=layout(overlap_grad_reduce=True, bucket_size=3000),
         step=StepConfig(tokens_per_microbatch=50),
         pooling={"kind": "multi_layer"},
+        optim={"ema_decay": 0.9},
     ),
     "bfloat16 beside a float32 temperature, causal": dict(
         precision=BFLOAT16, model={"attention_mask": "causal"}, pooling={"kind": "last"}, loss=LEARNED
@@ -88,7 +89,7 @@ CASES = {
         loss=LossConfig(temperature=0.1, matryoshka_dims=[8], symmetric=True),
     ),
     "pipeline, bfloat16, optimizer not sharded": dict(
-        parallel=layout(1, 2), precision=BFLOAT16, optim={"distributed": False}, loss=LEARNED
+        parallel=layout(1, 2), precision=BFLOAT16, optim={"distributed": False, "ema_decay": 0.9}, loss=LEARNED
     ),
     "interleaved pipeline, LoRA, multi-layer head": dict(
         parallel=layout(1, 2, 2),

@@ -18,7 +18,7 @@ from transformers import PreTrainedTokenizerFast
 from nvembed_mcore import config as configuration
 from nvembed_mcore import resume
 from nvembed_mcore.checkpoint.store import Checkpoint, CheckpointError
-from nvembed_mcore.config import ConfigError, RunConfig
+from nvembed_mcore.config import ConfigError, EvalConfig, EvalSetConfig, RunConfig
 from nvembed_mcore.data.tokenizer import load_tokenizer, tokenizer_fingerprint
 from nvembed_mcore.identity import ARCHITECTURE, kind_of, logged_changes, refused_changes
 from nvembed_mcore.train import _prepare_run_dir
@@ -26,7 +26,9 @@ from tests.helpers import runs
 from tests.helpers.models import tiny_config
 
 ROOT = Path(__file__).parents[2]
-CONFIG = runs.run_config(Path("inputs"), Path("run"))
+CONFIG = dataclasses.replace(
+    runs.run_config(Path("inputs"), Path("run")), eval=EvalConfig(sets=[EvalSetConfig(name="set", path="beir")])
+)
 
 
 def fields(of: type, prefix: str = "") -> Iterator[str]:
@@ -58,6 +60,7 @@ IDENTITY: dict[str, tuple[Any, str]] = {
     "data.datasets.in_batch_negatives": (False, "data.datasets.0.in_batch_negatives: None -> False"),
     "data.datasets.num_positives": (2, "data.datasets.0.num_positives: 1 -> 2"),
     "data.datasets.num_negatives": (3, "data.datasets.0.num_negatives: 2 -> 3"),
+    "data.datasets.distill": (False, "data.datasets.0.distill: True -> False"),
     "model.attention_mask": ("causal", "model.attention_mask: 'bidirectional' -> 'causal'"),
     "model.pooling.kind": ("mean", "model.pooling.kind: 'latent' -> 'mean'"),
     "model.pooling.num_latents": (7, "model.pooling.num_latents: 6 -> 7"),
@@ -72,6 +75,11 @@ IDENTITY: dict[str, tuple[Any, str]] = {
     "loss.false_negative_margin": (0.1, "loss.false_negative_margin: None -> 0.1"),
     "loss.symmetric": (True, "loss.symmetric: False -> True"),
     "loss.matryoshka_dims": ([8], "loss.matryoshka_dims: [] -> [8]"),
+    "loss.distillation.weight": (1.0, "loss.distillation.weight: 0.0 -> 1.0"),
+    "loss.distillation.teacher_temperature": (1.0, "loss.distillation.teacher_temperature: None -> 1.0"),
+    "loss.r_drop_weight": (0.5, "loss.r_drop_weight: 0.0 -> 0.5"),
+    "step.fgm_epsilon": (0.1, "step.fgm_epsilon: 0.0 -> 0.1"),
+    "step.fgm_weight": (0.5, "step.fgm_weight: 1.0 -> 0.5"),
     "optim.lr": (1e-3, "optim.lr: 0.002 -> 0.001"),
     "optim.min_lr": (1e-4, "optim.min_lr: 0.0 -> 0.0001"),
     "optim.warmup_steps": (3, "optim.warmup_steps: 2 -> 3"),
@@ -79,6 +87,7 @@ IDENTITY: dict[str, tuple[Any, str]] = {
     "optim.betas": ((0.9, 0.98), "optim.betas: [0.9, 0.999] -> [0.9, 0.98]"),
     "optim.eps": (1e-6, "optim.eps: 1e-08 -> 1e-06"),
     "optim.clip_norm": (0.0, "optim.clip_norm: 1.0 -> 0.0"),
+    "optim.ema_decay": (0.999, "optim.ema_decay: None -> 0.999"),
 }
 RESUMABLE: dict[str, tuple[Any, str]] = {
     "optim.distributed": (False, "optim.distributed: True -> False"),

@@ -19,10 +19,11 @@ TEVATRON = {
 }
 
 
-def record(query, pos, neg=(), query_id=None, pos_ids=None, neg_ids=None):
+def record(query, pos, neg=(), query_id=None, pos_ids=None, neg_ids=None, scores=(None, None)):
     """What a row must become; ids that are not given are those of the texts."""
     ids = [tuple(content_id(text) for text in texts) for texts in (pos, neg)]
-    return Record(query, tuple(pos), tuple(neg), query_id or content_id(query), pos_ids or ids[0], neg_ids or ids[1])
+    ids = pos_ids or ids[0], neg_ids or ids[1]
+    return Record(query, tuple(pos), tuple(neg), query_id or content_id(query), *ids, None, *scores)
 
 
 EVERY_LAYOUT = {
@@ -37,7 +38,7 @@ EVERY_LAYOUT = {
             "prompt": "Find:",
             "type": "normal",
         },
-        record("q", ["p"], ["n"]),
+        record("q", ["p"], ["n"], scores=((0.9,), (0.1,))),
     ),
     "tevatron": (
         TEVATRON,
@@ -57,6 +58,11 @@ EVERY_LAYOUT = {
         {"query": "q", "positive": "p", "negatives": ["a", " ", "b"], "score": 0.5},
         record("q", ["p"], ["a", "b"]),
     ),
+    "a list of scores": (
+        {"query": "q", "positive": "p", "negative_1": "a", "negative_2": "b", "label": [3, 1.5, -2.0]},
+        record("q", ["p"], ["a", "b"], scores=((3.0,), (1.5, -2.0))),
+    ),
+    "a list that is no score": ({"query": "q", "positive": "p", "labels": ["x"]}, record("q", ["p"])),
     "question": ({"question": "q", "answer": "p"}, record("q", ["p"])),
     "passage": ({"query": "q", "passage": "p", "query_id": 9}, record("q", ["p"], [], "9")),
     "document": ({"query": "q", "document": "p", "negative": "n"}, record("q", ["p"], ["n"])),

@@ -5,13 +5,14 @@ from __future__ import annotations
 import io
 import json
 import logging
+import sys
 
 import numpy as np
 import pytest
 import torch
 from rich.console import Console
 
-from nvembed_mcore import log, progress
+from nvembed_mcore import progress
 from nvembed_mcore.config import LogConfig
 from nvembed_mcore.log import MetricLog, close_logging, read_metrics, setup_logging
 
@@ -36,9 +37,15 @@ def said(caplog):
     return lambda: [record.getMessage() for record in caplog.records]
 
 
-def metric_log(folder, config=QUIET, *, is_writer=True, total_steps=10, start_step=0):
+def metric_log(folder, config=QUIET, *, is_writer=True, total_steps=10, start_step=0, facts=None):
     return MetricLog(
-        folder, config, is_writer=is_writer, total_steps=total_steps, start_step=start_step, description="stage 1"
+        folder,
+        config,
+        is_writer=is_writer,
+        total_steps=total_steps,
+        start_step=start_step,
+        description="stage 1",
+        facts=facts,
     )
 
 
@@ -177,24 +184,30 @@ def test_the_file_is_complete_after_an_error(tmp_path, said):
     assert steps_of(tmp_path) == [1]
 
 
-def test_tensorboard_has_the_same_numbers(tmp_path):
+def test_tensorboard_has_the_same_numbers_and_the_configuration(tmp_path):
     pytest.importorskip("tensorboard")
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    with metric_log(tmp_path, LogConfig(progress=False)) as metrics:
+    facts = {"optim": {"lr": 0.5}}
+    with metric_log(tmp_path, LogConfig(progress=False), facts=facts) as metrics:
         metrics.log_eval(0, {"ndcg_at_10": 0.25})
         for step in range(1, 6):
             metrics.log(step, {"loss": float(step)})
-    with metric_log(tmp_path, LogConfig(progress=False), start_step=3) as metrics:
+    with metric_log(tmp_path, LogConfig(progress=False), facts=facts, start_step=3) as metrics:
         metrics.log(4, {"loss": -4.0})
     events = EventAccumulator(str(tmp_path / "tensorboard"))
     events.Reload()
     assert [(event.step, event.value) for event in events.Scalars("train/loss")] == [(1, 1), (2, 2), (3, 3), (4, -4)]
     assert [(event.step, event.value) for event in events.Scalars("eval/ndcg_at_10")] == [(0, 0.25)]
+    texts = events.Tensors("config/text_summary")
+    assert [(event.step, *event.tensor_proto.string_val) for event in texts] == [
+        (0, b"    optim:\n      lr: 0.5\n"),
+        (3, b"    optim:\n      lr: 0.5\n"),
+    ]
 
 
 def test_tensorboard_that_is_missing_is_named(tmp_path, said, monkeypatch):
-    monkeypatch.setattr(log, "SummaryWriter", None)
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
     with metric_log(tmp_path, LogConfig(progress=False)) as metrics:
         metrics.log(1, {"loss": 1.0})
     assert "TensorBoard is not installed" in said()[0]

@@ -88,7 +88,7 @@ def test_quiet_and_other_ranks_say_nothing(monkeypatch, capsys, screen, clock, n
 
 
 def test_bars_on_a_terminal(capsys, screen):
-    with progress("outer", 4, "steps", start=1) as outer:
+    with progress("outer", 4, "steps", start=1, eager=True) as outer:
         outer.update(2, "loss 0.5")
         assert list(show_each("abc", "inner", "letters")) == ["a", "b", "c"]
         outer.update(3, "[not] markup")
@@ -96,14 +96,28 @@ def test_bars_on_a_terminal(capsys, screen):
     for part in ("outer", "1/4 steps", "inner", "0/3 letters", "3/4 steps [not] markup"):
         assert part in said
     assert "inner" not in said.rstrip().rpartition("outer")[2] and capsys.readouterr() == ("", "")
-    assert room._running is None
+    assert room._bars is None
+
+
+def test_a_bar_of_a_part_goes_when_it_is_done(screen):
+    assert list(show_each("abc", "inner", "letters")) == ["a", "b", "c"]
+    assert "inner" in screen.text() and screen.getvalue().endswith("\x1b[2K")
+
+
+def test_works_that_overlap_end_in_any_order(screen):
+    first, second = progress("first", 2), progress("second", 2)
+    shown = [one.__enter__() for one in (first, second)]
+    first.__exit__(None, None, None)
+    shown[1].update(1)
+    second.__exit__(None, None, None)
+    assert room._bars is None
 
 
 def test_a_bar_ends_with_an_error(screen):
-    with pytest.raises(KeyboardInterrupt), progress("outer", 4) as shown:
+    with pytest.raises(KeyboardInterrupt), progress("outer", 4, eager=True) as shown:
         shown.update(1)
         raise KeyboardInterrupt
-    assert room._running is None and screen.getvalue().endswith("\x1b[?25h")
+    assert room._bars is None and screen.getvalue().endswith("\x1b[?25h")
 
 
 def test_results_stay_on_a_stdout_that_is_a_file(capsys, screen):

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from nvembed_mcore.cli import _parser
+from nvembed_mcore.cli import parser
 from nvembed_mcore.cli.run_config import read_run_config
 from nvembed_mcore.config import DatasetConfig, RunConfig
 from nvembed_mcore.data.plan import as_json, plan_stage
@@ -199,7 +199,7 @@ def test_each_set_says_how_it_is_made_and_the_table_has_it(version):
             cells = [cell.strip() for cell in row.strip("|").split("|")]
             assert version.removeprefix("nv_embed_") in cells[3] and str(stage) in cells[4]
             if how.startswith("nvembed data convert "):
-                assert _parser().parse_args(shlex.split(how)[1:]).output == path, "a command that the program takes"
+                assert parser().parse_args(shlex.split(how)[1:]).output == path, "a command that the program takes"
                 form = re.findall("--by (label|example) ", how)
                 general = how.replace(f"--by {form[0]}", "--by FORM").replace(path, "FILE") if form else how
                 assert cells[-1].strip("`") in (how, general), path

@@ -46,6 +46,7 @@ def workload(queries: int = 128, tokens: int = 512, **changes) -> Workload:
         fp8_attention=False,
         causal=False,
         exchange="auto",
+        averages=False,
         lengths=np.full((1, texts), tokens),
         query=owners[None],
         is_positive=(np.arange(texts) >= queries)[None] & ((np.arange(texts) - queries) % 8 == 0)[None],
@@ -115,6 +116,8 @@ def test_the_optimizer_is_shared_by_data_parallel_ranks():
         assert held == pytest.approx(7.851e9 * (6 + 12 / ranks), rel=1e-3)
     plain = memory.static(work, Layout(gpus=8, distributed_optimizer=False), 0)
     assert plain["optimizer"] == pytest.approx(12 * 7.851e9, rel=1e-3)
+    averaged = memory.static(workload(averages=True), Layout(gpus=8), 0)
+    assert averaged["optimizer"] == pytest.approx((12 + 4) / 8 * 7.851e9, rel=1e-3)
     frozen = memory.static(workload(lora=LoraConfig(rank=16)), Layout(gpus=1), 0)
     assert frozen["weights"] == pytest.approx(2 * (7.851e9 + 42e6), rel=1e-3)
     assert frozen["gradients"] == pytest.approx(4 * 0.782e9, rel=1e-2)

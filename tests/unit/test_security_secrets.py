@@ -20,7 +20,7 @@ from nvembed_mcore.data.records import write_records
 from nvembed_mcore.mining.run import Mining, mine
 from nvembed_mcore.parallel.groups import shutdown
 from nvembed_mcore.resume import plain
-from tests.helpers import runs
+from tests.helpers import runs, tracking
 from tests.helpers.mining import WordEmbedder, make_data, write_json_lines
 
 SECRETS = {
@@ -115,14 +115,19 @@ def test_messages_and_tracebacks(environment, tmp_path, capsys):
         assert "ValueError: no access with [redacted]" in text
 
 
-def test_an_error_that_nobody_foresaw(environment, monkeypatch, capsys):
+def test_an_error_that_nobody_foresaw(environment, monkeypatch, capsys, tmp_path):
     def fail(*arguments):
         raise RuntimeError(f"with {SECRETS['HF_TOKEN']}")
 
     monkeypatch.setattr("nvembed_mcore.cli.train", fail)
-    assert main(["train"]) == 70
-    shown = capsys.readouterr().err
-    assert "RuntimeError: with [redacted]" in shown and "Traceback" in shown and "CANARY" not in shown
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    for flags in ([], ["--debug"]):
+        assert main(["train", *flags]) == 70
+        shown = capsys.readouterr().err
+        assert "RuntimeError: with [redacted]" in shown and "CANARY" not in shown
+        assert ("Traceback" in shown) == bool(flags)
+    (trace,) = tmp_path.iterdir()
+    assert "Traceback" in trace.read_text() and "CANARY" not in trace.read_text()
 
 
 def secret_folder(root: Path) -> Path:
@@ -165,7 +170,7 @@ def test_a_run_and_its_export(environment, tmp_path, capsys):
     assert inputs_made == [str(inputs / "run.yaml")]
     assert "[redacted]" in (run / "config.yaml").read_text()
     _check_modes(run)
-    assert not {"wandb", "mlflow"} & sys.modules.keys()
+    assert "mlflow" not in sys.modules and not tracking.services()
 
 
 def _check_modes(run: Path) -> None:

@@ -1,4 +1,4 @@
-"""What MkDocs does not know of this repository: pages that lie outside docs/, and fences with a marker or a file's name.
+"""What MkDocs does not know of this repository: pages outside docs/, and fences with a marker or a file's name.
 
 MkDocs calls the functions whose names begin with `on_`. A page of the repository outside docs/ has its own path in the
 site, so links between pages are written for the repository, where they are read most, and turned here.
@@ -11,6 +11,10 @@ import re
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+# Beside this file: MkDocs looks there while it loads its hooks.
+import command_line
+import configuration
+
 if TYPE_CHECKING:
     from mkdocs.config.defaults import MkDocsConfig
     from mkdocs.structure.files import Files
@@ -18,7 +22,11 @@ if TYPE_CHECKING:
 
 ROOT = Path(__file__).parents[2]
 DOCS = "docs/"
-OUTSIDE = ("CONTRIBUTING.md", "CHANGELOG.md", *(f"examples/{name}/README.md" for name in ("recipes", "slurm", "scaling")))
+OUTSIDE = (
+    "CONTRIBUTING.md",
+    "CHANGELOG.md",
+    *(f"examples/{name}/README.md" for name in ("recipes", "slurm", "scaling")),
+)
 """Pages of the site that are not under docs/."""
 MARKERS = {
     "gpu": "needs GPUs",
@@ -32,9 +40,11 @@ _FENCE = re.compile(r"^(?P<fence> *```)(?P<language>\w+) +(?P<info>\S.*)$", re.M
 
 
 def on_files(files: Files, config: MkDocsConfig) -> Files:
-    """Add the pages outside docs/, and the files of the repository that any page links to."""
+    """Add what is made here, the pages outside docs/, and the files of the repository that any page links to."""
     from mkdocs.structure.files import File
 
+    for path, content in made_pages().items():
+        files.append(File.generated(config, path, content=content))
     for path in OUTSIDE:
         files.append(File.generated(config, path, abs_src_path=str(ROOT / path)))
     for page in [*files.documentation_pages()]:
@@ -46,6 +56,11 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
 
 def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Files) -> str:
     return titled_fences(site_links(markdown, page.file.src_uri))
+
+
+def made_pages() -> dict[str, str]:
+    """Pages that are made of the program at each build, so that they cannot say anything else than it does."""
+    return {"reference/configuration.md": configuration.page(), "reference/command-line.md": command_line.page()}
 
 
 def repository_path(src_uri: str) -> str:

@@ -71,7 +71,7 @@ def main() -> None:
     folders = Folders(Path(options.output).resolve(), Path(options.quickstart).resolve())
     seeds = SEEDS if options.seeds is None else dict.fromkeys(AXES, options.seeds)
     if options.command == "train":
-        _make_data(folders.quickstart)
+        make_data(folders.quickstart)
         for run in plan(options.axes, seeds):
             train(run, folders)
     else:
@@ -99,7 +99,7 @@ def _options() -> argparse.Namespace:
     return options
 
 
-def _make_data(quickstart: Path) -> None:
+def make_data(quickstart: Path) -> None:
     """The quick start's tokenizer and data, as it makes them, unless they are there."""
     if (quickstart / "data" / "train.jsonl").exists():
         return

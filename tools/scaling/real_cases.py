@@ -8,6 +8,7 @@ ALL = ("q", "k", "v", "o", "gate", "up", "down")
 PACK = 600
 """Tokens of a pack where a rank is to have several."""
 
+R_DROP = {"r_drop_weight": 0.5}
 WIDE = {"hidden_size": 256, "head_dim": 32, "num_hidden_layers": 1}
 
 ONE = [
@@ -26,6 +27,8 @@ ONE = [
     Case(name="single, many short texts", kind="mean", queries=160, negatives=3, texts=(2, 6), changes=WIDE),
     Case(name="cached, large vocabulary", way="cached", budget=200, kind="mean", changes={"vocab_size": 30_000}),
     Case(name="single, FP8 emulated, delayed", fp8="delayed", kind="mean"),
+    Case(name="cached, FGM", way="cached", budget=PACK, fgm=0.1),
+    Case(name="retain, adapters, R-Drop", way="retain", targets=ALL, queries=16, loss=R_DROP),
     Case(name="single, wide", changes={"hidden_size": 256, "head_dim": 32, "num_hidden_layers": 2}),
 ]
 TWO = [
@@ -48,6 +51,10 @@ TWO = [
     Case(name="CP 2", world=2, cp=2),
     Case(name="CP 2, self attention", world=2, cp=2, kind="self_attention", way="cached", budget=PACK),
     Case(name="CP 2, multi-layer", world=2, cp=2, kind="multi_layer", way="retain", budget=PACK),
+    Case(name="TP 2, SP, adapters, FGM", world=2, tp=2, targets=ALL, way="retain", budget=PACK, fgm=0.1),
+    Case(name="DP 2, adapters, R-Drop", world=2, targets=ALL, kind="mean", way="cached", budget=PACK, loss=R_DROP),
+    Case(name="PP 2, adapters, FGM, R-Drop", world=2, pp=2, targets=ALL, way="cached", fgm=0.1, loss=R_DROP),
+    Case(name="CP 2, FGM", world=2, cp=2, way="cached", budget=PACK, fgm=0.1),
     Case(name="PP 2, learned temperature", world=2, pp=2, way="cached", loss={"learn_temperature": True}),
 ]
 FOUR = [

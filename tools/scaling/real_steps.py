@@ -90,6 +90,7 @@ class Case:
     first: int | None = None
     last: int | None = None
     texts: tuple[int, int] = (20, 120)
+    fgm: float = 0.0
     device: str = "cpu"
 
     @property
@@ -121,7 +122,12 @@ class Case:
                 overlap_param_gather=self.gather,
                 timeout_minutes=2,
             ),
-            step=StepConfig(way=self.way, tokens_per_microbatch=self.budget, gradient_exchange=self.exchange),
+            step=StepConfig(
+                way=self.way,
+                tokens_per_microbatch=self.budget,
+                gradient_exchange=self.exchange,
+                fgm_epsilon=self.fgm,
+            ),
             loss=LossConfig(**self.loss),
             optim=OptimConfig(distributed=self.distributed),
         )

@@ -62,7 +62,7 @@ def made_lengths(config: RunConfig) -> Lengths:
 
 def lengths_of(config: RunConfig, steps: Sequence[int]) -> Lengths:
     """The texts of a run's steps, counted from 1, from the stores of their tokens that its run made."""
-    stores = build_stores(config.data, load_tokenizer(config.data.tokenizer))
+    stores = build_stores(config.data, load_tokenizer(config.data.tokenizer), config.loss.distillation.is_on)
     source = batch_source(config, stores)
     batches = [source.batch(step - 1) for step in steps]
     return of_batches(batches, "the measured batches")

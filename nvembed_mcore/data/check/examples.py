@@ -80,8 +80,10 @@ class RecordIndex:
             return
         for number, block in enumerate(blocks(self.path)):
             if number in rows:
-                records = parse_block(block).records
-                yield from ((record, records[row]) for record, row in rows[number] if row < len(records))
+                parsed = parse_block(block)
+                records = dict(zip(parsed.lines, parsed.records, strict=True))
+                lines = self.lines[number].tolist()
+                yield from ((record, records[lines[row]]) for record, row in rows[number] if lines[row] in records)
             if number == max(rows):
                 return
 

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from nvembed_mcore.data.check.scores import Scores
 from nvembed_mcore.data.faults import Problems
 
 QUANTILES = {"median": 0.5, "p95": 0.95, "p99": 0.99, "max": 1.0}
@@ -96,6 +97,7 @@ class SetReport:
         problems: its bad lines.
         warnings: what forbids no start.
         error: what else would make a run refuse the set; empty if nothing.
+        scores: what a teacher says of its documents.
     """
 
     path: str
@@ -104,6 +106,7 @@ class SetReport:
     problems: Problems
     warnings: list[Finding]
     error: str = ""
+    scores: Scores = field(default_factory=Scores)
 
     @property
     def refusal(self) -> str:
@@ -167,6 +170,7 @@ def _set_dict(one: SetReport) -> dict[str, Any]:
             name: {"limit": lengths.limit, **lengths.summary(), "histogram": sorted(lengths.counts.items())}
             for name, lengths in one.lengths.items()
         },
+        "teacher_scores": one.scores.as_dict(),
         "bad_lines": [line.strip() for line in one.problems.shown],
         "warnings": [
             {

@@ -18,6 +18,7 @@ import numpy as np
 
 from nvembed_mcore.config import DatasetConfig
 from nvembed_mcore.data.bare_tokenizer import BareTokenizer
+from nvembed_mcore.data.check.scores import Scores
 from nvembed_mcore.data.files import Block
 from nvembed_mcore.data.prompts import check_room
 from nvembed_mcore.data.records import Parsed, Record, parse_block
@@ -68,6 +69,7 @@ class Facts:
         blank_negatives: negatives without text, which were left out.
         num_problems, problems: bad lines, and `file:line:column: reason` of the first few.
         error: why a run would refuse these records; empty if it would not.
+        scores: what a teacher says of them.
     """
 
     dataset: int
@@ -84,6 +86,7 @@ class Facts:
     num_problems: int = 0
     problems: list[str] = field(default_factory=list)
     error: str = ""
+    scores: Scores = field(default_factory=Scores)
 
 
 class Scanner:
@@ -95,6 +98,7 @@ class Scanner:
         tokenizer: BareTokenizer | None,
         max_query_tokens: int,
         known: Sequence[Known],
+        needs_scores: bool = False,
     ) -> None:
         """
         Args:
@@ -102,14 +106,16 @@ class Scanner:
             tokenizer: None: lengths are in characters, without prompts.
             max_query_tokens: limit under which a record's own instruction must leave room.
             known: the evaluation sets.
+            needs_scores: whether the run distils, so that a record must have a teacher's scores.
         """
         self._datasets = datasets
         self._tokenizer = tokenizer
         self._max_query_tokens = max_query_tokens
         self._known = known
+        self._needs_scores = needs_scores
 
     def scan(self, dataset: int, block: Block) -> Facts:
-        parsed = parse_block(block)
+        parsed = parse_block(block, needs_scores=self._needs_scores and self._datasets[dataset].distill)
         records = parsed.records
         texts = {name: list(chain.from_iterable(getattr(one, name) for one in records)) for name in ("pos", "neg")}
         hashes = {name: hashes_of(some) for name, some in texts.items()}
@@ -125,6 +131,7 @@ class Scanner:
             blank_negatives=parsed.blank_negatives,
             num_problems=len(parsed.problems),
             problems=[f"{block.path}:{a}:{b}: {why}" for a, b, why in parsed.problems[:SHOWN_PROBLEMS]],
+            scores=Scores.of(records),
         )
         texts["query"] = [record.query for record in records]
         try:

@@ -16,6 +16,7 @@ from nvembed_mcore.data.check.examples import RecordIndex, Unshown, show
 from nvembed_mcore.data.check.findings import COUNTS, CheckReport, Finding, Lengths, SetReport
 from nvembed_mcore.data.check.leakage import EvaluationSet, Leak, read_evaluation
 from nvembed_mcore.data.check.scan import FIELDS, KINDS, SHOWN_PROBLEMS, Facts, scan, start
+from nvembed_mcore.data.check.scores import Scores
 from nvembed_mcore.data.faults import DataError, Problems
 from nvembed_mcore.data.files import Block
 from nvembed_mcore.data.prompts import check_room
@@ -36,12 +37,14 @@ class _Gathered:
     records: int = 0
     blank_negatives: int = 0
     error: str = ""
+    scores: Scores = field(default_factory=Scores)
 
     def add(self, facts: Facts) -> None:
         self.problems.count += facts.num_problems
         room = SHOWN_PROBLEMS - len(self.problems.shown)
         self.problems.shown += [f"  {problem}" for problem in facts.problems[:room]]
         self.blank_negatives += facts.blank_negatives
+        self.scores.add(facts.scores)
         self.error = self.error or facts.error
         for name, (lengths, counts) in facts.lengths.items():
             self.lengths[name].update(dict(zip(lengths.tolist(), counts.tolist(), strict=True)))
@@ -72,6 +75,7 @@ def check_sets(
     max_document_tokens: int,
     max_bad_records: int = 0,
     against: Sequence[str] = (),
+    needs_scores: bool = False,
     processes: int | None = None,
 ) -> CheckReport:
     """Read data sets as a run would, and say what is in them and what is wrong.
@@ -82,6 +86,7 @@ def check_sets(
         max_query_tokens, max_document_tokens: limits with prompt and special tokens.
         max_bad_records: so many bad lines of a set are skipped.
         against: BEIR folders or files of records whose texts must not be in the data sets.
+        needs_scores: whether the run distils, so that a record without a teacher's scores is a bad line.
         processes: workers; None: one a core, 32 at most. The report does not depend on it.
 
     Raises:
@@ -102,7 +107,7 @@ def check_sets(
     if bare is not None:
         _check_rooms(gathered, bare, max_query_tokens, max_document_tokens)
     checked: list[_Checked] = []
-    scanner = (datasets, bare, max_query_tokens, [one.known for one in evaluation])
+    scanner = (datasets, bare, max_query_tokens, [one.known for one in evaluation], needs_scores)
     for facts in ordered_map(scan, _blocks(gathered), processes=processes, start=start, start_arguments=scanner):
         while len(checked) < facts.dataset:
             checked.append(_checked(gathered, len(checked), evaluation, limits if tokenizer else {}))
@@ -141,7 +146,7 @@ def _checked(
     one = gathered[number]
     counts = dict.fromkeys(COUNTS, 0) | {"bad_lines": one.problems.count}
     lengths = {name: Lengths(one.lengths[name], limits.get(name)) for name in FIELDS}
-    report = SetReport(one.config.path, counts, lengths, one.problems, [], one.error)
+    report = SetReport(one.config.path, counts, lengths, one.problems, [], one.error, one.scores)
     checked = _Checked(report, RecordIndex.of(one.config.path, one.chunks), [])
     if one.records:
         checked.queries = repeats.find_queries(one.chunks)
@@ -159,6 +164,10 @@ def _checked(
             *_repeats(one.chunks, number, counts, checked.queries, documents),
             *_leaks(one, number, evaluation),
         ]
+    if 0 < one.scores.records < one.records:
+        lacking = one.records - one.scores.records
+        what = "records without a teacher's scores, which others have"
+        checked.unshown.append(Unshown("missing_scores", lacking, one.records, what, number, []))
     if one.blank_negatives:
         of = counts["negatives"] + one.blank_negatives
         checked.unshown.append(

@@ -44,6 +44,8 @@ def lines(report: CheckReport) -> Iterator[str]:
     for refusal in report.refusals:
         yield f"refused: {refusal}"
     for name, one in zip(_names(report), _shown_sets(report), strict=False):
+        if one.scores.records:
+            yield f"{name}: {one.scores.text(one.counts['records'])}"
         for warning in one.warnings:
             yield f"warning: {name}: {warning.text}"
             if warning.kind == "bad_lines":
@@ -138,6 +140,8 @@ def _set_parts(report: CheckReport, one: SetReport) -> list[str]:
         parts += [_marked("A run would refuse this data set.", "bad"), pages.verbatim(one.refusal)]
     elif one.problems.count:
         parts.append(pages.verbatim(one.problems.message()))
+    if one.scores.records:
+        parts.append(one.scores.text(one.counts["records"]).capitalize())
     for warning in one.warnings:
         parts.append(_marked(warning.text, "warning"))
         if warning.examples:

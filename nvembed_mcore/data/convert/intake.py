@@ -23,10 +23,11 @@ class LeftOut(Exception):
 
 @dataclass(frozen=True, slots=True)
 class Document:
-    """A text and its id; without one the text names itself."""
+    """A text and its id, without which the text names itself; and what a teacher scores it, if that is known."""
 
     text: str
     given_id: str | None = None
+    score: float | None = None
 
     @property
     def id(self) -> str:
@@ -211,8 +212,15 @@ class Intake:
             "query_id": content_id(draft.query) if draft.query_id is None else draft.query_id,
             "pos_ids": [document.id for document in pos],
             "neg_ids": [document.id for document in neg],
+            **_scores(pos, neg),
             **draft.more,
         }
+
+
+def _scores(pos: Sequence[Document], neg: Sequence[Document]) -> dict[str, list[float]]:
+    """A teacher's scores; nothing where a document has none."""
+    found = {"pos_scores": [one.score for one in pos], "neg_scores": [one.score for one in neg]}
+    return {} if any(score is None for scores in found.values() for score in scores) else found
 
 
 def check_output(path: str | Path, *, overwrite: bool = True) -> None:

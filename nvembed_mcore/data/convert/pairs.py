@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from typing import Any
 
 from nvembed_mcore.data.convert.intake import Document, Draft, Intake, LeftOut, clean, list_of, text_of
 from nvembed_mcore.data.convert.rows import json_lines
 from nvembed_mcore.data.faults import DataError, Fault, kind_of
+from nvembed_mcore.data.records import scores_of
 
 _RELATED = 2.5  # of 5: a text whose pair with the query is scored above this is no negative (NV-Embed v1)
 
@@ -149,8 +151,8 @@ def pairs(intake: Intake, *, negatives: int = 7) -> Iterator[Draft]:
     """Lines in the layouts of sentence-transformers' embedding-training-data.
 
     A list of two texts is a query and its positive; further texts of a list are negatives. An object has such a list
-    in `texts` (the Stack Exchange files), or `query`, `pos` and perhaps `neg` (a text or a list), or `set`: texts of
-    the same meaning, of which the first is the query.
+    in `texts` (the Stack Exchange files), or `query`, `pos` and perhaps `neg` (a text or a list) with a teacher's
+    `pos_scores` and `neg_scores`, or `set`: texts of the same meaning, of which the first is the query.
 
     Args:
         intake: the lines.
@@ -167,7 +169,12 @@ def pairs(intake: Intake, *, negatives: int = 7) -> Iterator[Draft]:
         elif "set" in value:
             texts = list_of(value, "set")
             value = {"query": texts[0] if texts else None, "pos": texts[1:]}
-        return Draft(text_of(value, "query"), _several(value, "pos"), _several(value, "neg")[:negatives])
+        documents = {name: _several(value, name) for name in ("pos", "neg")}
+        scores = scores_of(value, {name: len(some) for name, some in documents.items()})
+        for name, some in documents.items() if scores else ():
+            scored = zip(some, scores[f"{name}_scores"], strict=True)
+            documents[name] = [replace(document, score=score) for document, score in scored]
+        return Draft(text_of(value, "query"), documents["pos"], documents["neg"][:negatives])
 
     for path in intake.sources:
         yield from intake.each(json_lines(path, intake.bad), parse)

@@ -8,11 +8,13 @@ import lzma
 import re
 import zlib
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
 
 from nvembed_mcore.data.faults import DataError, kind_of
 from nvembed_mcore.data.files import COMPRESSIONS, blocks, line_blocks, numbered_lines, opened, rows
+from nvembed_mcore.progress import show_each
 
 Item = tuple[Callable[[str], str], Any]
 """Something of a file: the place of a field of it (for messages), and its value."""
@@ -89,8 +91,10 @@ def _is_json(path: Path) -> bool:
     return any(path.name.endswith(f".json{packed}") for packed in ("", *COMPRESSIONS))
 
 
-def _opened(path: Path) -> IO[str]:
-    return io.TextIOWrapper(opened(path), encoding="utf-8-sig")
+@contextmanager
+def _opened(path: Path) -> Iterator[IO[str]]:
+    with opened(path) as (stream, _):
+        yield io.TextIOWrapper(stream, encoding="utf-8-sig")
 
 
 def _cannot_read(path: Path, error: Exception) -> DataError:
@@ -118,7 +122,7 @@ def _list_items(path: Path, add_problem: AddProblem) -> Iterator[Item]:
     number = 0
     try:
         with _opened(path) as stream:
-            for value in _streamed(stream):
+            for value in show_each(_streamed(stream), f"read {path.name}", "items"):
                 if isinstance(value, dict):
                     yield lambda name, number=number: f"{path}[{number}]", value
                 else:
