@@ -4,7 +4,7 @@ A block with a file's name behind its language is that file. A ```` ```bash ````
 unless a marker says who does it or what it needs:
 
     ```bash {.gpu}  ```bash {.cluster}  ```bash {.download}     GPUs, a cluster, the network: run by nobody here
-    ```bash {.tested-by tests/unit/test_x.py}                   that test runs it
+    ```bash {.tested-by tests/unit/test_x.py}                   that test runs it; several files share the commands
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ NEEDS = ("gpu", "cluster", "download")
 _FENCE = re.compile(
     r"^(?P<indent> *)```(?P<language>\w*) *(?P<info>[^\n`]*)\n(?P<text>.*?)^(?P=indent)```$", re.M | re.S
 )
-_TESTED_BY = re.compile(r"\{\.tested-by ([\w./-]+)\}")
+_TESTED_BY = re.compile(r"\{\.tested-by ([\w./ -]+)\}")
 _FILE = re.compile(r"[\w-][\w./-]*\.\w+")
 
 
@@ -34,7 +34,7 @@ class Block:
         line: of the fence, from 1.
         file: its name, where the block is a file.
         needs: `gpu`, `cluster` or `download`.
-        tested_by: path of the test that runs it.
+        tested_by: paths of the tests that run it.
         fault: what is wrong with the fence.
     """
 
@@ -44,7 +44,7 @@ class Block:
     text: str
     file: str = ""
     needs: str = ""
-    tested_by: str = ""
+    tested_by: tuple[str, ...] = ()
     fault: str = ""
 
     @property
@@ -57,10 +57,9 @@ class Block:
 
 
 def pages() -> list[str]:
-    """Every page that a reader is sent to, as paths from the root of the repository."""
+    """Every page that a user is sent to, as paths from the root of the repository."""
     found = [
         ROOT / "README.md",
-        ROOT / "CONTRIBUTING.md",
         *(ROOT / "docs").rglob("*.md"),
         *(ROOT / "examples").rglob("*.md"),
     ]
@@ -78,7 +77,7 @@ def _block(page: str, line: int, match: re.Match[str]) -> Block:
     text = "".join(one.removeprefix(indent) for one in match["text"].splitlines(keepends=True))
     what = {}
     if tested := _TESTED_BY.fullmatch(info):
-        what["tested_by"] = tested[1]
+        what["tested_by"] = tuple(tested[1].split())
     elif info.removeprefix("{.").removesuffix("}") in NEEDS and info.startswith("{."):
         what["needs"] = info[2:-1]
     elif _FILE.fullmatch(info):
@@ -94,7 +93,9 @@ def run(page: str, folder: Path, timeout: float) -> str:
     Raises:
         AssertionError: one failed; the message has the block and the end of the output.
     """
-    (folder / "examples").symlink_to(ROOT / "examples")
+    for name in ("examples", "tools"):
+        if not (folder / name).exists():
+            (folder / name).symlink_to(ROOT / name)
     environment = os.environ | {
         "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
         "PYTHONPATH": str(ROOT),

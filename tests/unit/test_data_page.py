@@ -12,7 +12,7 @@ import numpy as np
 from nvembed_mcore.cli import main
 
 ROOT = Path(__file__).parents[2]
-BLOCK = re.compile(r"^```(\w+) ?([\w.]*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+BLOCK = re.compile(r"^```(\w+) ?([\w.]*)(?:\{[^}\n]*\})?\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 
 
 def test_the_example(tmp_path, monkeypatch, capsys):
