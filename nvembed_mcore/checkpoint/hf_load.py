@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from nvembed_mcore.checkpoint.hf_folder import WeightsError, check_sums, read_json
 from nvembed_mcore.checkpoint.hf_model import check_token_ids, open_hf_model
 from nvembed_mcore.checkpoint.names import BACKBONE
+from nvembed_mcore.progress import show_each
 
 ADAPTERS = "adapter_config.json"
 
@@ -52,21 +55,41 @@ def load_exported(directory: str | os.PathLike, device: str = "cpu") -> NVEmbedM
     check_token_ids(directory, found)
     check_sums(directory, found.folder.files)
     try:
-        model, report = NVEmbedModel.from_pretrained(
-            directory, dtype="auto", local_files_only=True, use_safetensors=True, output_loading_info=True, **settings
-        )
+        with _without_bars():
+            model, report = NVEmbedModel.from_pretrained(
+                directory,
+                dtype="auto",
+                local_files_only=True,
+                use_safetensors=True,
+                output_loading_info=True,
+                **settings,
+            )
     except RuntimeError as error:  # what transformers raises for shapes that differ
         raise WeightsError(f"the weights in {directory} do not fit its config.json: {error}") from error
     if report["missing_keys"]:
         raise WeightsError(
             f"{directory} lacks {len(report['missing_keys'])} tensors: {sorted(report['missing_keys'])[:3]}"
         )
-    for name, parameter in model.named_parameters():
+    for name, parameter in show_each(list(model.named_parameters()), "check weights", "tensors"):
         found.folder.check_finite([name], parameter.detach())
     try:
         return model.to(device).eval()
     except (RuntimeError, AssertionError) as error:  # torch built without CUDA raises the latter
         raise WeightsError(f"cannot put the model of {directory} on device {device!r}: {error}") from error
+
+
+@contextmanager
+def _without_bars() -> Iterator[None]:
+    """transformers' own bar would also go to a file, and with --quiet."""
+    from transformers.utils import logging
+
+    was_enabled = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if was_enabled:
+            logging.enable_progress_bar()
 
 
 def exported_prompt(directory: str | os.PathLike) -> str:

@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 from nvembed_mcore import __version__
-from nvembed_mcore.cli import data, doctor, encode, mine, plan, preflight, status, use, weights
+from nvembed_mcore.cli import completion, data, doctor, encode, mine, plan, preflight, report, status, use, weights
 from nvembed_mcore.cli.errors import guarded
 from nvembed_mcore.cli.parser import FLAGS, Parser, take_flags
 from nvembed_mcore.cli.train import train
@@ -72,6 +72,8 @@ def _quiet_libraries() -> None:
     warnings.filterwarnings("ignore", category=FutureWarning)
     warnings.filterwarnings("ignore", category=UserWarning, module=r"(megatron|torch|transformers)\.")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
+    if is_quiet() or not sys.stderr.isatty():
+        os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")  # of downloads and of loading, in a file
 
 
 def _guarded(work: Callable[[], int | None], if_interrupted: str = "") -> int:
@@ -135,8 +137,10 @@ def parser() -> Parser:
     plan.add(commands)
     doctor.add(commands)
     weights.add(commands)
+    report.add(commands)
     use.add(commands)
     encode.add(commands)
     mine.add(commands)
     data.add(commands)
+    completion.add(commands)
     return whole

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import select
 import sys
 import tempfile
 import traceback
@@ -49,13 +50,16 @@ def _is_first() -> bool:
 def _nobody_reads() -> bool:
     """Whether it is stdout whose reader is gone; what is still to be written then goes nowhere."""
     try:
-        sys.stdout.flush()
-    except BrokenPipeError:
-        nowhere = os.open(os.devnull, os.O_WRONLY)
-        os.dup2(nowhere, sys.stdout.fileno())
-        os.close(nowhere)
-        return True
-    return False
+        pipe, poll = sys.stdout.fileno(), select.poll()
+    except (AttributeError, OSError):  # it is no file
+        return False
+    poll.register(pipe, 0)
+    if not any(events & (select.POLLERR | select.POLLHUP) for _, events in poll.poll(0)):
+        return False
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, pipe)
+    os.close(nowhere)
+    return True
 
 
 def _tell(error: Exception, status: int) -> None:

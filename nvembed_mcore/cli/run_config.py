@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, get_args, get_type_hints
@@ -11,6 +12,7 @@ from typing import Any, get_args, get_type_hints
 import yaml
 
 from nvembed_mcore.cli import yaml_loader
+from nvembed_mcore.cli.parser import meant
 from nvembed_mcore.config import ConfigError, RunConfig
 
 
@@ -45,7 +47,10 @@ def read_run_config(arguments: list[str]) -> RunConfig:
     except UnicodeDecodeError as error:
         raise ConfigError(f"{error}\n(in {source})") from error
     except ArgumentError as error:
-        raise ConfigError(f"{error}\n(in {source}; `nvembed train --help` lists all fields)") from error
+        options = {option for action in parser._actions for option in action.option_strings}
+        options -= {option.rpartition(".")[0] for option in options}  # a group's takes a file: nobody means that
+        likely = meant(re.findall(r"(?<!\S)--[^\s=]+", str(error)), options)
+        raise ConfigError(f"{error}{likely}\n(in {source}; `nvembed train --help` lists all fields)") from error
     fields.pop("config")
     return RunConfig(**fields)
 
@@ -91,6 +96,9 @@ def _check_shape(kind: Any, value: Any, file: str, field: str = "") -> None:
             if name in value:
                 raise ConfigError(f"{where} has no field {name!r} (a file cannot name classes or other files)")
         kinds = get_type_hints(kind)
+        for name in value.keys() - kinds.keys():
+            if "." not in str(name):
+                raise ConfigError(f"{where} has no field {name!r}{meant([str(name)], kinds)}")
         for name in kinds.keys() & value.keys():
             _check_shape(kinds[name], value[name], file, f"{field}.{name}" if field else name)
     elif isinstance(value, list) and any(map(dataclasses.is_dataclass, get_args(kind))):

@@ -8,7 +8,7 @@ from nvembed_mcore.data.batch import Batch, Sample, make_batch
 from nvembed_mcore.data.packing import Text
 from tests.helpers.cases import Case, build_step
 
-TOPICS, STEPS, HELD_OUT = 16, 60, 4
+TOPICS, STEPS, HELD_OUT = 16, 80, 8
 SMALL = {"num_hidden_layers": 2, "initializer_range": 0.1}
 
 
@@ -39,7 +39,7 @@ def term_after(training: dict, measure: dict, dropout: float, seed: int) -> floa
         set_learning_rate(step.optimizer, rate)
         return step, parameters
 
-    step, parameters = step_of(3e-3, **training)
+    step, parameters = step_of(2e-3, **training)
     for number in range(1, STEPS + 1):
         step(topical_batch(number, seed), number, PhaseTimer())
     other, copies = step_of(0.0, **measure)

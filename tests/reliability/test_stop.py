@@ -35,7 +35,8 @@ def inputs(tmp_path_factory):
 
 def config_of(inputs: Path, run_dir: Path) -> RunConfig:
     """Without a checkpoint of its own before the last step."""
-    config = runs.run_config(inputs, run_dir, steps=STEPS, checkpoint=CheckpointConfig(every_steps=100))
+    checkpoint = CheckpointConfig(every_steps=100, keep_best=False)
+    config = runs.run_config(inputs, run_dir, steps=STEPS, checkpoint=checkpoint)
     return dataclasses.replace(config, eval=dataclasses.replace(config.eval, every_steps=3))
 
 
@@ -163,7 +164,8 @@ def test_the_record_accounts_for_every_second(stopped):
 
 
 def test_a_crash_of_one_rank_is_told_as_the_first_failure(inputs, tmp_path):
-    run = Run(dataclasses.replace(config_of(inputs, tmp_path / "run"), checkpoint=CheckpointConfig(every_steps=2)))
+    checkpoint = CheckpointConfig(every_steps=2, keep_best=False)
+    run = Run(dataclasses.replace(config_of(inputs, tmp_path / "run"), checkpoint=checkpoint))
     with run.start(faults="error@step_begin:1:4") as ranks:
         assert ranks.wait(60) == [70, 70]
         assert "Traceback" not in ranks.outputs()

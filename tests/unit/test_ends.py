@@ -184,7 +184,7 @@ def test_every_key_of_the_status_has_a_line(tmp_path):
     """So that `sed` can read it."""
     attempt_that_ends_with(None, tmp_path)
     lines = (tmp_path / "status.json").read_text().splitlines()
-    assert ' "state": "done",' in lines and ' "exit_status": 0,' in lines and len(lines) == 12
+    assert ' "state": "done",' in lines and ' "exit_status": 0,' in lines and len(lines) == 14
 
 
 def test_signals_only_set_a_flag_until_the_end():

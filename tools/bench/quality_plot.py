@@ -31,22 +31,29 @@ def plot_side(found: Mapping[int, Result], path: Path) -> None:
     """
     figure, (losses, apart, quality) = _figure(3)
     for number, (seed, result) in enumerate(sorted(found.items())):
-        ours, peer, repacked = (np.array(result[name]["losses"]) for name in ("ours", "peer", "repacked"))
+        ours, peer = result["ours"]["losses"], result["peer"]["losses"]
         steps, first = np.arange(1, len(ours) + 1), number == 0
         losses.plot(steps, ours, color=f"C{number}", linewidth=2.4, alpha=0.45, label=f"this trainer, seed {seed}")
         losses.plot(steps, peer, "k:", linewidth=0.9, label="sentence-transformers" if first else None)
-        # A difference of nothing has no place on a logarithmic axis.
-        for other, colour, label in ((peer, "C3", "sentence-transformers"), (repacked, "C0", "own smaller packs")):
-            difference = np.maximum(np.abs(ours / other - 1), 1e-9)
-            apart.plot(steps, difference, color=colour, linewidth=0.9, alpha=0.7, label=label if first else None)
         _dots(quality, number, result)
-    apart.set_yscale("log")
+    for name, colour, label in (("peer", "C3", "sentence-transformers"), ("repacked", "C0", "own smaller packs")):
+        _apart(apart, [(result["ours"]["losses"], result[name]["losses"]) for result in found.values()], colour, label)
     _finish(losses, "Training loss", "step")
-    _finish(apart, "Relative difference of the loss from", "step")
+    _finish(apart, "Relative difference from our loss, worst seed", "step")
     quality.set_xticks(range(len(SIDE_MEASURES)), [TITLES[one] for one in SIDE_MEASURES])
     _finish(quality, f"Held-out retrieval, {len(found)} seed{'s' * (len(found) > 1)}", "")
     quality.set_ylim(bottom=0)
+    quality.set_xlim(-0.5, len(SIDE_MEASURES) - 0.5)
     figure.savefig(path, format="png")
+
+
+def _apart(axes: Axes, pairs: Sequence[tuple[Sequence[float], Sequence[float]]], colour: str, label: str) -> None:
+    """The largest relative difference of any seed, by step."""
+    ours, others = np.array(pairs).swapaxes(0, 1)
+    # A difference of nothing has no place on a logarithmic axis; float32 has 24 bits.
+    difference = np.maximum(np.abs(ours / others - 1).max(0), 2.0**-24)
+    axes.plot(np.arange(1, len(difference) + 1), difference, color=colour, linewidth=1.1, alpha=0.8, label=label)
+    axes.set_yscale("log")
 
 
 def _dots(axes: Axes, number: int, result: Result) -> None:
