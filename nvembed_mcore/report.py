@@ -1,4 +1,4 @@
-"""Reports as one HTML page: text, tables and histograms, readable without a network and without JavaScript.
+"""Reports as one HTML page: text, tables and pictures, readable without a network and without JavaScript.
 
 All text is escaped; what is markup already has the type `Html`. Pictures are SVG in the page, drawn by matplotlib,
 with axes and labels in the colour of the page's text, so they suit light and dark alike. The same content makes the
@@ -14,14 +14,18 @@ import uuid
 from collections.abc import Iterable, Mapping, Sequence
 from io import StringIO
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from nvembed_mcore import redact
 
-_COLORS = ("#3f83d0", "#d9613a", "#3f9a56", "#9467bd", "#b58900", "#17a0a8")
-_INK = "#010203"  # matplotlib knows no `currentColor`: it draws in this, which is replaced
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+COLORS = ("#3f83d0", "#d9613a", "#3f9a56", "#9467bd", "#b58900", "#17a0a8")
+INK = "#010203"
+"""The colour of the page's text: matplotlib knows no `currentColor`, so it draws in this, which `svg` replaces."""
 
 _STYLE = """
 :root { color-scheme: light dark; }
@@ -45,20 +49,21 @@ class Html(str):
     __slots__ = ()
 
 
-def page(title: str, sections: Iterable[tuple[str, Iterable[str]]]) -> str:
+def page(title: str, sections: Iterable[tuple[str, Iterable[str]]], head: Html | None = None) -> str:
     """One self-contained page.
 
     Args:
         title: heading of the page.
         sections: heading and parts of each; a part is `Html`, or text, which becomes a paragraph. An empty heading
             is left out.
+        head: more for its `<head>`.
     """
     lines = [
         "<!DOCTYPE html>",
         '<html lang="en"><head><meta charset="utf-8">',
         '<meta name="viewport" content="width=device-width, initial-scale=1">',
         f"<title>{html.escape(title)}</title>",
-        f"<style>\n{_STYLE}\n</style></head><body>",
+        f"<style>\n{_STYLE}\n</style>{head or ''}</head><body>",
         f"<h1>{html.escape(title)}</h1>",
     ]
     for heading, parts in sections:
@@ -73,7 +78,7 @@ def table(header: Sequence[str], rows: Iterable[Sequence[Any]]) -> Html:
     cells = [[_cell(value) for value in row] for row in rows]
     columns = list(zip(*cells, strict=True)) or [()] * len(header)
     sides = [' class="n"' if any(map(_is_number, column)) else "" for column in columns]
-    heads = [f"<th{side}>{html.escape(name)}</th>" for name, side in zip(header, sides, strict=True)]
+    heads = [f"<th{side}>{_cell(name)}</th>" for name, side in zip(header, sides, strict=True)]
     lines = ["<table>", f"<tr>{''.join(heads)}</tr>"]
     for row in cells:
         tags = [f'<td class="n">{cell}</td>' if _is_number(cell) else f"<td>{cell}</td>" for cell in row]
@@ -117,7 +122,7 @@ def histogram(
     filled = [some for some in values.values() if len(some)]
     drawn = _draw(values, counts or {}, _edges(filled, bins, log), bins, xlabel, log, marks) if filled else ""
     key = "".join(
-        f'<span class="key"><i style="background:{_COLORS[number % len(_COLORS)]}"></i> {html.escape(name)}'
+        f'<span class="key"><i style="background:{COLORS[number % len(COLORS)]}"></i> {html.escape(name)}'
         f"{'' if len(values[name]) else ' (none)'}</span>"
         for number, name in enumerate(series)
     )
@@ -174,7 +179,6 @@ def _draw(
     marks: Sequence[float],
 ) -> str:
     """The picture as an `<svg>` element."""
-    import matplotlib
     from matplotlib.figure import Figure
     from matplotlib.ticker import FuncFormatter, LogFormatter, PercentFormatter
 
@@ -186,30 +190,44 @@ def _draw(
     for number, (name, some) in enumerate(values.items()):
         if len(some):
             heights, _ = np.histogram(some, edges, weights=counts.get(name))
-            color = _COLORS[number % len(_COLORS)]
+            color = COLORS[number % len(COLORS)]
             heights = heights / heights.sum() / widths
             axes.stairs(heights, edges, color=color, fill=True, alpha=0.18)
             axes.stairs(heights, edges, color=color, linewidth=1.4)
     for mark in marks:
-        axes.axvline(mark, color=_INK, linestyle="--", linewidth=1)
+        axes.axvline(mark, color=INK, linestyle="--", linewidth=1)
     if log:
         axes.set_xscale("log")
         axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.10g}"))
         axes.xaxis.set_minor_formatter(LogFormatter())
-    axes.set_xlabel(xlabel, color=_INK, parse_math=False)
-    axes.set_ylabel("share", color=_INK)
+    axes.set_xlabel(xlabel, color=INK, parse_math=False)
+    axes.set_ylabel("share", color=INK)
     axes.yaxis.set_major_formatter(PercentFormatter(1, decimals=None))
     axes.set_ylim(bottom=0)
-    axes.grid(axis="y", color="#888888", alpha=0.25, linewidth=0.8)
-    axes.tick_params(which="both", colors=_INK)
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.spines[["left", "bottom"]].set_color(_INK)
-    axes.patch.set_visible(False)
+    dress(figure)
+    return svg(figure, xlabel)
+
+
+def dress(figure: Figure) -> None:
+    """The picture as it stands on a page: no background, no frame, lines and letters in the colour of its text."""
+    for axes in figure.axes:
+        axes.grid(axis="y", color="#888888", alpha=0.25, linewidth=0.8)
+        axes.tick_params(which="both", colors=INK)
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.spines[["left", "bottom"]].set_color(INK)
+        axes.patch.set_visible(False)
     figure.patch.set_visible(False)
+
+
+def svg(figure: Figure, name: str) -> Html:
+    """The picture as an `<svg>` element; the names inside follow from `name` and the content."""
+    import matplotlib
+
     file = StringIO()
-    # Letters stay letters, and the names inside follow from the content.
-    with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": xlabel, "font.family": "sans-serif"}):
+    # Letters stay letters.
+    salt = ascii(name)
+    with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": salt, "font.family": "sans-serif"}):
         figure.savefig(file, format="svg", metadata={"Date": None})
     drawn = file.getvalue()
     drawn = re.sub(r"<metadata>.*?</metadata>", "", drawn[drawn.index("<svg") :], flags=re.DOTALL)
-    return drawn.replace(_INK, "currentColor")
+    return Html(drawn.replace(INK, "currentColor"))

@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 from nvembed_mcore import __version__
-from nvembed_mcore.cli import completion, data, doctor, encode, mine, plan, preflight, status, use, weights
+from nvembed_mcore.cli import completion, data, doctor, encode, mine, plan, preflight, report, status, use, weights
 from nvembed_mcore.cli.errors import guarded
 from nvembed_mcore.cli.parser import FLAGS, Parser, take_flags
 from nvembed_mcore.cli.train import train
@@ -137,6 +137,7 @@ def parser() -> Parser:
     plan.add(commands)
     doctor.add(commands)
     weights.add(commands)
+    report.add(commands)
     use.add(commands)
     encode.add(commands)
     mine.add(commands)

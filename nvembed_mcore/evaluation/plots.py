@@ -69,7 +69,7 @@ def _read_stage(path: Path, metric: str) -> tuple[tuple[np.ndarray, np.ndarray],
     return series[0], series[1]
 
 
-def _smooth(values: np.ndarray) -> np.ndarray:
+def smooth(values: np.ndarray) -> np.ndarray:
     """Mean over a window of a twentieth of the values on each side, as far as there are any."""
     half = max(1, len(values) // 20)
     sums = np.concatenate([[0.0], np.cumsum(values)])
@@ -81,7 +81,7 @@ def _smooth(values: np.ndarray) -> np.ndarray:
 def _draw_losses(axes: Axes, losses: Sequence[tuple[np.ndarray, np.ndarray]], starts: np.ndarray) -> None:
     for (steps, values), start in zip(losses, starts[:-1], strict=True):
         axes.plot(start + steps, values, color=_LOSS_COLOR, alpha=0.25, linewidth=0.8)
-        axes.plot(start + steps, _smooth(values), color=_LOSS_COLOR, linewidth=1.8)
+        axes.plot(start + steps, smooth(values), color=_LOSS_COLOR, linewidth=1.8)
 
 
 def _draw_metric(

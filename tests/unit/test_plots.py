@@ -9,7 +9,7 @@ import pytest
 from matplotlib.figure import Figure
 from matplotlib.image import imread
 
-from nvembed_mcore.evaluation.plots import _smooth, plot_run
+from nvembed_mcore.evaluation.plots import plot_run, smooth
 
 
 def write(path, lines):
@@ -45,9 +45,9 @@ def test_a_run_without_evaluations_is_drawn(tmp_path):
 
 def test_smoothing_is_a_moving_mean():
     values = np.arange(200.0) ** 2
-    smooth = _smooth(values)
-    assert smooth[100] == pytest.approx(values[90:111].mean()) and smooth[0] == pytest.approx(values[:11].mean())
-    assert smooth[-1] == pytest.approx(values[-11:].mean()) and len(smooth) == 200
+    means = smooth(values)
+    assert means[100] == pytest.approx(values[90:111].mean()) and means[0] == pytest.approx(values[:11].mean())
+    assert means[-1] == pytest.approx(values[-11:].mean()) and len(means) == 200
 
 
 def test_bad_input(tmp_path):
