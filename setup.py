@@ -1,18 +1,42 @@
 """Packaging. `kernels/` stays at the top of the tree but installs as `nvembed_mcore.kernels`."""
 
+import re
+from pathlib import Path
+
 from setuptools import find_packages, setup
+
+HERE = Path(__file__).parent
 
 setup(
     name="nvembed_mcore",
-    version="0.1.0",
+    version=re.search(r'__version__ = "(.+)"', (HERE / "nvembed_mcore" / "__init__.py").read_text("utf-8"))[1],
     description="Train NV-Embed-class text embedding models on Megatron-Core",
+    long_description=(HERE / "README.md").read_text("utf-8"),
+    long_description_content_type="text/markdown",
     license="Apache-2.0",
+    classifiers=[
+        "Development Status :: 4 - Beta",
+        "Environment :: Console",
+        "Environment :: GPU :: NVIDIA CUDA",
+        "Intended Audience :: Science/Research",
+        "Operating System :: POSIX :: Linux",
+        "Programming Language :: Python :: 3",
+        "Programming Language :: Python :: 3.10",
+        "Programming Language :: Python :: 3.11",
+        "Programming Language :: Python :: 3.12",
+        "Topic :: Scientific/Engineering :: Artificial Intelligence",
+        "Topic :: Text Processing :: Linguistic",
+        "Typing :: Typed",
+    ],
     python_requires=">=3.10,<3.13",
-    packages=[*find_packages(include=["nvembed_mcore*"]), "nvembed_mcore.kernels"],
+    packages=sorted({*find_packages(include=["nvembed_mcore*"]), "nvembed_mcore.kernels"}),
     package_dir={"nvembed_mcore.kernels": "kernels"},
+    # Listed by hand: what lies about in a working tree is not installed.
     package_data={
+        "nvembed_mcore": ["py.typed"],
         "nvembed_mcore.checkpoint": ["hf_files/*"],
         "nvembed_mcore.data.synthetic": ["templates/*"],
+        "nvembed_mcore.evaluation.mteb": ["*.yaml", "instructions/*.yaml"],
         "nvembed_mcore.scaling": ["*.yaml", "hardware/*.yaml"],
     },
     install_requires=[
@@ -32,6 +56,7 @@ setup(
         "bm25s>=0.2.6",
         "pyarrow>=15",
         "xxhash>=3.4,<4",
+        "shtab>=1.7,<2",
     ],
     extras_require={
         "gpu": ["triton"],
@@ -69,5 +94,5 @@ setup(
             "triton>=3.2",
         ],
     },
-    entry_points={"console_scripts": ["nvembed=nvembed_mcore.cli:main"]},
+    entry_points={"console_scripts": ["nvembed=nvembed_mcore.__main__:run"]},
 )

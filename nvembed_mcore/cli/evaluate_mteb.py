@@ -7,6 +7,7 @@ from dataclasses import asdict
 
 from nvembed_mcore.cli.encode import is_first_rank
 from nvembed_mcore.cli.results import give
+from nvembed_mcore.progress import progress
 
 _TASKS = (
     "tasks of MTEB by name, a benchmark of it ('MTEB(eng, v2)'), or `english` for the 56 tasks of NV-Embed's table 1; "
@@ -67,27 +68,36 @@ def run(arguments: argparse.Namespace) -> None:
     """Every rank runs mteb's tasks; rank 0 prints the scores."""
     from nvembed_mcore.config import ParallelConfig
     from nvembed_mcore.evaluation.embedders import open_embedder
-    from nvembed_mcore.evaluation.mteb.run import evaluate_mteb, name_of_model
+    from nvembed_mcore.evaluation.mteb.instructions import load_instructions
+    from nvembed_mcore.evaluation.mteb.run import NO_INSTRUCTIONS, check_tasks, evaluate_mteb, name_of_model
+    from nvembed_mcore.parallel.groups import first_rank_does, initialize
 
+    source = arguments.instructions or "published"
+    table = None if source == NO_INSTRUCTIONS else load_instructions(source)
+    parallel = ParallelConfig(tp=arguments.tp or 1, pp=arguments.pp or 1)
+    initialize(parallel)
+    first_rank_does(lambda: len(check_tasks(arguments.mteb, table)))  # a large model takes minutes to open
     tokens_per_pack = 16384 if arguments.tokens_per_pack is None else arguments.tokens_per_pack
     embedder = open_embedder(
         arguments.model,
         instruction=arguments.instruction,
         max_length=arguments.max_length,
-        parallel=ParallelConfig(tp=arguments.tp or 1, pp=arguments.pp or 1),
+        parallel=parallel,
         token_budget=tokens_per_pack,
         tokenizer=arguments.tokenizer,
         fp8=arguments.fp8,
     )
-    scores = evaluate_mteb(
-        embedder,
-        arguments.mteb,
-        name=arguments.name or name_of_model(arguments.model),
-        instructions=arguments.instructions or "published",
-        folder=arguments.output or ".",
-        overwrite=bool(arguments.overwrite),
-        tokens_per_pack=tokens_per_pack,
-    )
+    with progress("evaluate", None, "tasks") as shown:
+        scores = evaluate_mteb(
+            embedder,
+            arguments.mteb,
+            name=arguments.name or name_of_model(arguments.model),
+            instructions=table,
+            folder=arguments.output or ".",
+            overwrite=bool(arguments.overwrite),
+            tokens_per_pack=tokens_per_pack,
+            progress=lambda done, total, status: shown.update(done, status, total=total),
+        )
     if not is_first_rank():
         return
     from nvembed_mcore.evaluation.mteb.table import rows_of, text_of

@@ -12,6 +12,8 @@ from mteb.abstasks import (
     AbsTaskSTS,
     AbsTaskSummarization,
 )
+from mteb.abstasks.aggregate_task_metadata import AggregateTaskMetadata
+from mteb.abstasks.aggregated_task import AbsTaskAggregate
 from mteb.abstasks.clustering_legacy import AbsTaskClusteringLegacy
 from mteb.abstasks.task_metadata import TaskMetadata
 
@@ -96,6 +98,28 @@ class SmallReranking(SmallRetrieval):
     top_ranked = {f"q{query}": [f"d{query + 4 * step}" for step in range(7)] for query in range(12)}
 
 
+class _Part(SmallRetrieval):
+    metadata = _metadata("SmallFirstPart", "Retrieval", "ndcg_at_10")
+
+
+class _OtherPart(SmallRetrieval):
+    metadata = _metadata("SmallOtherPart", "Retrieval", "ndcg_at_10")
+    empty = "bread and wave"
+
+
+class SmallParts(AbsTaskAggregate):
+    """Its score is the mean of those of its parts."""
+
+    metadata = AggregateTaskMetadata(
+        name="SmallParts",
+        description="Made in a test.",
+        tasks=[_Part(), _OtherPart()],
+        type="Retrieval",
+        main_score="ndcg_at_10",
+        eval_splits=["test"],
+    )
+
+
 class SmallClassification(_Made, AbsTaskClassification):
     metadata = _metadata("SmallClassification", "Classification", "accuracy")
 
@@ -165,6 +189,19 @@ class SmallSummaries(_Made, AbsTaskSummarization):
         }
         return DatasetDict(test=Dataset.from_dict(columns))
 
+
+INSTRUCTIONS = """
+base: published
+tasks:
+  SmallRetrieval: {query: Find the same topic, document: A text of a topic}
+  SmallReranking: Find the topic
+types:
+  Retrieval: Find it
+  Classification: "Classify the topic: sea, kitchen or music"
+  Clustering: Find the topic
+  PairClassification: Find the same topic
+"""
+"""A user's own table for these."""
 
 KINDS = [
     SmallRetrieval,

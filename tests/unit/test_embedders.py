@@ -113,6 +113,11 @@ def test_sentence_transformers_gives_the_numbers_of_ours(cases, kind):
         found = theirs.embed(TEXTS, is_query)
         assert found.dtype == np.float32
         assert np.abs(found - ours.embed(TEXTS, is_query)).max() < 1e-5
+    for instruction in ("", "Find it"):  # of these texts, whatever the model's own is
+        found = theirs.embed(TEXTS, True, instruction)
+        assert np.abs(found - ours.embed(TEXTS, True, instruction)).max() < 1e-5
+        expected = cases[kind].expected(TEXTS, instruction)
+        assert np.abs(found - expected.numpy()).max() < 1e-5
     assert theirs.tokens == ours.tokens and theirs.positions > ours.positions
     assert theirs.embed([], False).shape == (0, 32)
 

@@ -50,7 +50,7 @@ class Encoder(AbsEncoder):
         return self._embed(request)[[place[text] for text in texts]]
 
 
-def describe_model(name: str, revision: str, dim: int, max_tokens: int, has_instructions: bool) -> ModelMeta:
+def describe_model(name: str, revision: str, dim: int, max_tokens: int | None, has_instructions: bool) -> ModelMeta:
     """What mteb writes beside the results.
 
     Args:

@@ -21,6 +21,8 @@ from typing import Any
 
 import yaml
 
+from nvembed_mcore.data.prompts import query_prompt
+
 FOLDER = Path(__file__).parent / "instructions"
 PAPER, PUBLISHED = "paper", "published"
 _KEYS = ("base", "tasks", "types")
@@ -70,6 +72,14 @@ class Instructions:
                 f"and, under `tasks:`, `{task}: ...`, and give it with --instructions; --instructions none embeds as "
                 f"the model was trained"
             )
+        return found
+
+    def prompts(self) -> dict[str, str]:
+        """The table in mteb's form, with the words around an instruction, for a model of sentence-transformers."""
+        found = {}
+        for name, sides in (self.types | self.tasks).items():
+            found[name] = query_prompt(sides.query)
+            found[f"{name}-document"] = query_prompt(sides.document)
         return found
 
 

@@ -7,6 +7,7 @@ task whose file is there is not run again.
 from __future__ import annotations
 
 import hashlib
+import importlib.util
 import json
 import os
 from collections.abc import Callable
@@ -19,7 +20,7 @@ import numpy as np
 import yaml
 
 from nvembed_mcore.evaluation.embedders import SENTENCE_TRANSFORMERS, Embedder
-from nvembed_mcore.evaluation.mteb.instructions import Instructions, MtebError, Sides, load_instructions
+from nvembed_mcore.evaluation.mteb.instructions import Instructions, MtebError, Sides
 from nvembed_mcore.evaluation.mteb.share import Request, assemble, characters_per_block, embed_share
 from nvembed_mcore.parallel.groups import Ask, first_rank_leads
 
@@ -57,7 +58,7 @@ def evaluate_mteb(
     tasks: list[str | AbsTask],
     *,
     name: str,
-    instructions: str = "published",
+    instructions: Instructions | None,
     folder: str | Path = ".",
     overwrite: bool = False,
     tokens_per_pack: int = 16384,
@@ -66,10 +67,10 @@ def evaluate_mteb(
     """Run tasks of MTEB; every rank calls this, with the same arguments.
 
     Args:
-        tasks: as `tasks.find_tasks` takes them.
+        tasks: as `tasks.find_tasks` takes them; only rank 0 looks at them.
         name: of the model in the results, as `organisation/model`.
-        instructions: `paper`, `published`, a file (see `instructions`), or `none` for queries and documents as the
-            model was trained on them.
+        instructions: as `instructions.load_instructions` reads them; None: queries and documents as the model was
+            trained on them.
         folder: `results/` is made in here.
         overwrite: run tasks again that have a result.
         tokens_per_pack: the token budget of the embedder's packs.
@@ -82,11 +83,28 @@ def evaluate_mteb(
         MtebError: mteb is missing; a task is unknown, has no instruction, or its data cannot be loaded; or results are
             there that were made with other instructions.
     """
-    table = None if instructions == NO_INSTRUCTIONS else load_instructions(instructions)
     if "/" not in name:
         raise MtebError(f"the model's name must be organisation/model, got --name {name}")
-    run = _Run(embedder, table, tokens_per_pack, progress or (lambda done, total, status: None))
+    run = _Run(embedder, instructions, tokens_per_pack, progress or (lambda done, total, status: None))
     return first_rank_leads(lambda ask: run.lead(ask, tasks, name, Path(folder), overwrite), run.serve)
+
+
+def check_tasks(tasks: list[str | AbsTask], instructions: Instructions | None) -> list[AbsTask]:
+    """The tasks that names stand for, before a model is opened.
+
+    Raises:
+        MtebError: mteb is missing, or a task is unknown or has no instruction.
+    """
+    for package in ("mteb", "sentence_transformers"):  # mteb imports the other one for any model
+        if importlib.util.find_spec(package) is None:
+            raise MtebError(f"--mteb needs {package}, which is not installed: pip install nvembed_mcore[eval]")
+    from nvembed_mcore.evaluation.mteb.tasks import find_tasks, parts_of
+
+    found = find_tasks(tasks)
+    if instructions is not None:
+        for part in (part for task in found for part in parts_of(task)):
+            instructions.of(part.metadata.name, part.metadata.type)
+    return found
 
 
 def revision_of(embedder: Embedder, table: Instructions | None) -> str:
@@ -119,20 +137,21 @@ class _Run:
 
     def lead(self, ask: Ask, wanted: list[str | AbsTask], name: str, folder: Path, overwrite: bool) -> list[Score]:
         """What rank 0 does."""
+        tasks = check_tasks(wanted, self._table)
         self._open(ask, name, folder, overwrite)
         datasets.disable_progress_bars()  # of each step in the preparation of data
-        from nvembed_mcore.evaluation.mteb.tasks import find_tasks, parts_of
+        from nvembed_mcore.evaluation.mteb.tasks import parts_of
 
-        tasks = find_tasks(wanted)
         parts = {part.metadata.name: part for task in tasks for part in parts_of(task)}
-        self._check_instructions(list(parts.values()))
+        self._check_results(list(parts.values()))
         results: dict[str, TaskResult] = {}
         self._total = len(parts)
         for self._done, (self._task, part) in enumerate(parts.items()):
             self._texts = 0
             self._progress(self._done, self._total, self._task)
             results[self._task] = self._one(part)
-        self._progress(self._total, self._total, "")
+            done = f"{self._task}: {_score(part, results[self._task]).score:.2f}"
+            self._progress(self._done + 1, self._total, done)
         for task in tasks:
             if task.metadata.name not in results:
                 own = [results[part.metadata.name] for part in parts_of(task)]
@@ -141,14 +160,12 @@ class _Run:
         return [_score(task, results[task.metadata.name]) for task in tasks]
 
     def _open(self, ask: Ask, name: str, folder: Path, overwrite: bool) -> None:
-        try:
-            import mteb
-        except ImportError as error:
-            raise MtebError(f"--mteb needs mteb: pip install nvembed_mcore[eval] ({error})") from error
+        import mteb
+
         from nvembed_mcore.evaluation.mteb.encoder import Encoder, describe_model
 
         embedder, table = self._embedder, self._table
-        limit = max(embedder.facts(is_query)["max_tokens"] for is_query in (True, False))
+        limit = max(embedder.facts(is_query)["max_tokens"] or 0 for is_query in (True, False)) or None
         self._meta = describe_model(name, revision_of(embedder, table), embedder.dim, limit, table is not None)
         self._encoder = Encoder(lambda request: assemble(ask(request), embedder.dim), table, self._meta)
         self._cache, self._overwrite = mteb.ResultCache(folder), overwrite
@@ -167,7 +184,9 @@ class _Run:
                 raise MtebError(
                     f"mteb could not load the data of {self._task}: {error}. It downloads what is not in its cache"
                 ) from error
-        done = mteb.evaluate(
+        if found is None:
+            self._remember(task)  # a task of several languages may be cut off with some of them done
+        mteb.evaluate(
             self._encoder,
             task,
             co2_tracker=False,
@@ -178,12 +197,12 @@ class _Run:
         )
         task.unload_data()
         self._remember(task)
-        return done.task_results[0]
+        return self._cache.load_task_result(self._task, self._meta)  # rounded, as it will be read the next time
 
     # The instructions that results were made with.
 
-    def _check_instructions(self, tasks: list[AbsTask]) -> None:
-        """Raise a `MtebError` for tasks without an instruction, and for results that were made with another one."""
+    def _check_results(self, tasks: list[AbsTask]) -> None:
+        """Raise a `MtebError` for results that were made with another instruction."""
         if self._table is None:
             return
         used = self._used()
@@ -201,6 +220,7 @@ class _Run:
         if self._table is None:
             return
         used = self._used() | {task.metadata.name: asdict(_instruction_of(task, self._table))}
+        self._folder.mkdir(parents=True, exist_ok=True)
         aside = self._folder / f".writing-{_USED}"
         aside.write_text(yaml.safe_dump(used, allow_unicode=True, width=1000), encoding="utf-8")
         os.replace(aside, self._folder / _USED)

@@ -18,6 +18,7 @@ BLANK = "."
 """What is embedded for a text of nothing but spaces. Benchmarks have a few, and the trainer refuses them."""
 
 _CHARACTERS_PER_TOKEN = 4
+_USUAL_TOKENS = 512
 _PACKS_PER_BLOCK = 4
 
 
@@ -69,7 +70,7 @@ def embed_share(
     Returns:
         The places of the texts and their unit vectors, float32 [texts, D], from the replica's writer; None elsewhere.
     """
-    limit = embedder.facts(request.is_query)["max_tokens"]
+    limit = embedder.facts(request.is_query)["max_tokens"] or _USUAL_TOKENS
     own = blocks_of(request.texts, limit, characters)[embedder.replica :: embedder.num_replicas]
     parts = []
     for block in own:

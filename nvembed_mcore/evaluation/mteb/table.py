@@ -16,17 +16,17 @@ _PUBLISHED = Path(__file__).parent / "published_scores.yaml"
 
 @dataclass(frozen=True)
 class Row:
-    """A line of the table: a task, or the average of a kind of task or of all.
+    """A line of the table: a task, or the heading of a kind of task or of all.
 
     Attributes:
+        ours: a score or an average, in per cent; None where not all tasks of the heading were run.
         theirs: of each of `models`, None where the paper has none.
-        is_average: of `tasks` tasks.
     """
 
     label: str
-    ours: float
+    ours: float | None
     theirs: list[float | None]
-    is_average: bool = False
+    is_heading: bool = False
 
 
 def models() -> list[str]:
@@ -35,8 +35,7 @@ def models() -> list[str]:
 
 
 def rows_of(scores: Iterable[Score], english: dict[str, str]) -> list[Row]:
-    """Tasks by kind, in per cent. An average is there only where all English tasks of the kind were run, and of those
-    only.
+    """Tasks by kind. A heading has an average only where all English tasks of its kind were run, and of those only.
 
     Args:
         english: kind of each of the 56 English tasks by name.
@@ -49,12 +48,14 @@ def rows_of(scores: Iterable[Score], english: dict[str, str]) -> list[Row]:
         wanted = [name for name in english if english[name] == kind]
         if wanted and all(name in ours for name in wanted):
             mean = sum(ours[name].score for name in wanted) / len(wanted)
-            rows.append(Row(f"{kind}, average of {len(wanted)}", mean, published["kinds"][kind], is_average=True))
+            rows.append(Row(f"{kind}, average of {len(wanted)}", mean, published["kinds"][kind], is_heading=True))
+        else:
+            rows.append(Row(kind, None, nothing, is_heading=True))
         for name in sorted(name for name in ours if ours[name].kind == kind):
             rows.append(Row(name, ours[name].score, published["tasks"].get(name, nothing)))
     if all(name in ours for name in english):
         mean = sum(ours[name].score for name in english) / len(english)
-        rows.append(Row(f"All, average of {len(english)}", mean, published["average"], is_average=True))
+        rows.append(Row(f"All, average of {len(english)}", mean, published["average"], is_heading=True))
     return rows
 
 
@@ -62,8 +63,8 @@ def text_of(rows: list[Row]) -> str:
     """The table for a terminal."""
     lines = [("", "ours", *models())]
     for row in rows:
-        label = row.label if row.is_average else f"  {row.label}"
-        lines.append((label, f"{row.ours:.2f}", *("" if one is None else f"{one:.2f}" for one in row.theirs)))
+        label = row.label if row.is_heading else f"  {row.label}"
+        lines.append((label, *("" if one is None else f"{one:.2f}" for one in (row.ours, *row.theirs))))
     widths = [max(len(line[column]) for line in lines) for column in range(len(lines[0]))]
     return "\n".join(
         "  ".join(
