@@ -43,6 +43,7 @@ class Finding:
         num_samples: samples of the batch.
         all_texts: whether no embedding is finite.
         bad_weights: whether a weight is not finite, on any rank.
+        moves_texts: whether the step also embedded moved texts (FGM), which are not made again.
     """
 
     step: int
@@ -52,6 +53,7 @@ class Finding:
     num_samples: int
     all_texts: bool
     bad_weights: bool
+    moves_texts: bool = False
 
     @property
     def verdict(self) -> str:
@@ -63,6 +65,10 @@ class Finding:
         if self.suspects:
             count = f"{len(self.suspects)} of {self.num_samples} samples"
             return f"{count} have embeddings that are not finite; the others' are finite"
+        if not np.isfinite(self.loss) and self.moves_texts:
+            return (
+                "Made again as they are, all texts have finite embeddings: look at how far step.fgm_epsilon moves them"
+            )
         if not np.isfinite(self.loss):
             return "Made again, all embeddings are finite: a fault that does not repeat, as of hardware"
         return "All weights and embeddings are finite: it begins in the backward pass"
@@ -92,12 +98,14 @@ def find(
     embeddings: list[torch.Tensor],
     parameters: list[tuple[str, torch.Tensor]],
     groups: Groups,
+    moves_texts: bool = False,
 ) -> Finding:
     """Look for what is not finite; every rank calls this.
 
     Args:
         embeddings: of this rank's packs, float32 [texts of a pack, D] each, made again; empty off the last stage.
         parameters: this rank's, by name.
+        moves_texts: whether the step has FGM.
     """
     bad = torch.zeros(len(batch.texts), 1, device=device.current())
     if groups.is_last_stage:
@@ -116,6 +124,7 @@ def find(
         num_samples=batch.num_queries,
         all_texts=bool(bad.all()),
         bad_weights=smallest_on_all(-float(len(names)), device.current()) < 0,
+        moves_texts=moves_texts,
     )
 
 

@@ -236,6 +236,7 @@ class ContrastiveStep:
             embeddings=embed_packs(self.chunks, packs, lambda index, chunk: self._begin(step, index, chunk)),
             parameters=[named for chunk in self.chunks for named in chunk.module.named_parameters()],
             groups=self.groups,
+            moves_texts=self.adversary is not None,
         )
 
     def _way(self, plan: Plan, lengths: np.ndarray, packs: list[Pack], step: int) -> str:

@@ -16,7 +16,24 @@ ON_ONE = ["cached, latent"]
 ON_TWO = ["DP 2, symmetric", "TP 2, SP, adapters", "PP 2, interleaved", "CP 2"]
 
 
-@pytest.mark.parametrize(("world_size", "names"), [(1, ON_ONE), (2, ON_TWO)])
+TWO_PASSES_ON_ONE = ["cached, FGM", "retain, adapters, R-Drop"]
+TWO_PASSES_ON_TWO = [
+    "TP 2, SP, adapters, FGM",
+    "DP 2, adapters, R-Drop",
+    "PP 2, adapters, FGM, R-Drop",
+    "CP 2, FGM",
+]
+
+
+@pytest.mark.parametrize(
+    ("world_size", "names"),
+    [
+        (1, ON_ONE),
+        (2, ON_TWO),
+        pytest.param(1, TWO_PASSES_ON_ONE, marks=pytest.mark.slow),
+        pytest.param(2, TWO_PASSES_ON_TWO, marks=pytest.mark.slow),
+    ],
+)
 def test_memory_and_bytes_are_those_of_a_step(world, world_size, names):
     by_rank = world(world_size).run(scaling.measured, names)
     measured = dict(zip(names, zip(*by_rank, strict=True), strict=True))

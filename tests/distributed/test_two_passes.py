@@ -68,6 +68,7 @@ def loss_and_norm(world, case: Case) -> tuple[float, float]:
         pytest.param(dict(world=2, fgm=EPSILON), marks=pytest.mark.slow),
         pytest.param(dict(world=2, tp=2, sp=True, fgm=EPSILON, loss=R_DROP), marks=pytest.mark.slow),
         pytest.param(dict(world=2, cp=2, loss=R_DROP), marks=pytest.mark.slow),
+        pytest.param(dict(world=2, fp8="delayed", fgm=EPSILON, loss=R_DROP), marks=pytest.mark.slow),
     ],
     ids=str,
 )

@@ -162,7 +162,8 @@ def more_two_passes() -> Iterator[Case]:
             ranks = 4 // (layout["cp"] * layout.get("tp", 1) * layout.get("pp", 1))
             budget = budget_for(3, ranks, 7, cp=layout["cp"])
             yield Case(world=4, **layout, **options, way="cached", budget=budget, distributed=False)
-    yield Case(world=2, fgm=EPSILON, way="single", kind="self_attention", clip=0.0, distributed=False)
+    yield Case(world=2, fgm=EPSILON, way="single", kind="self_attention", distributed=False)
+    yield Case(world=2, fgm=EPSILON, way="single", clip=0.0, distributed=False)
 
 
 def heads() -> Iterator[Case]:

@@ -11,7 +11,7 @@ FGM_WEIGHT = 0.7
 
 def in_view(tokens: torch.Tensor, is_second: bool) -> torch.Tensor:
     """Embedded tokens [..., H] of a view; a fixed stand-in for dropout takes every third dimension from the second."""
-    return tokens * (torch.arange(tokens.size(-1)) % 3 != 0) * 1.5 if is_second else tokens
+    return tokens * (torch.arange(tokens.size(-1), device=tokens.device) % 3 != 0) * 1.5 if is_second else tokens
 
 
 def whole_loss(

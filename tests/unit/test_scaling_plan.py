@@ -101,6 +101,21 @@ def test_embeddings_are_gathered_in_float32_and_scored_in_each_width():
     assert 1.4 < predict(narrow, layout, H200, has_range=False).seconds["loss"] / found["loss"] < 1.6
 
 
+def test_fgm_and_r_drop_embed_twice_each():
+    """Twice the passes and the model's FLOPs, and once the update; FGM keeps a gradient of each token between."""
+    layout, once = Layout(gpus=8, way="retain"), workload()
+    for changes in (dict(walks=2), dict(loss=LossConfig(r_drop_weight=0.5))):
+        plain, found = (predict(work, layout, H200, has_range=False) for work in (once, workload(**changes)))
+        assert found.flops == 2 * plain.flops
+        assert found.seconds["matmul"] == pytest.approx(2 * plain.seconds["matmul"])
+        assert found.seconds["optimizer"] == plain.seconds["optimizer"]
+        assert 1.8 < found.total / plain.total < 2.0
+    plain, moved = (
+        sum(predict(workload(rank=0, walks=walks), layout, H200, has_range=False).memory.values()) for walks in (1, 2)
+    )
+    assert moved - plain == pytest.approx(1.05 * once.tokens_per_step / 8 * 4096 * 2, rel=0.05)
+
+
 def test_full_tuning_is_bound_by_its_gradients_on_many_gpus():
     found = predict(workload(rank=0), Layout(gpus=512, way="single"), H200, has_range=False)
     assert found.seconds["grad_reduce"] > found.seconds["matmul"]

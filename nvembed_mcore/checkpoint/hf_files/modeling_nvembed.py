@@ -7,8 +7,7 @@ the published NV-Embed models; `multi_layer` pooling is that of arXiv 2409.02727
     model = AutoModel.from_pretrained(folder, trust_remote_code=True)
     vectors = model.encode(["a text"], instruction="Instruct: the task\\nQuery: ")   # float32 [1, D], unit length
 
-Letters: `N` texts, `L` tokens of the longest, `H` hidden size (= `D`), `R` latents, `A` heads of the pooling head, `w`
-their width, `Y` layers.
+Letters: `N` texts, `L` tokens of the longest, `H` hidden size (`D`), `R` latents, `A` heads of width `w`, `Y` layers.
 """
 
 from __future__ import annotations
@@ -25,6 +24,7 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import MistralConfig, MistralModel, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerFast
 from transformers.utils import ModelOutput
 
+_is_exporting = getattr(torch.compiler, "is_exporting", bool)  # whether a graph is recorded; torch 2.7 can say so
 POOLING_KINDS = ("latent", "self_attention", "multi_layer", "mean", "last")
 
 
@@ -147,13 +147,8 @@ def _weighted_sum(states: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
     return (states.float() * weights[..., None]).sum(dim=1)
 
 
-def _is_exporting() -> bool:
-    """Whether torch (2.7 or newer can say so) records the model as a graph, for ONNX for instance."""
-    return getattr(torch.compiler, "is_exporting", bool)()
-
-
 def _check_room(pooled: torch.Tensor) -> None:
-    """`pooled` [N]: the number of pooled positions of each text. A graph that is being exported cannot look at it."""
+    """`pooled` [N]: the number of pooled positions of each text; a recorded graph cannot look at it."""
     if not _is_exporting() and (rows := (pooled <= 0).nonzero().flatten().tolist()):
         raise ValueError(f"rows {rows} have nothing to pool: is the instruction longer than the limit of tokens?")
 
@@ -164,8 +159,8 @@ def _blocks(config: LatentAttentionConfig) -> nn.ModuleList:
 
 
 class PoolingHead(nn.Module):
-    """Attention of token states on trained latents (`latent`) or on the text's own token states (`self_attention`),
-    then a feed-forward block, both with a norm in front and a residual around. Shapes are kept."""
+    """Attention of token states on trained latents, or on each other (`self_attention`), then feed-forward, each with
+    a norm in front and a residual around. Shapes are kept."""
 
     def __init__(self, config: LatentAttentionConfig, has_latents: bool) -> None:
         super().__init__()
@@ -327,7 +322,7 @@ class NVEmbedModel(PreTrainedModel):
         layers' `is_causal`; otherwise [N, 1, L, L], which every version takes as it is: each token sees each token."""
         if self.config.is_causal or "flash" in self.embedding_model.config._attn_implementation:
             return attention_mask
-        hidden = _hide(attention_mask, self.get_input_embeddings().weight.dtype)
+        hidden = _hide(attention_mask, self.embedding_model.embed_tokens.weight.dtype)
         return hidden.expand(-1, 1, attention_mask.size(1), -1)
 
     def _weights(self, pool_mask: torch.Tensor) -> torch.Tensor:
@@ -399,9 +394,7 @@ class NVEmbedModel(PreTrainedModel):
         """`<s>` and the pieces of the instruction, which are not pooled; nothing without an instruction."""
         # A space at the end becomes part of the text's first piece. What stands for it must not count.
         prefix = self.tokenizer(instruction.rstrip(" "))["input_ids"][:-1] if instruction else []
-        if max(len(prefix), 1) + 2 > max_length:
-            raise ValueError(
-                f"max_length = {max_length} leaves no room for text and </s>: <s> and the instruction take "
-                f"{max(len(prefix), 1)} tokens"
-            )
+        if (taken := max(len(prefix), 1)) + 2 > max_length:
+            who = f"<s> and the instruction take {taken} tokens"
+            raise ValueError(f"max_length = {max_length} leaves no room for text and </s>: {who}")
         return prefix
