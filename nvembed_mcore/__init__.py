@@ -37,7 +37,9 @@ if TYPE_CHECKING:
         ConfigError,
         DataConfig,
         DatasetConfig,
+        DistillationConfig,
         EvalConfig,
+        EvalSetConfig,
         LogConfig,
         LoraConfig,
         LossConfig,
@@ -48,6 +50,7 @@ if TYPE_CHECKING:
         PrecisionConfig,
         RunConfig,
         StepConfig,
+        WandbConfig,
     )
 
 __version__ = "0.1.0"
@@ -59,8 +62,10 @@ __all__ = [
     "DataConfig",
     "DataError",
     "DatasetConfig",
+    "DistillationConfig",
     "Embedder",
     "EvalConfig",
+    "EvalSetConfig",
     "ExportedEncoder",
     "LogConfig",
     "LoraConfig",
@@ -75,6 +80,7 @@ __all__ = [
     "Rules",
     "RunConfig",
     "StepConfig",
+    "WandbConfig",
     "WeightsError",
     "encode_file",
     "evaluate_beir",

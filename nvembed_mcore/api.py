@@ -1,4 +1,4 @@
-"""What `from nvembed_mcore import ...` gives, and where each name comes from; importing it takes seconds, for torch."""
+"""What `from nvembed_mcore import ...` gives, where each name comes from. Importing it takes seconds, for torch."""
 
 from nvembed_mcore.checkpoint.export_run import export_run as export_hf
 from nvembed_mcore.checkpoint.hf_folder import WeightsError

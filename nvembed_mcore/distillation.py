@@ -26,8 +26,9 @@ from nvembed_mcore.config_step import DistillationConfig
 from nvembed_mcore.data.batch import Batch
 
 BLOCK_NUMBERS = 1 << 22
-"""Numbers of the passages' embeddings that are copied at once (16 MiB in float32), and of their gradient beside it:
-less than a block of InfoNCE, which is done with by then, so a step takes no more memory."""
+"""Numbers of the passages' embeddings that are copied at once (16 MiB in float32). With their gradient, and the part
+of it that is this rank's, a block takes three times as much, when what InfoNCE made for its rows and columns is
+gone."""
 
 
 @dataclass(frozen=True)

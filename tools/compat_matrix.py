@@ -25,6 +25,7 @@ from packaging.version import Version
 
 from nvembed_mcore.checkpoint.export_metadata import MEAN_SINCE
 from nvembed_mcore.checkpoint.hf_load import exported_prompt
+from nvembed_mcore.progress import show_each
 from tools.compat.environments import Environment, build_environment
 from tools.compat.probe import CAUSAL, NOT_RUN
 from tools.compat.trainer import Trainer, make_exports
@@ -172,7 +173,7 @@ def _version(package: str) -> str:
 def run(jobs: list[dict[str, Any]], folder: Path) -> tuple[dict, list[Environment]]:
     """Results by versions, export and cell; the environments."""
     results, environments = {}, []
-    for pair in PAIRS:
+    for pair in show_each(PAIRS, "try", "pairs of versions"):
         name = "-".join(text.partition("~=")[2] for text in pair)
         environments.append(build_environment(folder / f"compat-{name}", list(pair)))
         print(f"{title_of(environments[-1])} ...", flush=True)

@@ -11,6 +11,7 @@ there. Run it with one thread a process (OMP_NUM_THREADS=1) to get the same figu
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import os
 import resource
@@ -26,6 +27,7 @@ from rich.console import Console
 from rich.table import Table
 
 from nvembed_mcore.log import read_metrics
+from nvembed_mcore.progress import show_each
 
 QUICKSTART = Path(__file__).parent.parent / "examples" / "quickstart"
 FIGURES = """
@@ -51,11 +53,10 @@ def main() -> None:
     output = Path(options.output).resolve()
     _make_data(output, options)
     pairs: dict[str, dict[int, Pair]] = {recipe: {} for recipe in options.recipes}
-    for seed in options.seeds:
-        for recipe in options.recipes:
-            pairs[recipe][seed] = _finished(recipe, seed, output, options)
-            figures = summary(pairs)
-            console.print(table(figures, pairs))
+    for seed, recipe in show_each(list(itertools.product(options.seeds, options.recipes)), "train", "pairs of stages"):
+        pairs[recipe][seed] = _finished(recipe, seed, output, options)
+        figures = summary(pairs)
+        console.print(table(figures, pairs))
     if options.json:
         Path(options.json).write_text(json.dumps(figures | _sizes(pairs, options), indent=1) + "\n", encoding="utf-8")
     if options.plot:

@@ -31,13 +31,14 @@ from typing import Any
 ROOT = Path(__file__).parents[1]
 VERSIONS = ("3.10", "3.11", "3.12")
 TORCH = "torch==2.13.0"  # as tools/venv.sh: this release has a CPU build
-NEEDED = ("pytest>=8", "faiss-cpu>=1.8", "tensorboard>=2.16", "peft>=0.17,<0.22")
+NEEDED = ("pytest>=8", "faiss-cpu>=1.8", "tensorboard>=2.16", "peft>=0.17,<0.22", "sentencepiece>=0.2")
 TESTS = (
-    "test_config test_identity test_yaml_loader test_progress test_log test_comfort test_cli test_cli_encode test_records "
-    "test_sources test_token_build test_tokens test_tokenizer test_packing test_blend test_loss test_kernels "
-    "test_lora test_pooling test_export test_names test_search test_retrieval test_mining_run test_mining_approximate "
-    "test_convert_tasks test_convert_questions test_decontaminate test_check test_plan test_scaling_command test_doctor "
-    "test_python_source test_python_docs"
+    "test_config test_identity test_yaml_loader test_progress test_log test_comfort test_cli "
+    "test_cli_encode test_records test_sources test_token_build test_tokens test_tokenizer test_packing "
+    "test_blend test_loss test_kernels test_lora test_pooling test_export test_names test_search "
+    "test_retrieval test_mining_run test_mining_approximate test_convert_tasks test_convert_questions "
+    "test_decontaminate test_check test_plan test_scaling_command test_doctor test_python_source "
+    "test_python_docs "
 ).split()
 """Of tests/unit: each room of the package, and what depends on Python most: types, parsing of source, argparse."""
 
@@ -48,7 +49,7 @@ def interpreter(version: str) -> str | None:
     for candidate in (f"python{version}", *sorted(glob.glob(f"{pyenv}/versions/{version}.*/bin/python"))):
         code = "import sys; print('.'.join(map(str, sys.version_info[:2])))"
         try:
-            found = subprocess.run([candidate, "-c", code], capture_output=True, text=True)
+            found = subprocess.run([candidate, "-c", code], capture_output=True, text=True)  # noqa: S603
         except OSError:
             continue
         if found.stdout.strip() == version:
@@ -60,7 +61,7 @@ def run(*command: object, folder: Path, check: bool = True) -> str:
     environment = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
     environment.pop("PYTHONPATH", None)
     words = [str(word) for word in command]
-    done = subprocess.run(words, cwd=folder, env=environment, stdout=subprocess.PIPE, text=True)
+    done = subprocess.run(words, cwd=folder, env=environment, stdout=subprocess.PIPE, text=True)  # noqa: S603
     if check and done.returncode:
         raise SystemExit(f"{' '.join(words)} ended with {done.returncode}:\n{done.stdout[-4000:]}")
     return done.stdout
@@ -88,19 +89,16 @@ def try_version(version: str, wheel: Path, folder: Path, tests: list[str]) -> di
     python = folder / version / "bin" / "python"
     if not python.exists():
         run(given, "-m", "venv", folder / version, folder=folder)
-    pip = (python, "-m", "pip", "install", "--quiet", "--disable-pip-version-check")
+    pip = (python, "-m", "pip", "install", "-qq", "--disable-pip-version-check")
     run(*pip, TORCH, folder=folder)
     run(*pip, "--force-reinstall", "--no-deps", wheel, folder=folder)
     run(*pip, wheel, *NEEDED, folder=folder)
-    code = (
-        "import sys, torch, transformers; print(sys.version.split()[0], torch.__version__, transformers.__version__)"
-    )
-    versions = dict(
-        zip(("python", "torch", "transformers"), run(python, "-c", code, folder=folder).split(), strict=True)
-    )
+    code = "import sys, torch, transformers as t; print(sys.version.split()[0], torch.__version__, t.__version__)"
+    found = run(python, "-c", code, folder=folder).split()
+    versions = dict(zip(("python", "torch", "transformers"), found, strict=True))
     start = time.monotonic()
     files = [f"tests/unit/{name}.py" for name in tests]
-    options = ["-q", "-W", "ignore", "-p", "no:cacheprovider", "-m", "not slow"]
+    options = ["-q", "-W", "ignore", "-p", "no:cacheprovider", "-m", "not slow", "--tb=short"]
     said = run(python, "-m", "pytest", *options, *files, folder=folder / "tree", check=False)
     print(said[-3000:])
     counts = {word: int((re.findall(rf"(\d+) {word}", said) or [0])[-1]) for word in ("passed", "failed", "skipped")}

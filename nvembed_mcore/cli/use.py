@@ -25,7 +25,8 @@ def add(commands: argparse._SubParsersAction) -> None:
 def _add_model(command: argparse.ArgumentParser, help: str = "exported folder") -> None:
     command.add_argument("model", help=help)
     command.add_argument("--instruction", help="task of the queries; default: the one the model was exported with")
-    command.add_argument("--max-length", type=int, help=f"longest text in tokens (default {_LIMIT})")
+    limit = f"longest text in tokens (default {_LIMIT}; of evaluate --mteb the model's own limits)"
+    command.add_argument("--max-length", type=int, help=limit)
     command.add_argument("--device", help="torch device (default cpu)")
 
 

@@ -7,9 +7,11 @@ import json
 import random
 from pathlib import Path
 
+import pytest
+
 from nvembed_mcore.config import DistillationConfig, LossConfig, OptimConfig, PoolingConfig, StepConfig
 from nvembed_mcore.train import train
-from tests.helpers import runs
+from tests.helpers import runs, taught
 
 TOPICS, NEGATIVES = 20, 7
 WRONG = 0.75
@@ -37,6 +39,14 @@ def write_data(folder: Path, seed: int) -> None:
         (folder / "beir" / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     pairs = [f"q{one}\td{one}\t1" for one in range(TOPICS)]
     (folder / "beir" / "qrels" / "test.tsv").write_text("\n".join(["query-id\tcorpus-id\tscore", *pairs]) + "\n")
+
+
+@pytest.mark.parametrize("exchange", ["reduce_scatter", "recompute"])
+def test_both_embeddings_of_a_text_are_taught(world, exchange):
+    """With R-Drop, two directions and two sizes: the mean over embeddings and sizes, in one direction, on two ranks
+    that hold other texts than a query's own."""
+    for loss, gradient in world(2).run(taught.taught_views, exchange):
+        assert loss < 1e-5 and gradient < 1e-5
 
 
 def test_a_teacher_helps_where_labels_are_wrong(world, tmp_path):

@@ -3,16 +3,25 @@
 from __future__ import annotations
 
 import dataclasses
+import html
 import importlib.util
+import json
+import os
+import re
+import shlex
 from pathlib import Path
 
 import pytest
+import yaml
 
 from nvembed_mcore.config import LogConfig, OptimConfig, WandbConfig
-from nvembed_mcore.log import read_metrics
-from tests.helpers import runs, tracking
+from nvembed_mcore.log import close_logging, read_metrics
+from nvembed_mcore.resume import plain
+from tests.helpers import pages, runs, tracking
 
 pytestmark = pytest.mark.skipif(importlib.util.find_spec("wandb") is None, reason="wandb is missing (extra `track`)")
+
+PAGE = "docs/how-to/tracking.md"
 
 
 @pytest.fixture(scope="module")
@@ -83,6 +92,40 @@ def test_a_server_that_is_down_costs_nothing_but_the_server(world, inputs, tmp_p
     assert "goes on offline" in result["said"][0] and tracking.KEY not in str(result["said"])
     (part,) = [one for one in parts_of(tmp_path / "run") if one.name.startswith("offline-")]
     assert sum(one["type"] == "history" for one in tracking.records_of(part)) == 4
+
+
+def run_page(folder: Path) -> list[int]:
+    """The commands of the page, in a folder with `stage1.yaml`; the exit status of each."""
+    from nvembed_mcore.cli import main
+
+    tracked = [block for block in pages.blocks(PAGE) if Path(__file__).name in str(block.tested_by)]
+    before = Path.cwd()
+    os.chdir(folder)
+    try:
+        return [main(shlex.split(line)[1:]) for block in tracked for line in block.text.splitlines()]
+    finally:
+        os.chdir(before)
+        close_logging()
+
+
+def test_the_commands_of_the_page_and_their_report(world, inputs, tmp_path):
+    """The page has the numbers of the files, and what differs."""
+    config = config_of(inputs, tmp_path / "runs" / "stage1", "off", steps=4)
+    tree = plain(config) | {"run_dir": "runs/stage1"}
+    (tmp_path / "stage1.yaml").write_text(yaml.safe_dump(tree), encoding="utf-8")
+    assert world(1).run(run_page, tmp_path) == [[0, 0, 0]]
+    assert len(parts_of(tmp_path / "runs" / "stage1")) == 1 and not (tmp_path / "runs" / "other" / "wandb").exists()
+    page = (tmp_path / "report.html").read_text(encoding="utf-8")
+    drawn = [json.loads(html.unescape(one))["curves"] for one in re.findall('data-curves="(.*?)"', page)]
+    for curve, name in ((drawn[0], "loss"), (drawn[2], "ndcg_at_10")):
+        for (number, steps, values), run in zip(curve, ("stage1", "other"), strict=True):
+            lines = [one for one in read_metrics(tmp_path / "runs" / run / "metrics.jsonl") if name in one]
+            assert steps == [one["step"] for one in lines], number
+            assert values == pytest.approx([one[name] for one in lines], rel=1e-5)
+    section = page.partition("What differs")[2].partition("<h2>")[0]
+    cells = re.findall("<tr><td>(.*?)</tr>", section)
+    assert [re.findall(r"[^<>]+(?=<)", f">{row}<")[0] for row in cells] == ["optim.lr", "log.wandb.mode"]
+    assert "0.002" in cells[0] and "4.0e-05" in cells[0] and "offline" in cells[1]
 
 
 def test_a_run_without_it_does_not_start_it(world, inputs, tmp_path):

@@ -87,6 +87,9 @@ def training_batch(num_queries: int, number: int, vocab_size: int = 250) -> Batc
     return make_batch(samples)
 
 
+NO_TEACHER = DistillationConfig()
+
+
 def plain_loss(
     embeddings: torch.Tensor,
     batch: Batch,
@@ -98,7 +101,7 @@ def plain_loss(
     false_negative_margin: float | None = None,
     symmetric: bool = False,
     matryoshka_dims: tuple[int, ...] = (),
-    distillation: DistillationConfig | None = None,
+    distillation: DistillationConfig = NO_TEACHER,
 ) -> torch.Tensor:
     """Mean loss of the queries, one score after the other. `embeddings` float [N, D], queries first."""
     directions = [_queries_among_passages] + [_positives_among_queries] * symmetric
@@ -120,11 +123,11 @@ def plain_loss(
                     )  # fmt: skip
                     scores = torch.stack([right, *others]) / temperature
                     total = total + (scores.logsumexp(0) - scores[0]) / len(own)
-        if distillation is not None:
+        if distillation.is_on:
             for i in range(batch.num_queries):
                 divergences = divergences + _divergence(batch, i, cosines[i] / temperature, distillation)
     total = total / terms
-    if distillation is not None:
+    if distillation.is_on:
         total = total + distillation.weight * divergences / (1 + len(matryoshka_dims))
     return total / batch.num_queries
 

@@ -6,6 +6,8 @@ import re
 from functools import lru_cache
 from pathlib import Path
 
+from tests.helpers.pages import blocks
+
 ROOT = Path(__file__).parents[2]
 FOLDER = "tests/reliability/"
 NAMED = re.compile(r"`((?:tests/)?[\w/]+\.py)?(?:::(test_\w+))?`")
@@ -33,3 +35,23 @@ def test_every_test_that_the_page_names_is_there():
     missing = [f"{path}::{test}" for path, test in tests if test and test not in functions_of(path)]
     missing += [path for path, _ in tests if not (ROOT / path).is_file()]
     assert not missing, "\n".join(missing)
+
+
+IN_SHORT = {
+    "nvembed train stage1.yaml": "tests/reliability/test_resume.py::test_goes_on_by_bits",
+    "touch RUN/STOP": "tests/reliability/test_stop.py::test_a_stop_file_stops_the_run_and_must_be_removed",
+    "kill -USR1 PID": "tests/reliability/test_stop.py::test_a_signal_to_one_rank_stops_all_after_the_same_step",
+    "nvembed status RUN": "tests/unit/test_ends.py::test_status_in_words_and_one_field",
+    "cat RUN/logs/*/first-failure.json": (
+        "tests/reliability/test_stop.py::test_a_crash_of_one_rank_is_told_as_the_first_failure"
+    ),
+}
+"""The commands at the top of the page, and the test of what each is said to do."""
+
+
+def test_every_command_in_short_has_its_test():
+    (block,) = (one for one in blocks("docs/operations.md") if one.language == "bash")
+    commands = [line.partition("  ")[0] for line in block.text.splitlines()]
+    assert commands == list(IN_SHORT)
+    for path, test in (one.split("::") for one in IN_SHORT.values()):
+        assert test in functions_of(path)

@@ -14,7 +14,7 @@ import pytest
 from tests.helpers import pages
 from tests.helpers.pages import ROOT, Block, blocks
 
-SECONDS = 240
+SECONDS = 600
 """That a page may take."""
 FIRST = "docs/tutorial/own-data.md"
 """The page whose folder others go on in."""

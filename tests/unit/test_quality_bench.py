@@ -47,7 +47,7 @@ def test_both_trainers_take_the_same_first_step(tmp_path, monkeypatch):
 
 def test_the_recipes_are_those_of_the_tables():
     assert {(one.pooling, one.mask) for one in poolings(1)} == set(PAPER_POOLINGS)
-    assert {one.order for one in orders(2)} == set(PAPER_ORDERS)
+    assert {(one.taught, one.order) for one in orders(2)} == {(t, o) for t in (False, True) for o in PAPER_ORDERS}
     # The recipe of both tables is one run.
     assert {*poolings(3)} & {*orders(3)} == {Recipe(seed=3)}
 
@@ -59,10 +59,11 @@ def test_each_stage_is_a_configuration_that_the_trainer_reads(tmp_path):
             path = tmp_path / "run.yaml"
             path.write_text(json.dumps(tree), encoding="utf-8")
             configs.setdefault(recipe, []).append(read_run_config([str(path)]))
-    assert {sum(config.steps for config in stages) for stages in configs.values()} == {recipes.STEPS}
     for recipe, stages in configs.items():
+        assert sum(one.steps for one in stages) == recipes.STEPS + recipes.TAUGHT_STEPS * recipe.taught
+        assert [one.optim.lr for one in stages] == [recipes.RATES[0], *[recipes.RATES[1]] * (len(stages) - 1)]
         assert stages[0].model.pooling.kind == recipe.pooling and stages[-1].model.attention_mask == recipe.mask
-        assert stages[-1].model.init_from == (stages[0].run_dir if len(stages) == 2 else None)
+        assert [one.model.init_from for one in stages] == [None, *[one.run_dir for one in stages[:-1]]]
     in_batch = {
         order: [
             [one.uses_in_batch_negatives for one in config.data.datasets]
@@ -117,6 +118,7 @@ def recipe_results(seeds):
     for seed in seeds:
         for recipe in dict.fromkeys([*poolings(seed), *orders(seed)]):
             value = 0.5 + 0.1 * (recipe.pooling == "latent") - 0.2 * (recipe.mask == "causal") + 0.001 * seed
+            value += 0.3 * recipe.taught
             stages = [dict.fromkeys(MEASURES, value + 0.01 * number) for number in range(len(recipe.stages))]
             found[recipe] = {"stages": stages}
     return found
@@ -132,7 +134,8 @@ def test_tables_of_the_recipes_say_what_was_measured(tmp_path):
     assert figures["latent_minus_mean_ndcg_at_10_mean"] == pytest.approx(0.1)
     assert figures["two_stages_minus_reversed_ndcg_at_10_seeds"] == 1
     assert "| latent attention, causal | 0.402 ± 0.002 | 0.412 ± 0.002 |" in poolings_table(figures)
-    assert "| two stages, reversed | 0.613 | 0.613 | 0.613 | 61.91 | 71.85 |" in orders_table(figures)
+    taught = " | ".join(["0.922 ± 0.002"] * 3)
+    assert f"| two stages, reversed | 0.613 | 0.613 | 0.613 | {taught} | 61.91 | 71.85 |" in orders_table(figures)
     table = claims_table(figures)
     assert "| latent - mean | **+0.100 ± 0.000** |" in table and "| two stages - reversed | +0.000 |" in table
     plot_poolings(found, tmp_path / "poolings.png")
@@ -142,7 +145,7 @@ def test_tables_of_the_recipes_say_what_was_measured(tmp_path):
 
 def test_what_was_not_run_is_not_in_the_tables():
     figures = recipe_figures({Recipe(): recipe_results([1])[Recipe()]})
-    assert poolings_table(figures).count("not run") == 7 * 4 and orders_table(figures).count("not run") == 3 * 3
+    assert poolings_table(figures).count("not run") == 7 * 4 and orders_table(figures).count("not run") == 7 * 3
     assert not any("minus" in name for name in figures)
 
 

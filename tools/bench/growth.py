@@ -6,6 +6,7 @@ Run from the root of the repository: PYTHONPATH=. python tools/bench/growth.py -
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import multiprocessing
 import os
@@ -28,6 +29,7 @@ from nvembed_mcore.data.packing import Text
 from nvembed_mcore.metrics import PhaseTimer
 from nvembed_mcore.optim import build_optimizer
 from nvembed_mcore.parallel.groups import initialize, shutdown
+from nvembed_mcore.progress import show_each
 from nvembed_mcore.step import ContrastiveStep
 from tools.bench.loss import mark_memory, resident
 
@@ -147,12 +149,11 @@ def main() -> None:
     arguments = parser.parse_args()
     figures: dict[str, float] = {f"{factor}_tokens": int(make_texts(factor).lengths.sum()) for factor in FACTORS}
     print(f"{'way':>8} {'queries':>8} {'tokens':>8} {'seconds':>9} {'MB':>9}")
-    for way in WAYS:
-        for factor in FACTORS:
-            seconds, used = measure_apart(way, factor, arguments.repeats)
-            figures[f"{way}_{factor}_seconds"], figures[f"{way}_{factor}_bytes"] = seconds, used
-            tokens = figures[f"{factor}_tokens"]
-            print(f"{way:>8} {QUERIES * factor:8} {tokens:8,} {seconds:9.3f} {used / 1e6:9.1f}", flush=True)
+    for way, factor in show_each(list(itertools.product(WAYS, FACTORS)), "measure", "points"):
+        seconds, used = measure_apart(way, factor, arguments.repeats)
+        figures[f"{way}_{factor}_seconds"], figures[f"{way}_{factor}_bytes"] = seconds, used
+        tokens = figures[f"{factor}_tokens"]
+        print(f"{way:>8} {QUERIES * factor:8} {tokens:8,} {seconds:9.3f} {used / 1e6:9.1f}", flush=True)
     if arguments.json:
         arguments.json.write_text(json.dumps(figures, indent=1) + "\n", encoding="utf-8")
     if arguments.plot:

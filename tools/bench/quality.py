@@ -62,7 +62,8 @@ side: one model by both trainers, the same weights, records, batches, prompt, li
 poolings: Table 2. ORDER_POOLING_MASK_stageN_MEASURE after stage N; bidirectional_minus_causal_* (mean of the four
   poolings), bidirectional_minus_causal_POOLING_*, latent_minus_POOLING_* (bidirectional), after stage 2
 stages: Table 4. one_in_batch, one_alone (a blend of both tasks with and without in-batch negatives), two_stages
-  (search with them, then the blend without), reversed; two_stages_minus_ORDER_*. All take as many steps
+  (search with them, then the blend without), reversed; two_stages_minus_ORDER_*, one_alone_minus_one_in_batch_*. All
+  take as many steps. taught_*: likewise, but all after 100 steps of search, which stand for a model that knows text
 """
 
 Part = tuple[str, Sequence[Any], Callable[[Any, Study], Any], Callable[[Any, Study], Any]]

@@ -81,8 +81,11 @@ def plot_orders(found: Mapping[Recipe, Result], path: Path) -> None:
     """Table 4: a panel for each measure."""
     figure, panels = _figure(len(SHOWN))
     for axes, measure in zip(panels, SHOWN, strict=True):
-        rows = [by_seed(found, Recipe(order=order), -1, measure) for order in ORDERS]
-        _means(axes, rows, 0.0, "C2", "latent, bidirectional")
+        for number, (taught, label) in enumerate(
+            [(False, "from random weights"), (True, "after 100 steps of search")]
+        ):
+            rows = [by_seed(found, Recipe(order=order, taught=taught), -1, measure) for order in ORDERS]
+            _means(axes, rows, 0.24 * number - 0.12, f"C{number + 2}", label)
         titles = [ORDER_TITLES[order].replace(", ", ",\n") for order in ORDERS]
         axes.set_xticks(range(len(ORDERS)), titles, fontsize=8)
         _finish(axes, TITLES[measure], "")

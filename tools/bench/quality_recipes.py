@@ -1,7 +1,7 @@
 """The paper's ablations at small scale: which recipes there are, and the configuration of each of their stages.
 
 Tables 2 and 4 of NV-Embed (arXiv 2405.17428). A recipe is one or two stages of `nvembed train` from random weights.
-What stands first takes the higher rate, whatever it trains on, and all recipes take as many steps.
+What stands first takes the higher rate, whatever it trains on, and all recipes of a table take as many steps.
 """
 
 from __future__ import annotations
@@ -28,6 +28,9 @@ the same batches, with one hard negative each and none of the batch's; `blend_in
 STEPS, BATCH, TEMPERATURE = 200, 128, 0.05
 """Optimizer steps of the whole recipe; queries in a step."""
 RATES, WARMUP = (8e-3, 2e-3), 0.1
+"""Peak rate of what comes first, and of all that comes after; linear warm-up over a part of a stage's steps."""
+TAUGHT_STEPS = 100
+"""Steps of search before a recipe that does not begin with random weights."""
 MAX_QUERY_TOKENS, MAX_DOCUMENT_TOKENS = 40, 32
 HIDDEN, LAYERS, HEAD = 64, 1, 32
 POOLING = {"num_latents": 32, "num_heads": 4, "head_width": 16, "initializer_range": 0.02}
@@ -35,20 +38,33 @@ POOLING = {"num_latents": 32, "num_heads": 4, "head_width": 16, "initializer_ran
 
 @dataclass(frozen=True, kw_only=True)
 class Recipe:
-    """One model; the recipe of both tables (two stages, latent, bidirectional) is trained once."""
+    """One model; the recipe of both tables (two stages, latent, bidirectional) is trained once.
+
+    Attributes:
+        order: of `ORDERS`.
+        pooling, mask: of `POOLINGS` and `MASKS`.
+        taught: whether it begins after `TAUGHT_STEPS` steps of search, which stand for a model that knows text; else
+            with random weights.
+        seed: of weights and order.
+    """
 
     order: str = "two_stages"
     pooling: str = "latent"
     mask: str = "bidirectional"
+    taught: bool = False
     seed: int = 1
 
     @property
     def name(self) -> str:
-        return f"{self.order}-{self.pooling}-{self.mask}-seed{self.seed}"
+        start = "-taught" if self.taught else ""
+        return f"{self.order}-{self.pooling}-{self.mask}{start}-seed{self.seed}"
 
     @property
-    def stages(self) -> tuple[str, ...]:
-        return ORDERS[self.order]
+    def stages(self) -> tuple[tuple[str, int], ...]:
+        """What each stage trains on, and its steps."""
+        contents = ORDERS[self.order]
+        stages = tuple((content, STEPS // len(contents)) for content in contents)
+        return (("retrieval", TAUGHT_STEPS), *stages) if self.taught else stages
 
 
 def poolings(seed: int) -> Iterator[Recipe]:
@@ -59,9 +75,10 @@ def poolings(seed: int) -> Iterator[Recipe]:
 
 
 def orders(seed: int) -> Iterator[Recipe]:
-    """Table 4, its part on stages."""
-    for order in ORDERS:
-        yield Recipe(order=order, seed=seed)
+    """Table 4, its part on stages, from both beginnings."""
+    for taught in (False, True):
+        for order in ORDERS:
+            yield Recipe(order=order, taught=taught, seed=seed)
 
 
 def architecture(mistral: dict[str, Any], layers: int) -> dict[str, Any]:
@@ -99,8 +116,7 @@ def datasets(content: str, quickstart: Path) -> list[dict[str, Any]]:
 def trees(recipe: Recipe, folder: Path, quickstart: Path) -> list[dict[str, Any]]:
     """The YAML files of the recipe's stages, as trees; their runs lie in `folder`."""
     found = []
-    steps = STEPS // len(recipe.stages)
-    for number, content in enumerate(recipe.stages, 1):
+    for number, (content, steps) in enumerate(recipe.stages, 1):
         begin = {"config": str(folder / "architecture.json")}
         found.append({
             "run_dir": str(folder / f"stage{number}"),
@@ -110,11 +126,11 @@ def trees(recipe: Recipe, folder: Path, quickstart: Path) -> list[dict[str, Any]
             "batch_size": BATCH,
             "data": data_tree(quickstart, folder.parent.parent / "tokens")
             | {"datasets": datasets(content, quickstart)},
-            "model": (begin if number == 1 else {"init_from": str(folder / "stage1")})
+            "model": (begin if number == 1 else {"init_from": str(folder / f"stage{number - 1}")})
             | {"attention_mask": recipe.mask, "pooling": POOLING | {"kind": recipe.pooling}},
             "step": {"tokens_per_microbatch": 8192},
             "loss": {"temperature": TEMPERATURE},
-            "optim": {"lr": RATES[number - 1], "warmup_steps": round(WARMUP * steps)},
+            "optim": {"lr": RATES[min(number, 2) - 1], "warmup_steps": round(WARMUP * steps)},
             "checkpoint": {"every_steps": steps},
             # A process that somebody stops for a while is not lost.
             "parallel": {"timeout_minutes": 1e6},

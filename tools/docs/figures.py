@@ -287,7 +287,7 @@ LAYOUTS = (
 
 def layouts() -> None:
     """Eight GPUs in three layouts: who shares weights, stages and texts, as the process groups have it."""
-    figure, axes = plt.subplots(1, len(LAYOUTS), figsize=(11, 2.9), sharey=True)
+    figure, axes = plt.subplots(1, len(LAYOUTS), figsize=(11, 2.2))
     for axis, (title, config) in zip(axes, LAYOUTS, strict=True):
         replicas: dict[tuple[int, ...], int] = {}
         for rank in range(8):
@@ -300,10 +300,10 @@ def layouts() -> None:
             x, y = tp + config.tp * (cp + config.cp * dp) + 0.3 * dp, 1.15 * pp
             axis.add_patch(Rectangle((x, y), 0.92, 0.92, color=color))
             axis.text(x + 0.46, y + 0.46, str(rank), ha="center", va="center", color="white", fontsize=12)
-        across = 8 // config.pp
-        axis.set(title=title, xlim=(-0.1, across + 1), ylim=(2.3, -0.1), xticks=[], aspect="equal", anchor="N")
-        axis.set_yticks([0.46, 1.6][: config.pp], ["stage 0", "stage 1"][: config.pp])
-        axis.tick_params(length=0)
+        axis.set(title=title, xlim=(-0.1, 9), ylim=(2.3, -0.1), xticks=[], aspect="equal", anchor="N")
+        for stage in range(config.pp if config.pp > 1 else 0):
+            axis.text(4.6, 1.15 * stage + 0.46, f"stage {stage}", va="center")
+        axis.set_yticks([])
         axis.spines[:].set_visible(False)
     save(figure, "layouts")
 

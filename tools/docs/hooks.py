@@ -39,6 +39,15 @@ _LINK = re.compile(r"(?<=\]\()(?!\w+:|#|/)([^)\s#]+)(#[^)\s]*)?(?=\))")
 _FENCE = re.compile(r"^(?P<fence> *```)(?P<language>\w+) +(?P<info>\S.*)$", re.MULTILINE)
 
 
+def on_config(config: MkDocsConfig) -> MkDocsConfig:
+    """Put how-to pages that the menu does not name behind those that it does."""
+    (section,) = (entry["How-to"] for entry in config.nav if "How-to" in entry)
+    listed = str(section)
+    pages = sorted(path.name for path in (ROOT / DOCS / "how-to").glob("*.md"))
+    section += [f"how-to/{name}" for name in pages if f"'how-to/{name}'" not in listed]
+    return config
+
+
 def on_files(files: Files, config: MkDocsConfig) -> Files:
     """Add what is made here, the pages outside docs/, and the files of the repository that any page links to."""
     from mkdocs.structure.files import File

@@ -21,6 +21,7 @@ from typing import Any
 
 from nvembed_mcore.cli.run_config import read_run_config
 from nvembed_mcore.config import RunConfig
+from nvembed_mcore.progress import show_each
 from nvembed_mcore.scaling.architecture import Architecture
 from nvembed_mcore.scaling.hardware import cluster
 from nvembed_mcore.scaling.lengths import sample_lengths
@@ -108,7 +109,8 @@ def main() -> None:
     for one in scenarios(tuple(sorted(options.gpus))):
         by_kind.setdefault((one.study, one.stage, one.weights, one.precision), []).append(one)
     with ProcessPoolExecutor(options.processes) as pool:
-        rows = [row for some in pool.map(answers, by_kind.values(), repeat(options.device)) for row in some]
+        found = pool.map(answers, by_kind.values(), repeat(options.device))
+        rows = [row for some in show_each(found, "plan", "kinds of scenarios", len(by_kind)) for row in some]
     add_efficiency(rows)
     to = Path(options.to)
     to.mkdir(parents=True, exist_ok=True)

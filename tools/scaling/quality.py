@@ -22,6 +22,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from nvembed_mcore.progress import show_each
 from nvembed_mcore.run_lock import RunInUseError, lock
 from tools.scaling.quality_points import (
     AXES,
@@ -72,7 +73,7 @@ def main() -> None:
     seeds = SEEDS if options.seeds is None else dict.fromkeys(AXES, options.seeds)
     if options.command == "train":
         make_data(folders.quickstart)
-        for run in plan(options.axes, seeds):
+        for run in show_each(list(plan(options.axes, seeds)), "study", "runs"):
             train(run, folders)
     else:
         report(options, folders, seeds)

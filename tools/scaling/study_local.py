@@ -13,6 +13,7 @@ from collections.abc import Callable, Sequence
 import psutil
 from study_runs import Run, end_of_log, environment
 
+from nvembed_mcore.progress import show_each
 from nvembed_mcore.status import write_json
 
 Tell = Callable[[str], None]
@@ -30,7 +31,7 @@ def run_all(runs: Sequence[Run], minutes: float, tell: Tell) -> list[Run]:
     failed = []
     todo = [run for run in runs if not run.is_complete()]
     tell(f"{len(runs)} runs, {len(runs) - len(todo)} of them complete")
-    for number, run in enumerate(todo, 1):
+    for number, run in enumerate(show_each(todo, "study", "runs"), 1):
         begin = time.monotonic()
         ended = _run(run, 60 * minutes)
         what = f"{number} of {len(todo)}: {run.point.name}, repeat {run.repeat}"

@@ -7,7 +7,7 @@ the published NV-Embed models; `multi_layer` pooling is that of arXiv 2409.02727
     model = AutoModel.from_pretrained(folder, trust_remote_code=True)
     vectors = model.encode(["a text"], instruction="Instruct: the task\\nQuery: ")   # float32 [1, D], unit length
 
-Letters: `N` texts, `L` tokens of the longest, `H` hidden size (= `D`), `R` latents, `A` heads, `w` their width, `Y` layers.
+Letters: `N` texts, `L` tokens of the longest, `H` hidden size (`D`), `R` latents, `A` heads of width `w`, `Y` layers.
 """
 
 from __future__ import annotations
@@ -159,8 +159,8 @@ def _blocks(config: LatentAttentionConfig) -> nn.ModuleList:
 
 
 class PoolingHead(nn.Module):
-    """Attention of token states on trained latents or (`self_attention`) on each other, then a feed-forward block, both
-    with a norm in front and a residual around. Shapes are kept."""
+    """Attention of token states on trained latents, or on each other (`self_attention`), then feed-forward, each with
+    a norm in front and a residual around. Shapes are kept."""
 
     def __init__(self, config: LatentAttentionConfig, has_latents: bool) -> None:
         super().__init__()
