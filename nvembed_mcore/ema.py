@@ -57,14 +57,10 @@ def update_average(optimizer: ChainedOptimizer, decay: float, step: int) -> None
 @contextmanager
 def averaged_weights(chunks: list[DistributedDataParallel], optimizer: ChainedOptimizer) -> Iterator[None]:
     """In the block the model has the averaged weights, rounded to its data type; then its own again, by bits, also
-    where the block raises. Before the first average, and without any, it has its own.
+    where the block raises. For a run that has an average, from its first step on.
 
     Every rank enters it; a rank that raises alone waits for the others to come out, so its error is logged first.
     """
-    has_average = any(one.own is not None and AVERAGE in one.state for one in trained(optimizer))
-    if not has_average:
-        yield
-        return
     finish_param_gather(chunks)
     _exchange(chunks, optimizer)
     try:
@@ -78,7 +74,10 @@ def averaged_weights(chunks: list[DistributedDataParallel], optimizer: ChainedOp
 
 @torch.no_grad()
 def _exchange(chunks: list[DistributedDataParallel], optimizer: ChainedOptimizer) -> None:
-    """Let averages and weights change places in the optimizer, and the model have what the optimizer has."""
+    """Let averages and weights change places in the optimizer, and the model have what the optimizer has.
+
+    A rank that updates nothing only gathers: all of its data-parallel group do.
+    """
     for one in trained(optimizer):
         if one.own is not None and AVERAGE in one.state:
             kept = one.main.clone()

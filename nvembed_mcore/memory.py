@@ -1,4 +1,5 @@
-"""Whether the graphs of a whole batch fit: what a graph keeps, measured, against the memory that is free."""
+"""Whether the graphs of a whole batch fit: what a graph keeps, measured, against the memory that is free. And what was
+used at most."""
 
 from __future__ import annotations
 
@@ -9,7 +10,7 @@ import torch
 from megatron.core.optimizer import MegatronOptimizer
 
 from nvembed_mcore import device
-from nvembed_mcore.parallel.gather import smallest_on_all
+from nvembed_mcore.parallel.gather import numbers_of_all, smallest_on_all
 
 log = logging.getLogger(__name__)
 
@@ -81,3 +82,13 @@ def retainable_tokens(
         tokens,
     )
     return tokens
+
+
+def peak_memory(before: int) -> dict[str, int]:
+    """Of the rank that held the most at any time: which, its bytes then and before it built the model; and the mean
+    of all ranks' peaks."""
+    found = numbers_of_all([device.peak_memory_bytes(), before])
+    rank = int(found[:, 0].argmax())
+    peak, start = found[rank].tolist()
+    mean = found[:, 0].mean().item()
+    return {"rank": rank, "bytes": int(peak), "bytes_before_model": int(start), "mean_bytes": int(mean)}

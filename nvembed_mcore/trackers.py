@@ -12,7 +12,9 @@ import queue
 import re
 import secrets
 import threading
+import time
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -124,12 +126,13 @@ class WeightsAndBiases:
             self._is_full = True
 
     def close(self, status: Exit) -> None:
-        self._status = status
-        try:
-            self._lines.put(None, timeout=CLOSING_SECONDS if self._thread.is_alive() else 0)
-        except queue.Full:
+        if not self._thread.is_alive():
             return
-        self._thread.join(CLOSING_SECONDS)
+        self._status = status
+        until = time.monotonic() + CLOSING_SECONDS
+        with suppress(queue.Full):
+            self._lines.put(None, timeout=CLOSING_SECONDS)
+        self._thread.join(max(0.0, until - time.monotonic()))
         if self._thread.is_alive():
             log.warning("Weights & Biases is not done within %.0f s: wandb sync RUN/wandb uploads", CLOSING_SECONDS)
 

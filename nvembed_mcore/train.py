@@ -6,6 +6,7 @@ import dataclasses
 import logging
 import os
 from collections.abc import Callable, Iterable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -33,11 +34,11 @@ from nvembed_mcore.evaluation.encode import RetrievalEvaluation
 from nvembed_mcore.exits import Preempted, StorageError
 from nvembed_mcore.fault_injection import point
 from nvembed_mcore.log import MetricLog, setup_logging
+from nvembed_mcore.memory import peak_memory
 from nvembed_mcore.metrics import PhaseTimer, StepMetrics, device_peak_flops
 from nvembed_mcore.model import fp8_attention
 from nvembed_mcore.nonfinite import NonFiniteLossError, reported
 from nvembed_mcore.optim import build_optimizer, learning_rate, set_learning_rate
-from nvembed_mcore.parallel.gather import numbers_of_all
 from nvembed_mcore.parallel.groups import Groups, first_rank_does, initialize
 from nvembed_mcore.scaling.flops import pack_flops
 from nvembed_mcore.schedule import packs_of_rank, plan_texts
@@ -88,7 +89,7 @@ def train(config: RunConfig, stops: StopRequests | None = None) -> None:
                 facts=run.facts["config"],
             ) as metric_log:
                 _loop(run, metric_log, stops, attempt)
-            attempt.used(_peak_memory(run.memory_before))
+            attempt.used(peak_memory(run.memory_before))
         where = f"saved in {folder_of(config.run_dir)}" if config.checkpoint.every_steps else "not saved"
         log.info("step %d of %d is done and %s", run.done, config.steps, where)
 
@@ -251,7 +252,8 @@ class _Run:
         self.watch.enter("evaluation", self.done)
         if not self.data.evaluation:
             return {}
-        with averaged_weights(self.chunks, self.optimizer):
+        averages = self.config.optim.averages and self.done > 0
+        with averaged_weights(self.chunks, self.optimizer) if averages else nullcontext():
             return self.data.evaluation(self.chunks, self.groups, self.config.step.tokens_per_microbatch)
 
     def best_so_far(self, scores: dict[str, float]) -> Best | None:
@@ -312,16 +314,6 @@ def _layout_and_hardware(config: RunConfig, groups: Groups) -> dict[str, Any]:
         "layout": layout | {"chunks_per_stage": parallel.chunks_per_stage},
         "hardware": {"device": device.name(), "cores": os.cpu_count()},
     }
-
-
-def _peak_memory(before: int) -> dict[str, int]:
-    """Of the rank that held the most at any time: which, its bytes then and before it built the model; and the mean
-    of all ranks' peaks."""
-    found = numbers_of_all([device.peak_memory_bytes(), before])
-    rank = int(found[:, 0].argmax())
-    peak, start = found[rank].tolist()
-    mean = found[:, 0].mean().item()
-    return {"rank": rank, "bytes": int(peak), "bytes_before_model": int(start), "mean_bytes": int(mean)}
 
 
 def _write_config(config: RunConfig) -> None:

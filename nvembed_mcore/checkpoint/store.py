@@ -68,7 +68,7 @@ def find_checkpoint(path: str | Path) -> Checkpoint | None:
         CheckpointError: that checkpoint is damaged; the message says what is wrong and names an older one to use.
     """
     path = Path(path)
-    if path.name == BEST and folders.is_of_run(path):
+    if path.name == BEST and folders.is_of_run(path) and not path.is_dir():
         best = folders.best_of(path.parent)
         return best and read_checkpoint(path.parent / folders.name_of(best.step))
     if (path / MANIFEST).is_file() or (path / "state").is_dir():

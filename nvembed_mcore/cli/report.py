@@ -29,6 +29,7 @@ def add(commands: argparse._SubParsersAction) -> None:
 
 
 def _run(arguments: argparse.Namespace) -> None:
+    from nvembed_mcore import redact
     from nvembed_mcore import report as pages
     from nvembed_mcore.reporting.folder import read_runs
     from nvembed_mcore.reporting.page import html_page
@@ -36,7 +37,7 @@ def _run(arguments: argparse.Namespace) -> None:
 
     runs = read_runs(arguments.folders)
     pages.save(arguments.output, html_page(runs))
-    give(summary(runs), arguments.json, lambda: _print(runs, arguments.output))
+    give(redact.tree(summary(runs)), arguments.json, lambda: _print(runs, arguments.output))
 
 
 def _print(runs: Sequence[RunFolder], output: str) -> None:

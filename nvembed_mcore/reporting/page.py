@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import html
-import math
 import re
 from collections.abc import Sequence
 from datetime import datetime, timedelta, timezone
@@ -175,28 +174,32 @@ def _throughput(runs: Sequence[RunFolder]) -> list[str]:
     for one in found:
         speeds = [one.get(name) for name in names]
         speeds[:2] = [None if value is None else round(value) for value in speeds[:2]]
-        rows.append([*speeds, _percent(one.get("pad_fraction")), _percent(one.get("mfu")), _hours(one)])
-    phases = [*dict.fromkeys(name for one in found for name in one.get("phases", {}))]
-    shares = [[_percent(one.get("phases", {}).get(name)) for name in phases] for one in found]
-    return [
+        rows.append(
+            [
+                *speeds,
+                _percent(one.get("pad_fraction")),
+                _percent(one.get("mfu")),
+                _duration(one.get("training_hours")),
+            ]
+        )
+    parts = [
         _table(header, runs, rows),
         "Tokens are those of texts: what only fills, and passes done again for memory, count as time alone. Figures "
         "are medians of the logged steps; padding is over all of them. MFU is known where the devices' peak is.",
-        _table(phases, runs, shares),
-        "Share of a step's time by phase.",
     ]
+    phases = [*dict.fromkeys(name for one in found for name in one.get("phases", {}))]
+    if phases:
+        shares = [[_percent(one.get("phases", {}).get(name)) for name in phases] for one in found]
+        parts += [_table(phases, runs, shares), "Share of a step's time by phase."]
+    return parts
 
 
 def _percent(value: float | None) -> str | None:
     return None if value is None else f"{100 * value:.1f}%"
 
 
-def _hours(found: dict[str, Any]) -> str | None:
-    return None if not found else _duration(3600 * found["training_hours"])
-
-
-def _duration(seconds: float) -> str:
-    return str(timedelta(seconds=round(seconds))) if math.isfinite(seconds) else "not known"
+def _duration(hours: float | None) -> str | None:
+    return None if hours is None else str(timedelta(seconds=round(3600 * hours)))
 
 
 def _hardware(runs: Sequence[RunFolder]) -> list[str]:
@@ -240,7 +243,7 @@ def _time(runs: Sequence[RunFolder]) -> list[str]:
     rows = []
     for one in found:
         seconds = one.get("seconds", {})
-        wall = _duration(one["wall_seconds"]) if one else None
+        wall = _duration(one["wall_seconds"] / 3600) if one else None
         spent = [f"{seconds[name]:,.1f}" if one else None for name in BUCKETS]
         rows.append([_percent(one.get("goodput")), wall, *spent, one.get("attempts")])
     header = ["goodput", "wall time", *(f"{name.replace('_', ' ')}, s" for name in BUCKETS), "attempts"]

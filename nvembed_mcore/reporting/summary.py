@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import statistics
 from collections.abc import Mapping, Sequence
 from datetime import datetime, timedelta, timezone
@@ -64,6 +65,7 @@ def throughput(run: RunFolder) -> dict[str, Any]:
     mfu = [line["mfu"] for line in lines if "mfu" in line]
     phases = {name.removeprefix("seconds_") for line in lines for name in line if name.startswith("seconds_")}
     spent = {name: sum(line.get(f"seconds_{name}", 0) for line in lines) for name in sorted(phases)}
+    training = float(hours(run)[-1])
     spent["rest"] = max(0.0, total["seconds"] - sum(spent.values()))
     return {
         "tokens_per_second": speed,
@@ -72,7 +74,7 @@ def throughput(run: RunFolder) -> dict[str, Any]:
         "seconds_p95": float(np.percentile(seconds, 95)),
         "pad_fraction": 1 - total["real_tokens"] / total["padded_tokens"],
         "mfu": statistics.median(mfu) if mfu else None,
-        "training_hours": float(hours(run)[-1]),
+        "training_hours": training if math.isfinite(training) else None,
         "phases": {name: value / total["seconds"] for name, value in spent.items()},
     }
 

@@ -6,16 +6,14 @@ import dataclasses
 import html
 import importlib.util
 import json
-import os
 import re
-import shlex
 from pathlib import Path
 
 import pytest
 import yaml
 
 from nvembed_mcore.config import LogConfig, OptimConfig, WandbConfig
-from nvembed_mcore.log import close_logging, read_metrics
+from nvembed_mcore.log import read_metrics
 from nvembed_mcore.resume import plain
 from tests.helpers import pages, runs, tracking
 
@@ -94,26 +92,13 @@ def test_a_server_that_is_down_costs_nothing_but_the_server(world, inputs, tmp_p
     assert sum(one["type"] == "history" for one in tracking.records_of(part)) == 4
 
 
-def run_page(folder: Path) -> list[int]:
-    """The commands of the page, in a folder with `stage1.yaml`; the exit status of each."""
-    from nvembed_mcore.cli import main
-
-    tracked = [block for block in pages.blocks(PAGE) if Path(__file__).name in str(block.tested_by)]
-    before = Path.cwd()
-    os.chdir(folder)
-    try:
-        return [main(shlex.split(line)[1:]) for block in tracked for line in block.text.splitlines()]
-    finally:
-        os.chdir(before)
-        close_logging()
-
-
 def test_the_commands_of_the_page_and_their_report(world, inputs, tmp_path):
     """The page has the numbers of the files, and what differs."""
     config = config_of(inputs, tmp_path / "runs" / "stage1", "off", steps=4)
     tree = plain(config) | {"run_dir": "runs/stage1"}
     (tmp_path / "stage1.yaml").write_text(yaml.safe_dump(tree), encoding="utf-8")
-    assert world(1).run(run_page, tmp_path) == [[0, 0, 0]]
+    tested = [one.text for one in pages.blocks(PAGE) if one.tested_by == ("tests/distributed/test_tracking.py",)]
+    assert world(1).run(tracking.run_commands, "".join(tested).splitlines(), tmp_path) == [[0, 0, 0]]
     assert len(parts_of(tmp_path / "runs" / "stage1")) == 1 and not (tmp_path / "runs" / "other" / "wandb").exists()
     page = (tmp_path / "report.html").read_text(encoding="utf-8")
     drawn = [json.loads(html.unescape(one))["curves"] for one in re.findall('data-curves="(.*?)"', page)]

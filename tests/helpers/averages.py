@@ -35,7 +35,7 @@ def averaged(case: Case) -> dict[str, Any]:
         finish_param_gather(step.chunks)
         decay = decay_of(case.ema, number) if loop else 0.0
         for name, weight in parameters.items():
-            loop[name] = decay * loop.get(name, 0.0) + (1 - decay) * weight.detach().double().numpy()
+            loop[name] = decay * loop.get(name, 0.0) + (1 - decay) * weight.detach().double().cpu().numpy()
     before = _bits(step, parameters)
     with averaged_weights(step.chunks, step.optimizer):
         off = max(_distance(parameters[name], average) for name, average in loop.items())
@@ -61,7 +61,7 @@ def without(case: Case) -> tuple[list[float], set[str]]:
 
 
 def _distance(weight: torch.Tensor, average: np.ndarray) -> float:
-    return np.abs(weight.detach().double().numpy() - average).max() / max(np.abs(average).max(), 1e-3)
+    return np.abs(weight.detach().double().cpu().numpy() - average).max() / max(np.abs(average).max(), 1e-3)
 
 
 def _digests(parameters: dict[str, torch.Tensor]) -> dict[str, str]:

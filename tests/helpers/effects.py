@@ -8,7 +8,7 @@ from nvembed_mcore.data.batch import Batch, Sample, make_batch
 from nvembed_mcore.data.packing import Text
 from tests.helpers.cases import Case, build_step
 
-TOPICS, STEPS, HELD_OUT = 16, 80, 8
+TOPICS, STEPS, HELD_OUT = 16, 60, 6
 SMALL = {"num_hidden_layers": 2, "initializer_range": 0.1}
 
 

@@ -128,7 +128,7 @@ def two_passes() -> Iterator[Case]:
     moved = dict(fgm=EPSILON, loss=LEARNED, distributed=False)
     one, pair = budget_for(3, 1, 7), dict(world=2, **moved)
     yield Case(**moved, way="retain", budget=one)
-    yield Case(**moved, way="cached", budget=one, targets=ALL_TARGETS)
+    yield Case(**moved, way="cached", budget=80, targets=ALL_TARGETS, queries=4)
     yield Case(**pair, way="cached", budget=budget_for(3, 2, 7, uneven=True), overlap=True)
     yield Case(**pair, tp=2, sp=True, way="cached", budget=one)
     yield Case(**pair, pp=2, chunks=2, way="cached", budget=budget_for(4, 1, 7, multiple=2), overlap=True)
@@ -136,7 +136,7 @@ def two_passes() -> Iterator[Case]:
     twice = dict(world=2, loss=OPTIONS_UNDER_R_DROP["R-Drop, learned temperature"], distributed=False)
     yield Case(**twice, way="retain", budget=200, exchange="recompute")
     yield Case(**twice, pp=2, way="cached", budget=one)
-    yield Case(fgm=EPSILON, loss=everything, way="cached", budget=one, distributed=False)
+    yield Case(fgm=EPSILON, loss=everything, way="cached", budget=80, queries=4, distributed=False)
 
 
 def more_two_passes() -> Iterator[Case]:

@@ -20,7 +20,7 @@ _UNWATCHED = SimpleNamespace(enter=lambda *_: None)
 
 def digest(tensor: torch.Tensor) -> str:
     """SHA-256 of a tensor's bytes, type and shape."""
-    content = tensor.detach().contiguous().flatten().view(torch.uint8).numpy()
+    content = tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy()
     return hashlib.sha256(f"{tensor.dtype} {tuple(tensor.shape)}".encode() + content.tobytes()).hexdigest()
 
 

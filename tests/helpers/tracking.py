@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
+import shlex
 import subprocess
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -51,6 +53,24 @@ def services() -> list[psutil.Process]:
     return [one for one in psutil.Process().children(recursive=True) if one.name() == "wandb-core"]
 
 
+@contextmanager
+def surroundings(variables: Mapping[str, str], leave_out: Sequence[str] = ()) -> Iterator[None]:
+    """Variables of the environment, and after the block neither these nor what wandb started in it."""
+    before = dict(os.environ)
+    os.environ.update(variables)
+    for name in leave_out:
+        os.environ.pop(name, None)
+    try:
+        yield
+    finally:
+        running = services()
+        if running:
+            sys.modules["wandb"].teardown()
+            psutil.wait_procs(running, timeout=20)
+        os.environ.clear()
+        os.environ.update(before)
+
+
 def train_tracked(configs: list[RunConfig], variables: Mapping[str, str], seconds: float = 30.0) -> dict[str, Any]:
     """Train one after another in this process, with these variables in its environment.
 
@@ -60,31 +80,37 @@ def train_tracked(configs: list[RunConfig], variables: Mapping[str, str], second
     Returns:
         the messages about trackers (`said`), and whether wandb's service ran (Megatron-Core imports wandb always).
     """
-    import logging
-
     from nvembed_mcore import trackers
     from nvembed_mcore.train import train
 
-    before, seconds_before = dict(os.environ), trackers.STARTING_SECONDS
-    os.environ.update(variables)
-    trackers.STARTING_SECONDS = seconds
     said: list[str] = []
     handler = logging.Handler()
     handler.emit = lambda record: said.append(record.getMessage())
     logging.getLogger("nvembed_mcore.trackers").addHandler(handler)
+    seconds_before, trackers.STARTING_SECONDS = trackers.STARTING_SECONDS, seconds
     try:
-        for config in configs:
-            train(config)
-        return {"said": said, "served": bool(services())}
+        with surroundings(variables):
+            for config in configs:
+                train(config)
+            return {"said": said, "served": bool(services())}
     finally:
         logging.getLogger("nvembed_mcore.trackers").removeHandler(handler)
-        running = services()
-        if running:
-            sys.modules["wandb"].teardown()
-            psutil.wait_procs(running, timeout=20)  # what it has to send it sends at its end
         trackers.STARTING_SECONDS = seconds_before
-        os.environ.clear()
-        os.environ.update(before)
+
+
+def run_commands(lines: Sequence[str], folder: Path) -> list[int]:
+    """`nvembed ...`, one after another in a folder, as from a shell; the exit status of each."""
+    from nvembed_mcore.cli import main
+    from nvembed_mcore.log import close_logging
+
+    before = Path.cwd()
+    os.chdir(folder)
+    try:
+        with surroundings({}, leave_out=("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")):
+            return [int(main(shlex.split(line)[1:])) for line in lines]
+    finally:
+        os.chdir(before)
+        close_logging()
 
 
 def records_of(folder: Path) -> list[dict[str, Any]]:

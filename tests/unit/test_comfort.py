@@ -34,6 +34,8 @@ BAD = {
     "search": ["no", "a.py", "words"],
     "encode": ["no", "a.txt", "out"],
     "mine": ["no", "no.jsonl", "out"],
+    "report": ["no", "--output", "page.html"],
+    "data score": ["no.jsonl", "out.jsonl", "--teacher", "no"],
     "data tokenizer": ["a.file/below"],
     "data split": ["no.jsonl", "out", "--held-out", "3"],
     "data python-docs": ["out", "--tokenizer", "no"],

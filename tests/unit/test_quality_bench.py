@@ -137,7 +137,10 @@ def test_tables_of_the_recipes_say_what_was_measured(tmp_path):
     taught = " | ".join(["0.922 ± 0.002"] * 3)
     assert f"| two stages, reversed | 0.613 | 0.613 | 0.613 | {taught} | 61.91 | 71.85 |" in orders_table(figures)
     table = claims_table(figures)
-    assert "| latent - mean | **+0.100 ± 0.000** |" in table and "| two stages - reversed | +0.000 |" in table
+    assert "| latent attention - mean | **+0.100 ± 0.000** |" in table
+    assert "| two stages - two stages, reversed | +0.000 |" in table
+    assert "| two stages - one stage, without (after 100 steps of search) | **+0.010 ± 0.000** |" in table
+    assert "| bidirectional - causal, mean of the poolings | **+0.200 ± 0.000** |" in table
     plot_poolings(found, tmp_path / "poolings.png")
     plot_orders(found, tmp_path / "stages.png")
     assert {path.name for path in tmp_path.iterdir()} == {"poolings.png", "stages.png"}

@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import os
 import re
+import subprocess
+import sys
 from datetime import datetime, timezone
 from pathlib import Path
 
@@ -15,7 +17,7 @@ import yaml
 from nvembed_mcore import goodput
 from nvembed_mcore.cli import main
 from nvembed_mcore.config import ConfigError
-from nvembed_mcore.reporting import curves
+from nvembed_mcore.reporting import curves, page
 from nvembed_mcore.reporting.curves import look_of, points_of, thinned
 from nvembed_mcore.reporting.folder import read_runs
 from nvembed_mcore.reporting.page import html_page
@@ -127,7 +129,7 @@ def test_only_what_differs(tmp_path):
     as_json = summary(runs, NOW)["differences"]
     assert as_json["optim.lr"] == {"0": 1e-5, "1": 1e-5, "2": 1e-4}
     assert as_json["extra"] == {"1": None} and as_json["data.datasets.1.path"] == {"2": "b"}
-    cells = re.findall("<tr><td>steps</td>(.*?)</tr>", html_page(runs, NOW))
+    cells = re.findall("<tr><td>steps</td>(.*?)</tr>", "".join(page._differences(runs)))
     assert re.findall(">([^<]+)<", cells[0]) == ["4", "4.0", "4", "–"]
 
 
@@ -184,10 +186,10 @@ def test_what_is_damaged_or_missing_is_a_note_and_the_rest_is_shown(tmp_path):
         assert re.match(rf"{file} {words}\S*", note) and (words == "is missing" or len(note) > 40), (run.name, note)
         assert str(tmp_path) not in note or file == "config.yaml"
         summary([run], NOW)
-    page = html_page([runs[0], runs[9], runs[18], runs[-1]], NOW)
+    text = html_page([runs[0], runs[9], runs[18], runs[-1]], NOW)
     for run in (runs[0], runs[9], runs[18], runs[-1]):
-        assert f'<span class="name">{run.name}</span>' in page
-    assert page.count("cannot be read") + page.count("is missing") == 4
+        assert f'<span class="name">{run.name}</span>' in text
+    assert text.count("cannot be read") + text.count("is missing") == 4
 
 
 def test_a_configuration_that_unfolds_without_end_is_not_read(tmp_path):
@@ -228,18 +230,28 @@ def test_nothing_of_a_run_is_markup(tmp_path):
         attempts=[attempt(1, **changes)],
         status=STATUS | {"state": EVIL, "reason": EVIL},
     )
-    page = html_page(read_runs([evil, write_run(tmp_path / "b" / "run")]), NOW)
-    scripts = re.findall("<script", page)
-    assert len(scripts) == 1 and "&lt;script&gt;" in page and "&lt;script>" not in page
-    assert not re.search(r"""(src|href)\s*=\s*["'](?!#)""", page) and "@import" not in page and "url(h" not in page
+    text = html_page(read_runs([evil, write_run(tmp_path / "b" / "run")]), NOW)
+    scripts = re.findall("<script", text)
+    assert len(scripts) == 1 and "&lt;script&gt;" in text and "&lt;script>" not in text
+    assert not re.search(r"""(src|href)\s*=\s*["'](?!#)""", text) and "@import" not in text and "url(h" not in text
 
 
-def test_the_command_writes_and_says(tmp_path, capsys):
+COMMAND = """
+import sys
+from nvembed_mcore.cli import main
+assert main(sys.argv[1:]) == 0
+assert not {"torch", "megatron", "transformers", "wandb"} & sys.modules.keys()
+"""
+
+
+def test_the_command_writes_and_says_and_needs_no_torch(tmp_path):
     folders = [write_run(tmp_path / name) for name in ("a", "b [red]")]
     output = ["--output", str(tmp_path / "out" / "page.html"), "--json", str(tmp_path / "all.json")]
-    assert main(["report", *folders, *output]) == 0
-    said = capsys.readouterr().out
-    assert "b [red]" in said and "0.5000 at 2" in said and "4 of 4" in said
+    command = [sys.executable, "-c", COMMAND, "report", *folders, *output]
+    environment = os.environ | {"PYTHONPATH": os.getcwd()}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=60)
+    assert done.returncode == 0, done.stderr
+    assert "b [red]" in done.stdout and "0.5000 at 2" in done.stdout and "4 of 4" in done.stdout
     assert [one["name"] for one in json.loads((tmp_path / "all.json").read_text())["runs"]] == ["a", "b [red]"]
     assert "<h1>2 runs: a, b [red]</h1>" in (tmp_path / "out" / "page.html").read_text(encoding="utf-8")
 

@@ -197,11 +197,12 @@ def _claims(found: Mapping[Recipe, Result]) -> dict[str, Any]:
     for measure in MEASURES:
         masks = {mask: _over_poolings(found, mask, measure) for mask in MASKS}
         pairs = {"bidirectional_minus_causal": (masks["bidirectional"], masks["causal"])}
+        each = {(pooling, mask): by_seed(found, Recipe(pooling=pooling, mask=mask), 1, measure)
+                for pooling in POOLINGS for mask in MASKS}  # fmt: skip
         for pooling in POOLINGS:
-            of_pooling = [by_seed(found, Recipe(pooling=pooling, mask=mask), 1, measure) for mask in MASKS]
-            pairs[f"bidirectional_minus_causal_{pooling}"] = (of_pooling[0], of_pooling[1])
-            if pooling != "latent":
-                pairs[f"latent_minus_{pooling}"] = (by_seed(found, Recipe(), 1, measure), of_pooling[0])
+            pairs[f"bidirectional_minus_causal_{pooling}"] = (each[pooling, MASKS[0]], each[pooling, MASKS[1]])
+        for pooling in (one for one in POOLINGS if one != "latent"):
+            pairs[f"latent_minus_{pooling}"] = (each["latent", MASKS[0]], each[pooling, MASKS[0]])
         for taught in (False, True):
             last = {order: by_seed(found, Recipe(order=order, taught=taught), -1, measure) for order in ORDERS}
             for order in [*ORDERS][::-1]:
@@ -268,8 +269,20 @@ def claims_table(figures: Mapping[str, Any]) -> str:
         for measure in ("ndcg_at_10", *MEASURES[3:]):
             text = _shown(figures, f"{name}_{measure}", sign="+")
             cells.append(text if figures.get(f"{name}_{measure}_holds_zero", True) else f"**{text}**")
-        lines.append(_row(name.replace("_", " ").replace(" minus ", " - "), cells))
+        lines.append(_row(_title(name), cells))
     return "\n".join(lines) + "\n"
+
+
+def _title(name: str) -> str:
+    """`bidirectional_minus_causal_mean` -> `bidirectional - causal, mean`."""
+    is_taught, name = name.startswith(_start(True)), name.removeprefix(_start(True))
+    one, _, other = name.partition("_minus_")
+    titles = POOLING_TITLES | ORDER_TITLES
+    if one == MASKS[0]:
+        pooling = other.removeprefix(MASKS[1]).removeprefix("_")
+        return f"{one} - {MASKS[1]}, {titles.get(pooling, 'mean of the poolings')}"
+    after = " (after 100 steps of search)" if is_taught else ""
+    return f"{titles[one]} - {titles[other]}{after}"
 
 
 def _flat(name: str, mean: Mean) -> dict[str, Any]:

@@ -18,9 +18,6 @@ import re
 from collections import Counter
 from pathlib import Path
 
-import matplotlib
-
-matplotlib.use("svg")
 import matplotlib.pyplot as plt
 import numpy as np
 import torch
@@ -45,7 +42,7 @@ SHADES = ("#2b6cb0", "#2f855a", "#c05621", "#805ad5")
 """Data-parallel ranks."""
 SETS = ("#2b6cb0", "#c05621", "#2f855a")
 
-plt.rcParams |= {
+STYLE = {
     "font.size": 10,
     "svg.hashsalt": "nvembed_mcore",  # the same picture has the same bytes
     "figure.facecolor": PAPER,  # its own ground, so that it is legible on a dark page too
@@ -61,9 +58,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", metavar="PATH", help="write the figures there")
     arguments = parser.parse_args()
-    found = packing() | gather() | gradient_proof() | folding() | blend()
-    step()
-    layouts()
+    with plt.rc_context(STYLE):
+        found = packing() | gradient_proof() | folding() | blend()
+        gather()
+        step()
+        layouts()
     if arguments.json:
         Path(arguments.json).write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
     for name, value in found.items():
@@ -163,7 +162,7 @@ def part_of_columns() -> tuple[np.ndarray, list[str]]:
     return np.sign(found.grad_rows[:, :11].numpy().round(6)), names
 
 
-def gather() -> dict[str, float]:
+def gather() -> None:
     """Which passages each query's loss looks at, and who holds them."""
     part, names = part_of_columns()
     figure, axes = plt.subplots(figsize=(7.2, 3.6))
@@ -191,7 +190,6 @@ def gather() -> dict[str, float]:
         frameon=False,
     )
     save(figure, "gather")
-    return {}
 
 
 def gradient_proof() -> dict[str, float]:
@@ -223,7 +221,20 @@ def gradient_proof() -> dict[str, float]:
 
 
 def folding() -> dict[str, float]:
-    """Operations a token of the cross attention with the latents: counted from the head, and in the plain order."""
+    """Operations a token of the cross attention with the latents."""
+    plain, folded, once = operations()
+    figure, axes = plt.subplots(figsize=(8, 2.2))
+    fold = f" {folded / 1e6:,.0f}, and for the fold as much again as {once / folded:,.0f} tokens, once a forward pass"
+    bars = axes.barh([0, 1], [plain / 1e6, folded / 1e6], color=[WASTE, DOCUMENT], height=0.55)
+    axes.bar_label(bars, [f" {plain / 1e6:,.0f}", fold])
+    axes.set(yticks=[0, 1], yticklabels=["plain order", "folded"], xlabel="million operations a token", xlim=(0, 700))
+    axes.invert_yaxis()
+    save(figure, "folding")
+    return {"folding_plain": plain, "folding_folded": folded}
+
+
+def operations() -> tuple[float, float, float]:
+    """Of a token in the plain order, from the shapes; of a token folded and of a fold, counted from the head."""
     hidden, latents, heads = 4096, 512, 8
     plain = 2 * (2 * hidden * heads * hidden) + 2 * (2 * heads * hidden * latents)
     with torch.device("meta"):
@@ -235,15 +246,7 @@ def folding() -> dict[str, float]:
             work()
         counted.append(counter.get_total_flops())
     whole, once, after = counted
-    folded = (whole - once - after) / len(states)
-    figure, axes = plt.subplots(figsize=(8, 2.2))
-    bars = axes.barh([0, 1], [plain / 1e6, folded / 1e6], color=[WASTE, DOCUMENT], height=0.55)
-    fold = f" {folded / 1e6:,.0f}, and for the fold as much again as {once / folded:,.0f} tokens, once a forward pass"
-    axes.bar_label(bars, [f" {plain / 1e6:,.0f}", fold])
-    axes.set(yticks=[0, 1], yticklabels=["plain order", "folded"], xlabel="million operations a token", xlim=(0, 700))
-    axes.invert_yaxis()
-    save(figure, "folding")
-    return {"folding_plain": plain, "folding_folded": folded}
+    return plain, (whole - once - after) / len(states), once
 
 
 def blend() -> dict[str, float]:
