@@ -196,7 +196,7 @@ def test_what_is_predicted_are_the_batches_that_are_measured(tmp_path):
 
     config = runs.run_config(runs.write_inputs(tmp_path, with_words=True), tmp_path / "run")
     found = study_predict.lengths_of(config, [2, 4])
-    source = batch_source(config, build_stores(config.data, load_tokenizer(config.data.tokenizer), False))
+    source = batch_source(config, build_stores(config.data, load_tokenizer(config.data.tokenizer)))
     for row, step in enumerate((2, 4)):
         batch = source.batch(step - 1)
         texts = len(batch.texts)
