@@ -343,7 +343,7 @@ def open_tokenizer(data: DataConfig, hf_config: MistralConfig) -> PreTrainedToke
     return tokenizer
 
 
-def build_stores(data: DataConfig, tokenizer: PreTrainedTokenizerFast, with_scores: bool) -> list[TokenStore]:
+def build_stores(data: DataConfig, tokenizer: PreTrainedTokenizerFast, with_scores: bool = False) -> list[TokenStore]:
     """Tokenise what is not yet tokenised, on one process; `with_scores`: for a run that distils."""
     how = dict(
         max_query_tokens=data.max_query_tokens,

@@ -33,6 +33,8 @@ def test_the_example(tmp_path, monkeypatch, capsys):
         assert max(abs(a - b) for a, b in zip(one.neg_scores, other.neg_scores, strict=True)) < 1e-5
     lines = [json.loads(line) for line in (tmp_path / "runs/student/metrics.jsonl").read_text().splitlines()]
     assert len(lines) == 6 and lines[-1]["teacher_divergence"] < lines[0]["teacher_divergence"]
-    assert (tmp_path / "student" / "model.safetensors.index.json").is_file() or list(
-        (tmp_path / "student").glob("*.safetensors")
-    )
+    assert list((tmp_path / "student").glob("*.safetensors"))
+    without = (tmp_path / "student.yaml").read_text().replace("scored.jsonl", "faq.csv").replace("runs/", "other/")
+    (tmp_path / "without.yaml").write_text(without)
+    assert main(["train", "without.yaml"]) != 0
+    assert "faq.csv:2:1: pos_scores is missing" in capsys.readouterr().err

@@ -78,7 +78,7 @@ def test_what_a_file_cannot_say_is_named(tmp_path, fields, message):
     [
         (series(precisions=[{"dtype": "float16"}]), "precision.dtype"),
         ({"set": {"step.way": "retain"}, **series(layouts=[{"pp": 2}])}, "parallel.pp"),
-        ({"set": {"batch.size": 3}}, "batch.size"),
+        ({"set": {"batch.size": 3}}, "no field 'batch'; did you mean batch_size?"),
         ({"set": {"steps.all": 3}}, "steps of the base configuration holds no fields, but 290"),
     ],
 )
@@ -196,7 +196,7 @@ def test_what_is_predicted_are_the_batches_that_are_measured(tmp_path):
 
     config = runs.run_config(runs.write_inputs(tmp_path, with_words=True), tmp_path / "run")
     found = study_predict.lengths_of(config, [2, 4])
-    source = batch_source(config, build_stores(config.data, load_tokenizer(config.data.tokenizer), False))
+    source = batch_source(config, build_stores(config.data, load_tokenizer(config.data.tokenizer)))
     for row, step in enumerate((2, 4)):
         batch = source.batch(step - 1)
         texts = len(batch.texts)
