@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 
+import nvembed_mcore
+
 ROOT = Path(__file__).parents[2]
 # What a browser fetches by itself; a link that a reader follows may lead anywhere.
 FETCHED = re.compile(r"<(?:script|img|iframe|link)\b[^>]*?(?:src|href)=[\"']?((?:https?:)?//[^\"'\s>]+)")
@@ -48,3 +50,17 @@ def test_every_page_of_the_repository_is_in_the_site(site):
     pages = [path for path in (ROOT / "docs").rglob("*.md")]
     missing = [path for path in pages if not (site / path.relative_to(ROOT / "docs").with_suffix(".html")).is_file()]
     assert not missing
+
+
+def test_every_public_name_is_in_the_reference(site):
+    text = (site / "reference" / "python.html").read_text(encoding="utf-8")
+    names = [name for name in nvembed_mcore.__all__ if not name.endswith("Config")]
+    assert len(names) > 15
+    assert not [name for name in names if f'id="nvembed_mcore.{name}"' not in text]
+
+
+def test_every_field_and_command_is_in_the_reference(site):
+    fields = (site / "reference" / "configuration.html").read_text(encoding="utf-8")
+    assert all(f'id="{name}"' in fields for name in ("run_dir", "data.datasets.path", "model.lora.rank", "step.way"))
+    commands = (site / "reference" / "command-line.html").read_text(encoding="utf-8")
+    assert all(f'id="nvembed-{name}"' in commands for name in ("train", "data-split", "data-convert-sts", "plan"))

@@ -78,7 +78,7 @@ def test_what_a_file_cannot_say_is_named(tmp_path, fields, message):
     [
         (series(precisions=[{"dtype": "float16"}]), "precision.dtype"),
         ({"set": {"step.way": "retain"}, **series(layouts=[{"pp": 2}])}, "parallel.pp"),
-        ({"set": {"batch.size": 3}}, "batch.size"),
+        ({"set": {"batch.size": 3}}, "no field 'batch'; did you mean batch_size?"),
         ({"set": {"steps.all": 3}}, "steps of the base configuration holds no fields, but 290"),
     ],
 )

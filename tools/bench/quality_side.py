@@ -130,7 +130,8 @@ def records_in_order(config: RunConfig) -> list[tuple[str, ...]]:
     """Query, document and hard negative of each record in the order in which our batches have them."""
     (dataset,) = config.data.datasets
     records = [json.loads(line) for line in Path(dataset.path).read_text(encoding="utf-8").splitlines()]
-    source = batch_source(config, build_stores(config.data, load_tokenizer(config.data.tokenizer)))
+    tokenizer = load_tokenizer(config.data.tokenizer)
+    source = batch_source(config, build_stores(config.data, tokenizer, with_scores=False))
     rows = []
     for step in range(config.steps):
         for drawn in source.blend.samples(step):
