@@ -351,10 +351,7 @@ def build_stores(data: DataConfig, tokenizer: PreTrainedTokenizerFast, with_scor
         cache_dir=data.cache_dir,
         max_bad_records=data.max_bad_records,
     )
-    return [
-        TokenStore.build(dataset, tokenizer, **how, with_scores=with_scores and dataset.distill)
-        for dataset in data.datasets
-    ]
+    return [TokenStore.build(one, tokenizer, **how, with_scores=with_scores and one.distill) for one in data.datasets]
 
 
 def batch_source(config: RunConfig, stores: Iterable[TokenStore]) -> BatchSource:
