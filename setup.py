@@ -62,7 +62,7 @@ setup(
         "gpu": ["triton"],
         "eval": ["mteb>=2.20,<3", "sentence-transformers>=5.1,<7"],
         "mine": ["faiss-cpu>=1.8"],
-        "track": ["tensorboard>=2.16", "wandb>=0.20,<1"],
+        "track": ["tensorboard>=2.16", "wandb>=0.31,<1"],
         "serve": [
             "litserve>=0.2.17,<0.3",
             "onnx>=1.17,<2",
@@ -90,7 +90,7 @@ setup(
             "sentencepiece>=0.2",
             "sentence-transformers>=5.1,<7",
             "tensorboard>=2.16",
-            "wandb>=0.20,<1",
+            "wandb>=0.31,<1",
             "triton>=3.2",
         ],
     },
