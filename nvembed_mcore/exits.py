@@ -13,7 +13,7 @@ class Exit(IntEnum):
     NON_FINITE = 65
     """The loss or its gradient is not a number: the same data and weights would give it again. Never requeue."""
     CRASHED = 70
-    """Anything that nobody foresaw, with a traceback. Requeue if the run made progress."""
+    """Anything that nobody foresaw; one line says where its trace is. Requeue if the run made progress."""
     STORAGE = 74
     """A checkpoint or the data could not be written or read. Requeue if the run made progress."""
     PREEMPTED = 75
