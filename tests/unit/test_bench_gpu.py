@@ -35,6 +35,7 @@ POSITIVE = (
 )
 
 
+@pytest.mark.slow
 def test_a_tiny_model_on_a_cpu_takes_the_whole_path(tmp_path):
     path = tmp_path / "figures.json"
     command = [sys.executable, BENCH / "gpu.py", "--device", "cpu", "--tiny", "--profile", "--json", path]

@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import shlex
 
+import pytest
+
 from nvembed_mcore.cli import main
 from nvembed_mcore.data.records import read_records
 from tests.helpers.pages import ROOT, blocks
@@ -12,6 +14,7 @@ from tests.helpers.pages import ROOT, blocks
 PAGE = "docs/how-to/distillation.md"
 
 
+@pytest.mark.slow
 def test_the_example(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "examples").symlink_to(ROOT / "examples")

@@ -6,12 +6,15 @@ import json
 import shlex
 from pathlib import Path
 
+import pytest
+
 from nvembed_mcore.cli import main
 from tests.helpers.pages import ROOT, blocks
 
 PAGE = "docs/how-to/adversarial-and-r-drop.md"
 
 
+@pytest.mark.slow
 def test_the_example(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "examples").symlink_to(ROOT / "examples")
