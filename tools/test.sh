@@ -17,6 +17,6 @@ if [ $# -gt 0 ]; then exec python -m pytest -q "${slow[@]}" "$@"; fi
 waiting=(tests/reliability/test_slurm.py tests/test_quickstart.py tests/unit/test_pages.py tests/distributed/test_study.py
     tests/reliability/test_kill.py tests/reliability/test_stop.py)
 status=0
-python -m pytest -q "${slow[@]}" -n 3 --dist loadfile --no-loadscope-reorder "${waiting[@]}" tests/unit || status=$?
+python -m pytest -q "${slow[@]}" -n 3 --dist loadfile --no-loadscope-reorder "${waiting[@]}" tests/unit/test_*.py || status=$?
 python -m pytest -q "${slow[@]}" -n 3 --dist loadfile tests --ignore tests/unit "${waiting[@]/#/--ignore=}" || status=$?
 exit $status
