@@ -73,7 +73,7 @@ def weights_after(case: Case, adams: list[str], folder: Path) -> list[torch.Tens
             if step:
                 saver.save(number - 1, step.chunks, step.optimizer, {})
                 path = folders.folder_of(folder) / folders.name_of(number - 1)
-                saved = store.Checkpoint(path, number - 1, {})
+                saved = store.Checkpoint(path, number - 1, {"config": {}})
                 store.load_checkpoint(saved, next_step.chunks, next_step.optimizer)
             step, before = next_step, adam
         step(training_batch(case.queries, number), number, PhaseTimer())

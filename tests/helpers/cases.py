@@ -229,8 +229,7 @@ def training_steps(case: Case, sabotage: str | None = None) -> dict[str, float]:
     if step.scorer.views == 2:
         second_view(step)
     if sabotage == "factor":
-        whole = step.scorer
-        step.scorer = lambda *args: _shrunk(whole(*args), groups.dp_size)
+        step.scorer = _WithoutFactor(step.scorer, groups.dp_size)
     result = {"loss": 0.0, "norm": 0.0, "gradient": 0.0}
     plainly = run_plainly(case.queries, case.kind, case.clip, case.targets, epsilon=case.fgm, **case.loss)
     for number, truth in enumerate(plainly, 1):
@@ -257,10 +256,20 @@ def second_view(step) -> None:
         encoder.embedding.register_forward_hook(lambda _, __, out: in_view(out, where["index"] >= where["half"]))
 
 
-def _shrunk(scores, ranks: int):
-    from nvembed_mcore.score import Scores
+class _WithoutFactor:
+    """A scorer whose gradients lack the factor W."""
 
-    return Scores(scores.totals, scores.grad / ranks, scores.grad_log_scale / ranks)
+    def __init__(self, scorer, ranks: int) -> None:
+        self.scorer, self.ranks = scorer, ranks
+
+    def __getattr__(self, name: str):
+        return getattr(self.scorer, name)
+
+    def __call__(self, *args):
+        scores = self.scorer(*args)
+        return dataclasses.replace(
+            scores, grad=scores.grad / self.ranks, grad_log_scale=scores.grad_log_scale / self.ranks
+        )
 
 
 def gathered_rows(num_rows: list[int]):
