@@ -52,7 +52,10 @@ def test_delayed_scales_are_those_of_all_microbatches_of_all_ranks(world):
     [
         dict(world=1, fp8="tensorwise"),
         dict(world=2, fp8="delayed"),
-        dict(world=2, tp=2, sp=True, fp8="blockwise", targets=ALL_TARGETS, lora_dropout=0.2),
+        pytest.param(
+            dict(world=2, tp=2, sp=True, fp8="blockwise", targets=ALL_TARGETS, lora_dropout=0.2),
+            marks=pytest.mark.slow,
+        ),
     ],
     ids=str,
 )

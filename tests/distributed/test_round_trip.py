@@ -48,7 +48,9 @@ def assert_exported(checkpoint, output, kind, dtype, tensors):
     assert_same(transfer.tensors_of(output), tensors)
 
 
-@pytest.mark.parametrize(("tp", "pp"), LAYOUTS)
+@pytest.mark.parametrize(
+    ("tp", "pp"), [pytest.param(*one, marks=[pytest.mark.slow] if one == (2, 2) else []) for one in LAYOUTS]
+)
 def test_through_a_run_and_its_checkpoint(world, folders, tmp_path, tp, pp):
     jobs = [
         (folders[kind, dtype][0], tmp_path / f"{kind}-{dtype}", pooling_of(kind), dtype, tp, pp)

@@ -29,7 +29,8 @@ TWO_PASSES_ON_TWO = [
     ("world_size", "names"),
     [
         (1, ON_ONE),
-        (2, ON_TWO),
+        (2, ON_TWO[:2]),
+        pytest.param(2, ON_TWO[2:], marks=pytest.mark.slow),
         pytest.param(1, TWO_PASSES_ON_ONE, marks=pytest.mark.slow),
         pytest.param(2, TWO_PASSES_ON_TWO, marks=pytest.mark.slow),
     ],

@@ -54,6 +54,9 @@ def write_study(folder: Path, **changes) -> Path:
     return file
 
 
+pytestmark = pytest.mark.slow  # every run of the suite has a study under SLURM (tests/reliability/test_slurm.py)
+
+
 @pytest.fixture(scope="module")
 def done(tmp_path_factory, world):
     """The folder of a study, and what its program said. Before it, all runs were made in this session's processes;

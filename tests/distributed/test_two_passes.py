@@ -89,6 +89,7 @@ def with_norms_of_parts(case: Case) -> dict[str, float]:
         return cases.training_steps(case)
 
 
+@pytest.mark.slow
 def test_a_move_by_the_norm_of_a_part_does_not_pass(world):
     """A test of the test: each tensor rank with the norm of its own tokens."""
     case = Case(world=2, tp=2, sp=True, way="cached", budget=budget_for(3, 1, 7), fgm=EPSILON, loss=LEARNED)

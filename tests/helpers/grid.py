@@ -61,8 +61,8 @@ def layouts_and_ways() -> Iterator[Case]:
 
 
 def is_long(case: Case) -> bool:
-    """Whether the suite leaves a case of `layouts_and_ways` to its long tests: four processes without the distributed
-    optimizer, which has the same layout and way with it beside it."""
+    """Whether the suite leaves a case to its long tests: four processes and several packs without the distributed
+    optimizer, where the same layout and way stand with it, or with the latent head, beside it."""
     return case.world == 4 and case.budget < 100_000 and not case.distributed
 
 
@@ -261,13 +261,14 @@ GRID = {
     "Uneven stages": list(uneven_stages()),
     "Uneven batches": list(uneven_batches()),
     "Options of the loss": list(loss_options()),
-    "Pooling heads": list(heads()),
+    "Pooling heads": [case for case in heads() if not is_long(case)],
     "Low-rank adapters": list(adapters()),
     "Context parallelism": list(context()),
     "FGM and R-Drop": list(two_passes()),
 }
 LONG_GRID = {
     "Layouts and ways, the rest": [case for case in layouts_and_ways() if is_long(case)],
+    "Pooling heads, the rest": [case for case in heads() if is_long(case)],
     "Context parallelism, the rest": list(more_context()),
     "FGM and R-Drop, the rest": list(more_two_passes()),
 }

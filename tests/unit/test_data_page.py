@@ -8,6 +8,7 @@ import shlex
 from pathlib import Path
 
 import numpy as np
+import pytest
 
 from nvembed_mcore.cli import main
 
@@ -15,6 +16,7 @@ ROOT = Path(__file__).parents[2]
 BLOCK = re.compile(r"^```(\w+) ?([\w.]*)(?:\{[^}\n]*\})?\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 
 
+@pytest.mark.slow
 def test_the_example(tmp_path, monkeypatch, capsys):
     page = (ROOT / "docs" / "data.md").read_text(encoding="utf-8").partition("## What a path may be")[0]
     monkeypatch.chdir(tmp_path)

@@ -58,7 +58,7 @@ def test_weights_are_exact_in_one_file_and_in_shards(cases, tmp_path):
     assert all(torch.equal(shards[name], stored[name]) for name in stored)
 
 
-@pytest.mark.parametrize("form", ["nv-embed", "mean"])
+@pytest.mark.parametrize("form", ["nv-embed", pytest.param("mean", marks=pytest.mark.slow)])
 def test_the_card_s_code_runs(cases, tmp_path, form):
     """In a process of its own, from a folder that was moved after the export, without this project's modules."""
     cases["mean"].export(tmp_path / "before" / "folder", format=form)
