@@ -48,9 +48,10 @@ def assert_exported(checkpoint, output, kind, dtype, tensors):
     assert_same(transfer.tensors_of(output), tensors)
 
 
-@pytest.mark.parametrize(
-    ("tp", "pp"), [pytest.param(*one, marks=[pytest.mark.slow] if one == (2, 2) else []) for one in LAYOUTS]
-)
+TO_ALL = [pytest.param(*one, marks=[pytest.mark.slow] if one == (2, 2) else []) for one in LAYOUTS]
+
+
+@pytest.mark.parametrize(("tp", "pp"), TO_ALL)
 def test_through_a_run_and_its_checkpoint(world, folders, tmp_path, tp, pp):
     jobs = [
         (folders[kind, dtype][0], tmp_path / f"{kind}-{dtype}", pooling_of(kind), dtype, tp, pp)
@@ -63,7 +64,7 @@ def test_through_a_run_and_its_checkpoint(world, folders, tmp_path, tp, pp):
         assert_exported(saved, tmp_path / f"{saved.name}-back", kind, dtype, folders[kind, dtype][1])
 
 
-@pytest.mark.parametrize(("tp", "pp"), LAYOUTS)
+@pytest.mark.parametrize(("tp", "pp"), TO_ALL)
 def test_through_import_hf(world, folders, tmp_path, tp, pp):
     """As many ranks share the import as load what it wrote; one process exports it."""
     imports, loads = [], []
