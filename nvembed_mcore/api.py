@@ -1,4 +1,7 @@
-"""What `from nvembed_mcore import ...` gives, where each name comes from. Importing it takes seconds, for torch."""
+"""What `from nvembed_mcore import ...` gives, where each name comes from. Importing it takes seconds, for torch.
+
+The list of the names is the package's own, `nvembed_mcore.__all__`.
+"""
 
 from nvembed_mcore.checkpoint.export_run import export_run as export_hf
 from nvembed_mcore.checkpoint.hf_folder import WeightsError
@@ -15,27 +18,3 @@ from nvembed_mcore.log import read_metrics
 from nvembed_mcore.mining.run import Mining, mine
 from nvembed_mcore.mining.select import Rules
 from nvembed_mcore.train import train as train_model
-
-__all__ = [
-    "CheckpointError",
-    "DataError",
-    "Embedder",
-    "ExportedEncoder",
-    "Mining",
-    "Record",
-    "Rules",
-    "WeightsError",
-    "encode_file",
-    "evaluate_beir",
-    "export_hf",
-    "import_hf",
-    "mine",
-    "open_embedder",
-    "open_shards",
-    "read_metrics",
-    "read_records",
-    "read_run_config",
-    "search_files",
-    "train_model",
-    "write_records",
-]
