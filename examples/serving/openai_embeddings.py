@@ -95,6 +95,7 @@ def main() -> None:
     parser.add_argument("--accelerator", choices=["auto", "cpu", "cuda"], default="auto")
     parser.add_argument("--workers-per-device", type=int, default=1, help="copies of the model on each device")
     parser.add_argument("--batch-size", type=int, default=32, help="texts in one forward pass")
+    parser.add_argument("--timeout", type=float, default=600, help="seconds a request may take (default 600)")
     parser.add_argument(
         "--trust-remote-code",
         action="store_true",
@@ -106,6 +107,7 @@ def main() -> None:
         Embeddings(arguments.export, spec, arguments.batch_size, arguments.trust_remote_code),
         accelerator=arguments.accelerator,
         workers_per_device=arguments.workers_per_device,
+        timeout=arguments.timeout,
     )
     server.run(host=arguments.host, port=arguments.port, generate_client_file=False)
 
