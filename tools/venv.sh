@@ -22,7 +22,7 @@ install_project() {
     fi
     local stamp=".venv/installed-$(cat setup.py pyproject.toml tools/venv.sh <(echo "$1") | sha256sum | cut -c1-16)"
     if [ ! -f "$stamp" ]; then
-        echo "Installing into .venv: about 0.6 GB to download with the CPU build of torch (3 GB with a CUDA build), 2 to 3 GB on disk."
+        echo "Installing into .venv: about 0.6 GB to download with the CPU build of torch (3 GB with a CUDA build), 2 to 4 GB on disk."
         if command -v nvidia-smi >/dev/null && nvidia-smi >/dev/null 2>&1; then
             .venv/bin/python -m pip install -q torch || fail "pip could not install torch"
         else
